@@ -1,0 +1,260 @@
+//! What the BPF programs and the program agree on: the records that cross the ring buffer, the
+//! counters, and the candidate layouts of ggml's structs.
+//!
+//! All integers are in the byte order of the machine. Every record starts with a [`Header`] and is
+//! followed by a payload whose meaning depends on [`Kind`]; the reserved payload may be longer than
+//! the part that counts, which the header gives.
+#![no_std]
+
+use core::mem::{align_of, offset_of, size_of};
+
+/// What a record reports; the value of [`Header::kind`].
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Routed rows of one layer. Payload: `rows × k` expert ids, `i32`, row after row, each row in
+    /// router order (`ffn_moe_topk-N` without its stride).
+    Rows = 1,
+    /// A pass of a scheduler begins (`first_row == 0`), or goes on. Payload: `rows` × [`RowInfo`] of
+    /// the pass' ubatch; none when the ubatch could not be read.
+    Pass = 2,
+    /// Token ids of a pass of at most [`MAX_WARMUP_TOKENS`] tokens, for the recognition of warm-up
+    /// passes alone. Payload: `rows` × `i32`.
+    Tokens = 3,
+    /// The scheduler `context` is being freed: no pass of it follows.
+    ContextEnd = 4,
+    /// The dynamic linker of a process we launched has changed its list of libraries, and the
+    /// process has been sent SIGSTOP.
+    Libraries = 5,
+}
+
+impl Kind {
+    /// The kind with this number, if there is one.
+    pub const fn from_u8(kind: u8) -> Option<Self> {
+        Some(match kind {
+            1 => Self::Rows,
+            2 => Self::Pass,
+            3 => Self::Tokens,
+            4 => Self::ContextEnd,
+            5 => Self::Libraries,
+            _ => return None,
+        })
+    }
+}
+
+/// Whether a pass works on a prompt or generates; the value of [`Header::phase`].
+///
+/// In the kernel this is one value for the whole ubatch: decode when no sequence has more than one
+/// token in it. The program refines it row by row.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The ubatch could not be read.
+    Unknown = 0,
+    /// A sequence has more than one token in the pass.
+    Prefill = 1,
+    /// No sequence has more than one token in the pass.
+    Decode = 2,
+}
+
+/// How the boundary between passes was found; the value of [`Header::pass_source`].
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassSource {
+    /// `ggml_backend_sched_graph_compute_async` was entered on the thread.
+    Scheduler = 1,
+    /// No scheduler was seen on the thread: a pass begins where the layer number does not increase.
+    LayerOrder = 2,
+}
+
+/// Start of every record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// A [`Kind`].
+    pub kind: u8,
+    /// A [`Phase`].
+    pub phase: u8,
+    /// A [`PassSource`].
+    pub pass_source: u8,
+    /// Unused, zero.
+    pub reserved: u8,
+    /// Layer of the model, from the tensor's name.
+    pub layer: u16,
+    /// Experts per row (`ne[0]` of the ids tensor).
+    pub k: u16,
+    /// Address of the `ggml_backend_sched` whose pass this is; 0 when no scheduler was seen.
+    pub context: u64,
+    /// When the record was made: `CLOCK_MONOTONIC`, ns.
+    pub time_ns: u64,
+    /// Tells contexts apart that had the same address one after the other: when the context was
+    /// first seen, in units of 1024 ns, truncated.
+    pub generation: u32,
+    /// Number of the pass within the context (within the thread when there is no scheduler), from 0.
+    pub pass: u32,
+    /// Process, as the initial PID namespace numbers it.
+    pub process: u32,
+    /// Thread on which the pass runs, as the initial PID namespace numbers it.
+    pub thread: u32,
+    /// Number, within the pass and layer, of the first row in this record.
+    pub first_row: u32,
+    /// Rows in this record.
+    pub rows: u32,
+    /// Rows of the pass in this layer (`ne[1]` of the ids tensor), of the ubatch for
+    /// [`Kind::Pass`].
+    pub total_rows: u32,
+    /// Distance between rows in the target, in elements. The ids are a view of the argsort of all
+    /// experts, so this is the number of experts.
+    pub row_stride: u32,
+    /// Tokens of the pass' ubatch; 0 when it could not be read.
+    pub ubatch_tokens: u32,
+    /// Attach cookie of the probe that made the record: which library it sits in.
+    pub source: u32,
+}
+
+/// One token of a ubatch, as far as it holds no text (`llama_ubatch` in llama-batch.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowInfo {
+    /// Position in its sequence (the temporal one where positions have several sections).
+    pub position: i32,
+    /// First sequence the token belongs to.
+    pub sequence: u16,
+    /// [`ROW_OUTPUT`] or 0.
+    pub flags: u16,
+}
+
+/// In [`RowInfo::flags`]: the last layers keep this row because its output is wanted.
+pub const ROW_OUTPUT: u16 = 1;
+
+/// Payload sizes of records, in bytes: the smallest that fits is reserved.
+pub mod payload {
+    /// One decoded token of up to 16 experts.
+    pub const SMALL: usize = 64;
+    /// A few sequences decoded together.
+    pub const MEDIUM: usize = 1024;
+    /// Prompts.
+    pub const LARGE: usize = 8192;
+}
+
+/// Largest k, and largest number of experts, that is believed (llama.cpp's `LLAMA_MAX_EXPERTS` has
+/// been at most 1024 up to now).
+pub const MAX_EXPERTS: usize = 1024;
+/// Largest number of rows of one pass that is believed.
+pub const MAX_ROWS: u64 = 1 << 20;
+/// Layers above this are not believed (`LLAMA_MAX_LAYERS` is 512).
+pub const MAX_LAYERS: u16 = 1024;
+/// A warm-up pass has at most this many tokens ([BOS, EOS]).
+pub const MAX_WARMUP_TOKENS: u32 = 2;
+/// Warm-up is looked for in so many first passes of a context.
+pub const MAX_WARMUP_PASSES: u32 = 8;
+
+/// Where the fields of `ggml_tensor` are, in bytes from its start (ggml.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorLayout {
+    /// `src[0]`.
+    pub src: u32,
+    /// `data`; `name` follows it.
+    pub data: u32,
+}
+
+/// Candidate layouts; the probe finds out which is true by the tensor's own name.
+///
+/// `type` at 0, `ne` at 16 and `nb` at 48 are the same in all of them.
+pub const TENSOR_LAYOUTS: [TensorLayout; 2] = [
+    // b4106 (2024-11-17) to today.
+    TensorLayout {
+        src: 152,
+        data: 248,
+    },
+    // b3209 to b4105, with `grad` before `src`.
+    TensorLayout {
+        src: 160,
+        data: 256,
+    },
+];
+
+/// llama.cpp builds that have the layout of the same index in [`TENSOR_LAYOUTS`].
+pub const TENSOR_LAYOUT_BUILDS: [&str; 2] = ["b4106 or newer", "b3209 to b4105"];
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Kernel counters, one array per CPU.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Counter { $($(#[$doc])* $name),* }
+
+        impl Counter {
+            /// All counters in the order of their numbers.
+            pub const ALL: &'static [Counter] = &[$(Counter::$name),*];
+        }
+    };
+}
+
+counters! {
+    /// `ggml_compute_forward_get_rows` was entered while tracing was on.
+    Entered,
+    /// … by a thread other than the first of its thread pool.
+    FilteredThread,
+    /// … for a tensor that is neither expert ids nor tokens.
+    FilteredTensor,
+    /// … for the embedding lookup (`inp_tokens`).
+    TokenLookup,
+    /// … and its parameters or tensors could not be read.
+    HitUnreadable,
+    /// … and no candidate layout has given a known name up to then.
+    LayoutUnknown,
+    /// … for expert ids.
+    Routed,
+    /// … of which the tensor made no sense: rows unknown.
+    RoutedMalformed,
+    /// … of which the tensor could not be read: rows unknown.
+    RoutedUnreadable,
+    /// Rows of expert ids seen.
+    RowsSeen,
+    /// Rows given to the ring buffer.
+    RowsEmitted,
+    /// Rows lost because the ring buffer was full.
+    RowsRingFull,
+    /// Rows whose ids could not be read from the target.
+    RowsUnreadable,
+    /// Records that were to be made, of all kinds.
+    EventsSeen,
+    /// Records given to the ring buffer.
+    EventsEmitted,
+    /// Records lost because the ring buffer was full.
+    EventsRingFull,
+    /// Records given up because the target's memory could not be read.
+    EventsUnreadable,
+    /// Passes begun by a scheduler.
+    Passes,
+    /// Passes whose ubatch was to be read and could not be.
+    UbatchUnreadable,
+    /// A kernel map was full: pass or context of following records is not known.
+    StateLost,
+}
+
+/// Number of counters.
+pub const COUNTERS: usize = Counter::ALL.len();
+
+/// Whether the probes do anything; index 0 of the map `CONTROL`.
+pub const CONTROL_ACTIVE: u32 = 0;
+/// SIGSTOPs sent at changes of the library list; index 1 of the map `CONTROL`.
+pub const CONTROL_STOPS: u32 = 1;
+/// Entries of the map `CONTROL`.
+pub const CONTROL_ENTRIES: u32 = 2;
+
+/// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
+pub const MAX_SOURCES: u32 = 64;
+
+const _: () = {
+    assert!(size_of::<Header>() == 64);
+    assert!(align_of::<Header>() == 8);
+    assert!(offset_of!(Header, context) == 8);
+    assert!(offset_of!(Header, generation) == 24);
+    assert!(offset_of!(Header, first_row) == 40);
+    assert!(offset_of!(Header, row_stride) == 52);
+    assert!(size_of::<RowInfo>() == 8);
+    assert!(payload::LARGE >= 2 * 4 * MAX_EXPERTS);
+};

@@ -1,0 +1,123 @@
+//! BPF programs: they sit on the entry of a few ggml functions of an unmodified llama.cpp, read the
+//! ids of the experts that its router has chosen, and pass them on through a ring buffer.
+//!
+//! | program | function under it | why |
+//! |---|---|---|
+//! | `get_rows` | `ggml_compute_forward_get_rows(params, dst)` | `dst->src[1]` holds the ids, complete |
+//! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
+//! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
+//! | `sched_free` | `ggml_backend_sched_free(sched)` | a context ends |
+//! | `libraries` | `_dl_debug_state()` of the dynamic linker | a child of ours has mapped libraries |
+//!
+//! Memory is never shared between two hits: since Linux 6.0 a uprobe program can be preempted by
+//! another hit on the same CPU (`bpf_prog_run_array_uprobe`, include/linux/bpf.h), which rules out
+//! per-CPU scratch space. Records are written in place in the ring buffer, and counters are added
+//! to atomically.
+#![no_std]
+#![no_main]
+// `core::sync::atomic` has no read-modify-write operations on this target: it does not offer
+// compare-and-swap, while an atomic add is one BPF instruction.
+#![allow(internal_features)]
+#![feature(core_intrinsics)]
+
+mod maps;
+mod pass;
+mod rows;
+mod target;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_attach_cookie, bpf_send_signal},
+    macros::uprobe,
+    programs::ProbeContext,
+};
+use expert_trace_common::{CONTROL_STOPS, Counter, Header, Kind};
+
+use crate::{
+    maps::{CONTROL, active, count},
+    rows::Hit,
+    target::Address,
+};
+
+#[uprobe]
+fn get_rows(ctx: ProbeContext) -> u32 {
+    if !active() {
+        return 0;
+    }
+    count(Counter::Entered, 1);
+    let (Some(params), Some(dst)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1)) else {
+        count(Counter::HitUnreadable, 1);
+        return 0;
+    };
+    let hit = Hit {
+        params: Address(params),
+        dst: Address(dst),
+        // SAFETY: the context is the one the program was called with.
+        source: unsafe { bpf_get_attach_cookie(ctx.as_ptr()) } as u32,
+    };
+    rows::on_get_rows(&ctx, &hit);
+    0
+}
+
+#[uprobe]
+fn graph_compute(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(sched) = ctx.arg::<u64>(0)
+    {
+        pass::on_graph_compute(sched);
+    }
+    0
+}
+
+#[uprobe]
+fn set_inputs(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(ubatch) = ctx.arg::<u64>(1)
+    {
+        pass::on_set_inputs(ubatch);
+    }
+    0
+}
+
+#[uprobe]
+fn sched_free(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(sched) = ctx.arg::<u64>(0)
+    {
+        pass::on_sched_free(sched);
+    }
+    0
+}
+
+/// SIGSTOP, the same number on all architectures that Linux' BPF JITs support.
+const SIGSTOP: u32 = 19;
+
+#[uprobe]
+fn libraries(_ctx: ProbeContext) -> u32 {
+    // The signal is delivered on the way back to user space, so that the process stops before it
+    // runs a single instruction of a library that has just been mapped.
+    // SAFETY: the helper takes a plain number.
+    if unsafe { bpf_send_signal(SIGSTOP) } == 0 {
+        if let Some(stops) = CONTROL.get_ptr_mut(CONTROL_STOPS) {
+            maps::add(stops.cast(), 1);
+        }
+        maps::emit_header(Header {
+            kind: Kind::Libraries as u8,
+            process: target::process(),
+            thread: target::thread(),
+            ..Header::default()
+        });
+    }
+    0
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+// `bpf_probe_read_user` and `bpf_send_signal` are open to GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

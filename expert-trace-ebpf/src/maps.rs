@@ -1,0 +1,108 @@
+//! The maps, and the few things that are done with each.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, LruHashMap, PerCpuArray, RingBuf},
+};
+use expert_trace_common::{
+    CONTROL_ACTIVE, CONTROL_ENTRIES, COUNTERS, Counter, Header, MAX_SOURCES, payload,
+};
+
+/// The loader sets the size.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+
+#[map]
+static COUNTS: PerCpuArray<[u64; COUNTERS]> = PerCpuArray::with_max_entries(1, 0);
+
+#[map]
+pub static CONTROL: Array<u32> = Array::with_max_entries(CONTROL_ENTRIES, 0);
+
+/// By attach cookie: 1 + index in `TENSOR_LAYOUTS`, 0 while it is not known.
+#[map]
+pub static LAYOUT: Array<u32> = Array::with_max_entries(MAX_SOURCES, 0);
+
+/// What a thread is working on. LRU: of threads that are gone nothing needs to be kept.
+#[map]
+pub static THREADS: LruHashMap<u64, ThreadState> = LruHashMap::with_max_entries(4096, 0);
+
+#[map]
+pub static CONTEXTS: LruHashMap<ContextKey, ContextState> = LruHashMap::with_max_entries(1024, 0);
+
+/// Pass that runs on a thread.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct ThreadState {
+    pub context: u64,
+    /// `llama_ubatch` that `set_inputs` was last called with and that no pass has used yet.
+    pub ubatch: u64,
+    pub generation: u32,
+    pub pass: u32,
+    pub ubatch_tokens: u32,
+    /// Last layer seen; -1 before the first.
+    pub last_layer: i32,
+    pub phase: u8,
+    pub pass_source: u8,
+    pub padding: [u8; 6],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct ContextKey {
+    pub process: u64,
+    pub sched: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct ContextState {
+    pub passes: u32,
+    pub generation: u32,
+}
+
+/// Whether tracing is on. All probes are switched at once, whenever each was attached.
+#[inline(always)]
+pub fn active() -> bool {
+    CONTROL.get(CONTROL_ACTIVE).is_some_and(|on| *on != 0)
+}
+
+#[inline(always)]
+pub fn count(counter: Counter, n: u64) {
+    if let Some(counts) = COUNTS.get_ptr_mut(0) {
+        // SAFETY: counters are numbered from 0 to COUNTERS - 1.
+        let counter = unsafe { counts.cast::<u64>().add(counter as usize) };
+        // SAFETY: the map keeps the value aligned and alive. Atomic because another hit may
+        // preempt this one on the same CPU.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, n) };
+    }
+}
+
+/// Adds to a map's value that other CPUs add to as well.
+#[inline(always)]
+pub fn add(value: *mut u32, n: u32) {
+    // SAFETY: callers pass a pointer that a map lookup has just returned.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(value, n) };
+}
+
+/// Record with a payload of `N` bytes, as it lies in the ring buffer.
+#[repr(C, align(8))]
+pub struct Record<const N: usize> {
+    pub header: Header,
+    pub payload: [u8; N],
+}
+
+/// Emits a record that has no payload.
+#[inline(always)]
+pub fn emit_header(header: Header) {
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
+        count(Counter::EventsRingFull, 1);
+        return;
+    };
+    // SAFETY: the entry is as large as the record.
+    unsafe { (&raw mut (*entry.as_mut_ptr()).header).write(header) };
+    entry.submit(0);
+    count(Counter::EventsEmitted, 1);
+}

@@ -1,0 +1,280 @@
+//! Passes: one entry of the scheduler for each ubatch, and what the ubatch says about its tokens.
+
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use expert_trace_common::{
+    Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo, payload,
+};
+
+use crate::{
+    maps::{
+        CONTEXTS, ContextKey, ContextState, EVENTS, Record, THREADS, ThreadState, count,
+        emit_header,
+    },
+    rows::run_chunks,
+    target::{Address, process, process_and_thread, thread},
+};
+
+/// Offsets in `llama_ubatch` (llama-batch.h, since b5713; `set_inputs`, which gives it to us, exists
+/// since b5922).
+mod ubatch {
+    /// `n_tokens`, `n_seq_tokens`, `n_seqs`, `n_seqs_unq`, each `u32`.
+    pub const COUNTS: u64 = 4;
+    pub const POSITIONS: u64 = 40;
+    pub const SEQUENCE_IDS: u64 = 56;
+    pub const OUTPUTS: u64 = 80;
+}
+
+pub const NEW_THREAD: ThreadState = ThreadState {
+    context: 0,
+    ubatch: 0,
+    generation: 0,
+    pass: 0,
+    ubatch_tokens: 0,
+    last_layer: -1,
+    phase: Phase::Unknown as u8,
+    pass_source: 0,
+    padding: [0; 6],
+};
+
+/// `set_inputs` is entered before the scheduler, on the same thread: the ubatch is remembered until
+/// then. A null pointer says that the graph to come has no tokens (a shift of the KV cache).
+#[inline(always)]
+pub fn on_set_inputs(ubatch: u64) {
+    let key = process_and_thread();
+    if let Some(state) = THREADS.get_ptr_mut(key) {
+        // SAFETY: the map's value is alive during the program, and belongs to this thread.
+        unsafe { (*state).ubatch = ubatch };
+    } else {
+        insert_thread(key, &ThreadState { ubatch, ..NEW_THREAD });
+    }
+}
+
+#[inline(always)]
+pub fn on_graph_compute(sched: u64) {
+    let key = ContextKey {
+        process: u64::from(process()),
+        sched,
+    };
+    let (pass, generation) = if let Some(context) = CONTEXTS.get_ptr_mut(key) {
+        // SAFETY: the map's value is alive during the program; one thread at a time computes with a
+        // scheduler.
+        let context = unsafe { &mut *context };
+        let pass = context.passes;
+        context.passes = pass.wrapping_add(1);
+        (pass, context.generation)
+    } else {
+        // SAFETY: the helper takes no argument.
+        let generation = (unsafe { bpf_ktime_get_ns() } >> 10) as u32;
+        let context = ContextState {
+            passes: 1,
+            generation,
+        };
+        if CONTEXTS.insert(key, context, 0).is_err() {
+            count(Counter::StateLost, 1);
+        }
+        (0, generation)
+    };
+    count(Counter::Passes, 1);
+
+    let thread_key = process_and_thread();
+    let remembered = match THREADS.get_ptr_mut(thread_key) {
+        // SAFETY: the map's value is alive during the program, and belongs to this thread.
+        Some(state) => unsafe { (*state).ubatch },
+        None => 0,
+    };
+    let ubatch = match Ubatch::read(Address(remembered)) {
+        None if remembered != 0 => {
+            count(Counter::UbatchUnreadable, 1);
+            None
+        }
+        ubatch => ubatch,
+    };
+    let state = ThreadState {
+        context: sched,
+        generation,
+        pass,
+        ubatch_tokens: ubatch.as_ref().map_or(0, |ubatch| ubatch.tokens),
+        phase: ubatch.as_ref().map_or(Phase::Unknown, Ubatch::phase) as u8,
+        pass_source: PassSource::Scheduler as u8,
+        ..NEW_THREAD
+    };
+    insert_thread(thread_key, &state);
+
+    let header = Header {
+        kind: Kind::Pass as u8,
+        ..header(&state)
+    };
+    match ubatch {
+        None => emit_header(header),
+        Some(ubatch) => emit_pass(header, ubatch),
+    }
+}
+
+#[inline(always)]
+pub fn on_sched_free(sched: u64) {
+    let key = ContextKey {
+        process: u64::from(process()),
+        sched,
+    };
+    let Some(context) = CONTEXTS.get_ptr_mut(key) else {
+        return;
+    };
+    // SAFETY: the map's value is alive during the program.
+    let ContextState { passes, generation } = unsafe { *context };
+    let state = ThreadState {
+        context: sched,
+        generation,
+        pass: passes,
+        ..NEW_THREAD
+    };
+    emit_header(Header {
+        kind: Kind::ContextEnd as u8,
+        ..header(&state)
+    });
+    // It fails only when the entry is gone already.
+    let _ = CONTEXTS.remove(key);
+}
+
+/// Header of a record about the pass that the current thread is in.
+#[inline(always)]
+pub fn header(state: &ThreadState) -> Header {
+    Header {
+        phase: state.phase,
+        pass_source: state.pass_source,
+        context: state.context,
+        // SAFETY: the helper takes no argument.
+        time_ns: unsafe { bpf_ktime_get_ns() },
+        generation: state.generation,
+        pass: state.pass,
+        process: process(),
+        thread: thread(),
+        ubatch_tokens: state.ubatch_tokens,
+        ..Header::default()
+    }
+}
+
+#[inline(always)]
+pub fn insert_thread(key: u64, state: &ThreadState) {
+    if THREADS.insert(key, state, 0).is_err() {
+        count(Counter::StateLost, 1);
+    }
+}
+
+/// The part of a `llama_ubatch` that is read.
+struct Ubatch {
+    tokens: u32,
+    unique_sequences: u32,
+    positions: Address,
+    sequence_ids: Address,
+    outputs: Address,
+}
+
+impl Ubatch {
+    #[inline(always)]
+    fn read(address: Address) -> Option<Self> {
+        if address.0 == 0 {
+            return None;
+        }
+        let [tokens, _, _, unique_sequences] =
+            address.offset(ubatch::COUNTS).read::<[u32; 4]>()?;
+        if tokens == 0 || u64::from(tokens) > MAX_ROWS {
+            return None;
+        }
+        Some(Self {
+            tokens,
+            unique_sequences,
+            positions: Address(address.offset(ubatch::POSITIONS).read()?),
+            sequence_ids: Address(address.offset(ubatch::SEQUENCE_IDS).read()?),
+            outputs: Address(address.offset(ubatch::OUTPUTS).read()?),
+        })
+    }
+
+    #[inline(always)]
+    fn phase(&self) -> Phase {
+        if self.tokens <= self.unique_sequences {
+            Phase::Decode
+        } else {
+            Phase::Prefill
+        }
+    }
+
+    #[inline(always)]
+    fn row(&self, i: u64) -> Option<RowInfo> {
+        let position = self.positions.offset(i * 4).read::<i32>()?;
+        let sequences = self.sequence_ids.offset(i * 8).read::<u64>()?;
+        let output = self.outputs.offset(i).read::<u8>()?;
+        Some(RowInfo {
+            position,
+            sequence: Address(sequences).read::<i32>()? as u16,
+            flags: if output == 0 { 0 } else { ROW_OUTPUT },
+        })
+    }
+}
+
+struct PassWalk {
+    header: Header,
+    ubatch: Ubatch,
+}
+
+#[inline(always)]
+fn emit_pass(header: Header, ubatch: Ubatch) {
+    const SMALL_ROWS: u32 = (payload::SMALL / size_of::<RowInfo>()) as u32;
+    let tokens = ubatch.tokens;
+    let mut walk = PassWalk {
+        header: Header {
+            total_rows: tokens,
+            ..header
+        },
+        ubatch,
+    };
+    if tokens <= SMALL_ROWS {
+        pass_chunk::<{ payload::SMALL }>(0, &mut walk);
+    } else {
+        run_chunks(
+            tokens.div_ceil(payload::MEDIUM as u32 / size_of::<RowInfo>() as u32),
+            pass_chunk::<{ payload::MEDIUM }>,
+            &mut walk,
+        );
+    }
+}
+
+/// Emits the `index`th record of a pass' rows. Returns 0 to go on (the contract of `bpf_loop`).
+#[inline(never)]
+extern "C" fn pass_chunk<const PAYLOAD: usize>(index: u32, walk: *mut PassWalk) -> i64 {
+    // SAFETY: the caller keeps the walk on its stack during the loop.
+    let PassWalk { header, ubatch } = unsafe { &*walk };
+    let capacity = (PAYLOAD / size_of::<RowInfo>()) as u32;
+    let first_row = index * capacity;
+    let rows = capacity.min(header.total_rows.saturating_sub(first_row));
+
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<PAYLOAD>>(0) else {
+        count(Counter::EventsRingFull, 1);
+        return 0;
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record.
+    unsafe {
+        (&raw mut (*record).header).write(Header {
+            first_row,
+            rows,
+            ..*header
+        })
+    };
+    let infos = unsafe { (&raw mut (*record).payload).cast::<RowInfo>() };
+    for i in 0..PAYLOAD / size_of::<RowInfo>() {
+        if i as u32 >= rows {
+            break;
+        }
+        let Some(info) = ubatch.row(u64::from(first_row) + i as u64) else {
+            entry.discard(0);
+            count(Counter::EventsUnreadable, 1);
+            return 0;
+        };
+        // SAFETY: `i` is below the number of infos that fit in the payload.
+        unsafe { infos.add(i).write(info) };
+    }
+    entry.submit(0);
+    count(Counter::EventsEmitted, 1);
+    0
+}

@@ -1,0 +1,27 @@
+//! Tells the program which compiled BPF object to embed.
+//!
+//! The committed ones need no BPF toolchain. `EXPERT_TRACE_EBPF_DIR` names a directory of others, so
+//! that freshly built ones can be tested.
+
+use std::{env, path::PathBuf};
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=EXPERT_TRACE_EBPF_DIR");
+    let architecture = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
+    let directory = env::var_os("EXPERT_TRACE_EBPF_DIR").map_or_else(
+        || PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default()).join("bpf"),
+        PathBuf::from,
+    );
+    let object = directory.join(format!("expert-trace.{architecture}.bpf.o"));
+    println!("cargo::rerun-if-changed={}", object.display());
+    println!(
+        "cargo::rustc-env=EXPERT_TRACE_BPF_OBJECT={}",
+        object.display()
+    );
+    if !object.exists() {
+        println!(
+            "cargo::error=there is no BPF object for {architecture} ({}): run `cargo xtask build-ebpf`",
+            object.display()
+        );
+    }
+}

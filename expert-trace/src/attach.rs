@@ -1,0 +1,305 @@
+//! From a plan to running probes. The only module that names aya.
+
+use std::{
+    io,
+    num::NonZeroU32,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, MapData, PerCpuArray, RingBuf},
+    programs::{
+        UProbe,
+        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
+    },
+};
+use expert_trace_common::{CONTROL_ACTIVE, CONTROL_STOPS, COUNTERS, Counter, TENSOR_LAYOUT_BUILDS};
+use thiserror::Error;
+
+use crate::{
+    probes::{Hook, Probe},
+    symbols::Definition,
+};
+
+#[repr(align(8))]
+struct Aligned<T: ?Sized>(T);
+
+/// The BPF programs for this machine, compiled by `cargo xtask build-ebpf`.
+static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("EXPERT_TRACE_BPF_OBJECT")));
+
+/// Why probes could not be set.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// The kernel does not take the BPF object.
+    #[error(
+        "the kernel refused the BPF programs: {0}\n  \
+         expert-trace needs Linux 5.17 or newer with BPF and uprobes, and root (CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN)"
+    )]
+    Load(String),
+    /// The kernel does not take a probe.
+    #[error("cannot probe {symbol} at {file}+{offset:#x}: {reason}")]
+    Probe {
+        /// Function.
+        symbol: String,
+        /// File.
+        file: String,
+        /// File offset.
+        offset: u64,
+        /// The kernel's answer.
+        reason: String,
+    },
+    /// A map could not be read or written.
+    #[error("cannot access a BPF map: {0}")]
+    Map(String),
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+fn load_error(error: impl std::error::Error) -> AttachError {
+    AttachError::Load(chain(&error))
+}
+
+fn map_error(error: impl std::error::Error) -> AttachError {
+    AttachError::Map(chain(&error))
+}
+
+/// Loaded programs and attached probes. Probes are detached when it is dropped.
+pub struct Session {
+    ebpf: Ebpf,
+    control: Array<MapData, u32>,
+    counts: PerCpuArray<MapData, [u64; COUNTERS]>,
+    layouts: Array<MapData, u32>,
+    links: Vec<UProbeLink>,
+}
+
+impl Session {
+    /// Loads the programs, with a ring buffer of `ring_bytes` (a power of two, at least a page).
+    /// Nothing is counted until [`Session::set_active`].
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn load(ring_bytes: u32) -> Result<(Self, Events), AttachError> {
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("EVENTS", ring_bytes)
+            .load(&OBJECT.0)
+            .map_err(load_error)?;
+        for program in Hook::ALL.map(Hook::program).iter().chain(&[LIBRARIES]) {
+            uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
+        }
+        let mut take = |name: &str| {
+            ebpf.take_map(name)
+                .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
+        };
+        let ring = RingBuf::try_from(take("EVENTS")?).map_err(map_error)?;
+        let control = Array::try_from(take("CONTROL")?).map_err(map_error)?;
+        let counts = PerCpuArray::try_from(take("COUNTS")?).map_err(map_error)?;
+        let layouts = Array::try_from(take("LAYOUT")?).map_err(map_error)?;
+        let session = Self {
+            ebpf,
+            control,
+            counts,
+            layouts,
+            links: Vec::new(),
+        };
+        Ok((session, Events(ring)))
+    }
+
+    /// Starts forwarding what the BPF programs log. Needs a tokio runtime.
+    pub fn forward_log(&mut self) {
+        let logger = match aya_log::EbpfLogger::init(&mut self.ebpf) {
+            Ok(logger) => logger,
+            Err(error) => return tracing::debug!("no log from the BPF programs: {error}"),
+        };
+        // SAFETY: the logger owns its descriptor for as long as it lives.
+        match unsafe { tokio::io::unix::AsyncFd::register(logger) } {
+            Ok(mut logger) => {
+                tokio::task::spawn(async move {
+                    while let Ok(mut ready) = logger.readable_mut().await {
+                        ready.get_inner_mut().flush();
+                        ready.clear_ready();
+                    }
+                });
+            }
+            Err(error) => tracing::debug!("no log from the BPF programs: {error}"),
+        }
+    }
+
+    /// Attaches a probe for all threads of a process, present and future.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn attach(&mut self, probe: &Probe, pid: NonZeroU32) -> Result<(), AttachError> {
+        let Probe {
+            hook,
+            symbol,
+            definition,
+            source,
+            attach_path,
+            file,
+            ..
+        } = probe;
+        self.attach_at(hook.program(), attach_path, definition, *source, pid)
+            .map_err(|reason| AttachError::Probe {
+                symbol: (*symbol).to_owned(),
+                file: file.display().to_string(),
+                offset: definition.file_offset,
+                reason,
+            })
+    }
+
+    /// Makes the process stop, with SIGSTOP, whenever its dynamic linker has mapped libraries.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn stop_at_library_changes(
+        &mut self,
+        linker: &Path,
+        definition: &Definition,
+        pid: NonZeroU32,
+    ) -> Result<(), AttachError> {
+        self.attach_at(LIBRARIES, linker, definition, 0, pid)
+            .map_err(|reason| AttachError::Probe {
+                symbol: "_dl_debug_state".to_owned(),
+                file: linker.display().to_string(),
+                offset: definition.file_offset,
+                reason,
+            })
+    }
+
+    fn attach_at(
+        &mut self,
+        program: &str,
+        path: &Path,
+        definition: &Definition,
+        cookie: u32,
+        pid: NonZeroU32,
+    ) -> Result<(), String> {
+        let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
+        let point = UProbeAttachPoint {
+            location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
+            cookie: Some(u64::from(cookie)),
+        };
+        let link = program
+            .attach(point, path, UProbeScope::OneProcess(pid))
+            .map_err(|error| chain(&error))?;
+        let link = program.take_link(link).map_err(|error| chain(&error))?;
+        self.links.push(link);
+        Ok(())
+    }
+
+    /// Switches all probes at once.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn set_active(&mut self, active: bool) -> Result<(), AttachError> {
+        self.control
+            .set(CONTROL_ACTIVE, u32::from(active), 0)
+            .map_err(map_error)
+    }
+
+    /// How often the process has been stopped because of new libraries.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn stops(&self) -> Result<u32, AttachError> {
+        self.control.get(&CONTROL_STOPS, 0).map_err(map_error)
+    }
+
+    /// The kernel's counters, over all CPUs.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn counters(&self) -> Result<Counters, AttachError> {
+        let mut sums = [0; COUNTERS];
+        for cpu in self.counts.get(&0, 0).map_err(map_error)?.iter() {
+            for (sum, count) in sums.iter_mut().zip(cpu) {
+                *sum += count;
+            }
+        }
+        Ok(Counters(sums))
+    }
+
+    /// Layout of `ggml_tensor` found in a library: the builds that have it, `None` while unknown.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn layout(&self, source: u32) -> Result<Option<&'static str>, AttachError> {
+        let number = self.layouts.get(&source, 0).map_err(map_error)? as usize;
+        Ok(number
+            .checked_sub(1)
+            .and_then(|index| TENSOR_LAYOUT_BUILDS.get(index).copied()))
+    }
+
+    /// Detaches all probes. The kernel waits for a grace period for each of them.
+    pub fn detach(self) {
+        drop(self);
+    }
+}
+
+const LIBRARIES: &str = "libraries";
+
+fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| AttachError::Load(format!("the BPF object has no program {name}")))?
+        .try_into()
+        .map_err(load_error)
+}
+
+/// Sums of the kernel's counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters(pub [u64; COUNTERS]);
+
+impl Counters {
+    /// One of them.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize]
+    }
+}
+
+/// The ring buffer's end that is read. Readable when there are events.
+pub struct Events(RingBuf<MapData>);
+
+impl Events {
+    /// Calls `take` with the bytes of each record that is there.
+    pub fn drain(&mut self, mut take: impl FnMut(&[u8])) {
+        while let Some(record) = self.0.next() {
+            take(&record);
+        }
+    }
+}
+
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Whether we may load BPF programs and set probes at all: root, in practice.
+///
+/// # Errors
+/// Says what is missing.
+pub fn check_privileges() -> io::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        "expert-trace needs root to load BPF programs and set uprobes; run it with sudo",
+    ))
+}

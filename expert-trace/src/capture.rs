@@ -1,0 +1,522 @@
+//! A capture from start to end: the one place where probes, events, the clock, signals and files
+//! meet.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, BufWriter, Write},
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, bail};
+use nix::sys::{
+    signal::{Signal, kill},
+    wait::{WaitPidFlag, WaitStatus, waitpid},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{SignalKind, signal},
+};
+
+use crate::{
+    attach::{Events, Session, check_privileges},
+    cli::{Attach, Recording, Run},
+    decode::decode,
+    export::Output,
+    launch::{self, Suspended},
+    model::{End, Model, Options},
+    models::{self, KnownModels},
+    probes::{Plan, linker_hook},
+    redact,
+    stats::{self, Capture as CaptureStats, Integrity, Stats},
+    summary::{self, Log},
+    target::{self, MappedFile},
+};
+
+/// Starts a program, traces it to its end, and gives its exit status.
+///
+/// # Errors
+/// When the tracer fails before the program has started. Later failures are reported and cost no
+/// data already collected.
+pub async fn run(arguments: Run) -> anyhow::Result<u8> {
+    let Run { recording, command } = arguments;
+    check_privileges()?;
+    let sinks = Sinks::open(&recording)?;
+    let path = launch::find(&command[0])?;
+    let program = launch::loaded_program(&path);
+    let linker = launch::dynamic_linker(&program)?;
+    let mut child_changed = signal(SignalKind::child())?;
+    let mut signals = OwnSignals::listen()?;
+
+    let child = Suspended::spawn(&path, &command)?;
+    let pid = child.pid();
+    let mut capture = Capture::new(&recording, sinks, pid.as_raw(), true)?;
+    capture.target.command = command.clone();
+    match linker
+        .as_deref()
+        .map(|linker| (linker, linker_hook(linker)))
+    {
+        Some((linker, Ok(Some(hook)))) => {
+            capture
+                .session
+                .stop_at_library_changes(linker, &hook, capture.pid)?;
+        }
+        found => {
+            // A static program has all its code in one file.
+            if let Some((linker, _)) = found {
+                eprintln!(
+                    "expert-trace: warning: {} has no _dl_debug_state: libraries of the program are not traced",
+                    linker.display()
+                );
+            }
+            for probe in capture.plan.extend_from_file(&program)?.to_vec() {
+                capture.session.attach(&probe, capture.pid)?;
+            }
+        }
+    }
+    capture.start()?;
+    child.release(&path)?;
+
+    let mut stops_handled = 0;
+    let status = loop {
+        tokio::select! {
+            biased;
+            _ = child_changed.recv() => {}
+            ready = capture.events.readable_mut() => {
+                let mut ready = ready?;
+                ready.clear_ready();
+                drop(ready);
+                capture.take_events();
+                continue;
+            }
+            signal = signals.for_child() => {
+                // Ctrl-C and Ctrl-Z reach the child from the terminal; others are passed on.
+                if let Some(signal) = signal {
+                    let _ = kill(pid, signal);
+                }
+                continue;
+            }
+        }
+        // Signals of children are not counted: look until there is nothing new.
+        let mut ended = None;
+        loop {
+            match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED))? {
+                WaitStatus::Exited(_, code) => ended = Some(code as u8),
+                WaitStatus::Signaled(_, signal, _) => ended = Some(128 + signal as u8),
+                WaitStatus::Stopped(_, Signal::SIGSTOP) => {
+                    let stops = capture.session.stops()?;
+                    if stops != stops_handled {
+                        stops_handled = stops;
+                        capture.attach_to_new_libraries();
+                        kill(pid, Signal::SIGCONT)?;
+                    }
+                    continue;
+                }
+                WaitStatus::StillAlive => break,
+                _ => continue,
+            }
+            break;
+        }
+        if let Some(status) = ended {
+            break status;
+        }
+    };
+    capture.finish(End::Exited, "target_exited", &recording)?;
+    Ok(status)
+}
+
+/// Traces a running process until Ctrl-C, the end of the duration, or its own end.
+///
+/// # Errors
+/// When the process cannot be traced, or the result cannot be written.
+pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
+    let Attach {
+        pid,
+        duration,
+        recording,
+    } = arguments;
+    check_privileges()?;
+    let sinks = Sinks::open(&recording)?;
+    let exit = launch::exit_descriptor(pid.get())
+        .with_context(|| format!("cannot attach to process {pid}"))?;
+    let files = target::mapped_files(pid.get())
+        .with_context(|| format!("cannot read what process {pid} maps"))?;
+
+    let mut capture = Capture::new(&recording, sinks, pid.get() as i32, false)?;
+    capture.target.command = target::command_line(pid.get()).unwrap_or_default();
+    capture.target.look(pid.get());
+    let probes = capture.plan.extend(pid.get(), &files).to_vec();
+    if !capture.plan.can_see_experts() {
+        bail!(
+            "process {pid} ({}) maps no file that defines ggml_compute_forward_get_rows, the function that shows expert ids\n  \
+             It is no llama.cpp, has not loaded its CPU backend yet, or its static executable has been stripped of symbols",
+            capture
+                .target
+                .exe
+                .as_deref()
+                .unwrap_or(Path::new("?"))
+                .display()
+        );
+    }
+    for probe in &probes {
+        capture.session.attach(probe, capture.pid)?;
+    }
+    // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
+    let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    capture.start()?;
+
+    let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
+    tokio::pin!(over);
+    let (end, why) = loop {
+        tokio::select! {
+            ready = capture.events.readable_mut() => {
+                let mut ready = ready?;
+                ready.clear_ready();
+                drop(ready);
+                capture.take_events();
+            }
+            _ = exit.readable() => break (End::Exited, "target_exited"),
+            () = &mut over => break (End::Detached, "duration"),
+            _ = interrupt.recv() => break (End::Detached, "interrupted"),
+            _ = terminate.recv() => break (End::Detached, "interrupted"),
+            _ = hangup.recv() => break (End::Detached, "interrupted"),
+        }
+    };
+    capture.finish(end, why, &recording)?;
+    Ok(0)
+}
+
+/// Where results go; opened before anything is traced.
+struct Sinks {
+    output: Option<Output>,
+    log: Option<Log<Box<dyn Write>>>,
+}
+
+impl Sinks {
+    fn open(recording: &Recording) -> anyhow::Result<Self> {
+        let failed = |path: &Path| format!("Failed to open output file: {}", path.display());
+        let output = match &recording.output {
+            Some(path) => Some(Output::create(path).with_context(|| failed(path))?),
+            None => None,
+        };
+        let log: Option<Box<dyn Write>> = match &recording.log {
+            None => None,
+            Some(None) => Some(Box::new(BufWriter::new(io::stderr()))),
+            Some(Some(path)) => {
+                let file = File::create(path).with_context(|| failed(path))?;
+                Some(Box::new(BufWriter::new(file)))
+            }
+        };
+        Ok(Self {
+            output,
+            log: log.map(Log::new),
+        })
+    }
+}
+
+/// What is known of the target, beside its events.
+#[derive(Default)]
+struct Known {
+    command: Vec<OsString>,
+    exe: Option<PathBuf>,
+    build_id: Option<String>,
+    directory: PathBuf,
+    models: KnownModels,
+}
+
+impl Known {
+    /// Looks at the process while it lives. What is known already is kept.
+    fn look(&mut self, pid: u32) {
+        if let Ok(exe) = target::executable(pid) {
+            let file = PathBuf::from(format!("/proc/{pid}/exe"));
+            self.build_id = crate::probes::build_id(&file);
+            self.exe = Some(exe);
+        }
+        if let Ok(directory) = std::fs::read_link(format!("/proc/{pid}/cwd")) {
+            self.directory = directory;
+        }
+    }
+
+    fn look_for_models(&mut self, pid: u32) {
+        let files: Vec<MappedFile> = target::mapped_files(pid).unwrap_or_default();
+        self.models = models::mapped(pid, &files);
+        if self.models.is_empty() {
+            self.models = models::named(&self.command, &self.directory);
+        }
+    }
+}
+
+struct Capture {
+    pid: NonZeroU32,
+    session: Session,
+    events: AsyncFd<Events>,
+    plan: Plan,
+    model: Model,
+    target: Known,
+    sinks: Sinks,
+    /// Whether the target has been looked at since it began to decode.
+    looked: bool,
+    from_start: bool,
+    started: Option<(SystemTime, Instant)>,
+    ring_bytes: u32,
+}
+
+impl Capture {
+    fn new(
+        recording: &Recording,
+        sinks: Sinks,
+        pid: i32,
+        from_start: bool,
+    ) -> anyhow::Result<Self> {
+        let pid = u32::try_from(pid)
+            .ok()
+            .and_then(NonZeroU32::new)
+            .context("not a process id")?;
+        let (mut session, events) = Session::load(recording.buffer_size)?;
+        session.forward_log();
+        // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
+        Ok(Self {
+            pid,
+            session,
+            events,
+            plan: Plan::default(),
+            model: Model::new(Options {
+                include_warmup: recording.include_warmup,
+                from_start,
+            }),
+            target: Known {
+                directory: std::env::current_dir().unwrap_or_default(),
+                ..Known::default()
+            },
+            sinks,
+            looked: false,
+            from_start,
+            started: None,
+            ring_bytes: recording.buffer_size,
+        })
+    }
+
+    /// Switches the probes on.
+    fn start(&mut self) -> anyhow::Result<()> {
+        self.session.set_active(true)?;
+        self.started = Some((SystemTime::now(), Instant::now()));
+        eprintln!(
+            "Expert tracing enabled (stats=1, logging={})",
+            u8::from(self.sinks.log.is_some())
+        );
+        Ok(())
+    }
+
+    /// Probes what our stopped child has mapped since the last time.
+    ///
+    /// A failure is reported, and the child goes on: it is the user's program.
+    fn attach_to_new_libraries(&mut self) {
+        let pid = self.pid.get();
+        let files = match target::mapped_files(pid) {
+            Ok(files) => files,
+            Err(error) => return eprintln!("expert-trace: cannot read what {pid} maps: {error}"),
+        };
+        for probe in self.plan.extend(pid, &files).to_vec() {
+            if let Err(error) = self.session.attach(&probe, self.pid) {
+                eprintln!("expert-trace: {error}");
+            }
+        }
+    }
+
+    fn take_events(&mut self) {
+        let Self {
+            events,
+            model,
+            sinks,
+            target,
+            looked,
+            plan,
+            pid,
+            ..
+        } = self;
+        if !*looked && plan.can_see_experts() {
+            *looked = true;
+            target.look(pid.get());
+            target.look_for_models(pid.get());
+            model.set_facts(target.models.facts());
+        }
+        let mut log_error = None;
+        events.get_mut().drain(|bytes| {
+            model.push(decode(bytes), &mut |pass| {
+                if let Some(log) = &mut sinks.log
+                    && let Err(error) = log.pass(pass)
+                {
+                    log_error = Some(error);
+                }
+            });
+        });
+        if let Some(log) = &mut sinks.log
+            && let Err(error) = log.flush()
+        {
+            log_error = Some(error);
+        }
+        if let Some(error) = log_error {
+            eprintln!("expert-trace: the log ends here: {error}");
+            sinks.log = None;
+        }
+    }
+
+    /// Waits until what the probes have begun has arrived: they can be running on other CPUs.
+    fn settle(&mut self) -> anyhow::Result<Integrity> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        loop {
+            self.take_events();
+            let counters = self.session.counters()?;
+            let integrity = Integrity::new(&counters, self.model.received(), self.ring_bytes);
+            let flows = [&integrity.events, &integrity.rows];
+            let settled = flows.iter().all(|flow| flow.balances())
+                && integrity.events.emitted == integrity.received.events;
+            if settled || Instant::now() > deadline {
+                return Ok(integrity);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn finish(mut self, end: End, why: &'static str, recording: &Recording) -> anyhow::Result<()> {
+        let duration = self
+            .started
+            .map_or(Duration::ZERO, |(_, began)| began.elapsed());
+        self.session.set_active(false)?;
+        let integrity = self.settle()?;
+        let sinks = &mut self.sinks;
+        self.model.end(end, &mut |pass| {
+            if let Some(log) = &mut sinks.log {
+                let _ = log.pass(pass);
+            }
+        });
+        if let Some(mut log) = sinks.log.take() {
+            let _ = log.flush();
+        }
+        let output = sinks.output.take();
+        let stats = self.stats(integrity, why, duration, recording)?;
+
+        let mut stderr = io::stderr().lock();
+        // A closed terminal must not cost the file.
+        let _ = summary::write(&mut stderr, &stats, recording.top);
+        if stats.layers_context.is_none() {
+            let _ = writeln!(stderr, "No expert routing was seen: {}.", silence(&stats));
+        }
+        if let (Some(output), Some(path)) = (output, &recording.output) {
+            output
+                .write_json(&stats)
+                .with_context(|| format!("Failed to write output file: {}", path.display()))?;
+            let _ = writeln!(stderr, "Statistics exported to: {}", path.display());
+        }
+        self.session.detach();
+        Ok(())
+    }
+
+    fn stats(
+        &mut self,
+        integrity: Integrity,
+        why: &'static str,
+        duration: Duration,
+        recording: &Recording,
+    ) -> anyhow::Result<Stats> {
+        let contexts = self.model.contexts();
+        let main = Stats::main_context(&self.model);
+        let sources = self.plan.sources();
+        let tensor_layouts = (0..sources)
+            .map(|source| self.session.layout(source))
+            .collect::<Result<_, _>>()?;
+        let (started, _) = self.started.context("the capture has not started")?;
+        let models = std::mem::take(&mut self.target.models).into_files();
+        Ok(Stats {
+            schema: stats::Schema {
+                name: stats::SCHEMA_NAME,
+                version: stats::SCHEMA_VERSION,
+            },
+            tool: stats::Tool {
+                name: env!("CARGO_PKG_NAME"),
+                version: env!("CARGO_PKG_VERSION"),
+            },
+            target: stats::Target {
+                pid: self.pid.get(),
+                exe: self.target.exe.clone(),
+                build_id: self.target.build_id.clone(),
+                command: redact::command(&self.target.command),
+                hooks: self.plan.probes.clone(),
+                tensor_layouts,
+            },
+            capture: CaptureStats {
+                mode: if self.from_start { "run" } else { "attach" },
+                started: humantime::format_rfc3339_millis(started).to_string(),
+                duration_s: duration.as_secs_f64(),
+                ended: why,
+                include_warmup: recording.include_warmup,
+            },
+            layers_context: main,
+            layers: main.map_or_else(Vec::new, |main| stats::specified_layers(&contexts[main])),
+            contexts: contexts
+                .iter()
+                .enumerate()
+                .map(|(id, context)| stats::context_stats(id, context, &models))
+                .collect(),
+            excluded: stats::excluded_list(&self.model.excluded()),
+            models,
+            integrity,
+        })
+    }
+}
+
+/// Why nothing was seen, as far as the counters tell.
+fn silence(stats: &Stats) -> &'static str {
+    let hits = &stats.integrity.hits;
+    if !stats.excluded.is_empty() {
+        "all passes were left out"
+    } else if stats.target.hooks.is_empty() {
+        "the process loaded no library that defines ggml_compute_forward_get_rows"
+    } else if hits.entered == 0 {
+        "no token was decoded on the CPU backend"
+    } else if hits.routed > 0 {
+        "expert ids were there, and could not be read"
+    } else if hits.token_lookup > 0 {
+        "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its router is on a GPU"
+    } else {
+        "nothing that the probe recognised was computed"
+    }
+}
+
+/// Signals to us while a child runs.
+struct OwnSignals {
+    interrupt: tokio::signal::unix::Signal,
+    quit: tokio::signal::unix::Signal,
+    stop: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+}
+
+impl OwnSignals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
+            stop: signal(SignalKind::from_raw(libc::SIGTSTP))?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for a signal to us. Gives it when the child has to be told, too.
+    async fn for_child(&mut self) -> Option<Signal> {
+        tokio::select! {
+            _ = self.interrupt.recv() => None,
+            _ = self.quit.recv() => None,
+            _ = self.stop.recv() => None,
+            _ = self.terminate.recv() => Some(Signal::SIGTERM),
+            _ = self.hangup.recv() => Some(Signal::SIGHUP),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The command line: definitions and help, no logic.
+
+use std::{ffi::OsString, num::NonZeroU32, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  Trace a program from its first instruction to its end:
+    sudo expert-trace run -o stats.json -- llama-cli -m model.gguf -p \"Hello\"
+
+  Trace a running server for half a minute; it goes on unharmed:
+    sudo expert-trace attach --pid 4242 --duration 30s -o stats.json
+
+  See the choice of every token in every layer as it is made:
+    sudo expert-trace run --log -- llama-cli -m model.gguf -p \"Hello\"";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  sudo expert-trace run -o stats.json -- llama-cli -m model.gguf -p \"Hello\"
+  sudo expert-trace run --top 5 -- llama-bench -m model.gguf
+  sudo expert-trace run --log=routes.log -- llama-completion -m model.gguf -f prompt.txt";
+
+const ATTACH_EXAMPLES: &str = "\
+Examples:
+  sudo expert-trace attach --pid 4242
+  sudo expert-trace attach --pid $(pidof llama-server) --duration 30s -o stats.json";
+
+/// Shows which experts a Mixture-of-Experts model really uses, by tracing an unmodified llama.cpp.
+#[derive(Debug, Parser)]
+#[command(version, before_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a program and trace it from its first instruction to its end
+    #[command(before_help = RUN_EXAMPLES)]
+    Run(Run),
+    /// Trace a running process until Ctrl-C, --duration, or its end; it goes on unharmed
+    #[command(before_help = ATTACH_EXAMPLES)]
+    Attach(Attach),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// How to record.
+    #[command(flatten)]
+    pub recording: Recording,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// Process to trace
+    #[arg(short, long, value_name = "PID")]
+    pub pid: NonZeroU32,
+    /// Stop after this time (30s, 5m, 1h30m)
+    #[arg(short, long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub duration: Option<Duration>,
+    /// How to record.
+    #[command(flatten)]
+    pub recording: Recording,
+}
+
+/// What `run` and `attach` have in common.
+#[derive(Debug, Args)]
+pub struct Recording {
+    /// Write the counts to this file as JSON
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print one line per token and layer, to stderr or to a file
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub log: Option<Option<PathBuf>>,
+    /// List at most so many experts per layer in the summary
+    #[arg(long, value_name = "N")]
+    pub top: Option<usize>,
+    /// Count warm-up passes too
+    #[arg(long)]
+    pub include_warmup: bool,
+    /// Size of the kernel's ring buffer (K, M, G; rounded up to a power of two)
+    #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_buffer_bytes)]
+    pub buffer_size: u32,
+}
+
+/// Largest ring buffer: larger powers of two do not fit the kernel's interface.
+const MAX_RING: u64 = 1 << 31;
+
+fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
+    let (digits, unit) = match text
+        .trim_end_matches(['B', 'i'])
+        .strip_suffix(['K', 'M', 'G'])
+    {
+        Some(digits) => (digits, text.as_bytes()[digits.len()]),
+        None => (text, b' '),
+    };
+    let factor: u64 = match unit {
+        b'K' => 1 << 10,
+        b'M' => 1 << 20,
+        b'G' => 1 << 30,
+        _ => 1,
+    };
+    let page = u64::try_from(
+        nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+            .ok()
+            .flatten()
+            .unwrap_or(4096),
+    )
+    .unwrap_or(4096);
+    let bytes = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+        .filter(|bytes| (1..=MAX_RING).contains(bytes))
+        .ok_or_else(|| format!("a size up to {}G is needed, such as 8M", MAX_RING >> 30))?;
+    u32::try_from(bytes.max(page).next_power_of_two()).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn ring_buffer_sizes() {
+        assert_eq!(ring_buffer_bytes("8M"), Ok(8 << 20));
+        assert_eq!(ring_buffer_bytes("3MiB"), Ok(4 << 20));
+        assert_eq!(ring_buffer_bytes("2G"), Ok(1 << 31));
+        assert_eq!(ring_buffer_bytes("1"), ring_buffer_bytes("4K"));
+        for text in ["", "0", "M", "-1", "3G", "99999999999999999999", "8X"] {
+            assert!(ring_buffer_bytes(text).is_err(), "{text}");
+        }
+    }
+}

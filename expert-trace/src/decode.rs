@@ -1,0 +1,239 @@
+//! Bytes of the ring buffer to events.
+//!
+//! Total: whatever the bytes, there is an event or a reason, never a panic. The bytes come from our
+//! own BPF programs, but the ids in them, the tensor's shape and the ubatch are the target's.
+
+use std::{mem::size_of, ptr};
+
+use expert_trace_common::{Header, Kind, MAX_EXPERTS, MAX_LAYERS, RowInfo};
+use thiserror::Error;
+
+/// What has happened in the target.
+#[derive(Clone, Copy, Debug)]
+pub struct Event<'a> {
+    /// Context, pass, layer and so on.
+    pub header: Header,
+    /// The rest, by kind.
+    pub body: Body<'a>,
+}
+
+/// What an event brings beside its header.
+#[derive(Clone, Copy, Debug)]
+pub enum Body<'a> {
+    /// `header.rows` × `header.k` expert ids, in router order within a row.
+    Rows(Numbers<'a>),
+    /// Rows of a pass' ubatch; a pass begins where `header.first_row` is 0.
+    Pass(RowInfos<'a>),
+    /// All tokens of a short pass.
+    Tokens(Numbers<'a>),
+    /// The context is being freed.
+    ContextEnd,
+    /// A child of ours has stopped with new libraries mapped.
+    Libraries,
+}
+
+/// Why bytes are no event.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Malformed {
+    /// Shorter than a header, or than what the header promises.
+    #[error("record is too short")]
+    Short,
+    /// A number that no [`Kind`] has.
+    #[error("unknown kind of record {0}")]
+    Kind(u8),
+    /// k, a layer or row numbers out of their range.
+    #[error("impossible shape")]
+    Shape,
+    /// An expert that the model cannot have.
+    #[error("expert id {0} is out of range")]
+    ExpertId(i32),
+}
+
+/// 32-bit integers of a payload.
+#[derive(Clone, Copy, Debug)]
+pub struct Numbers<'a>(&'a [u8]);
+
+impl<'a> Numbers<'a> {
+    /// The integers, in order.
+    pub fn iter(self) -> impl ExactSizeIterator<Item = i32> + 'a {
+        self.0
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| i32::from_ne_bytes(*bytes))
+    }
+}
+
+/// [`RowInfo`]s of a payload.
+#[derive(Clone, Copy, Debug)]
+pub struct RowInfos<'a>(&'a [u8]);
+
+impl<'a> RowInfos<'a> {
+    /// The rows, in order.
+    pub fn iter(self) -> impl ExactSizeIterator<Item = RowInfo> + 'a {
+        self.0
+            .as_chunks::<{ size_of::<RowInfo>() }>()
+            .0
+            .iter()
+            // SAFETY: the source has the size of the type, which is valid for every pattern of bits.
+            .map(|bytes| unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
+    }
+}
+
+/// Decodes one record.
+///
+/// # Errors
+/// Says why the bytes cannot be believed; none of them is to be counted then.
+pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
+    let (head, payload) = bytes
+        .split_at_checked(size_of::<Header>())
+        .ok_or(Malformed::Short)?;
+    // SAFETY: the source has the size of the type, which is valid for every pattern of bits.
+    let header: Header = unsafe { ptr::read_unaligned(head.as_ptr().cast()) };
+    let kind = Kind::from_u8(header.kind).ok_or(Malformed::Kind(header.kind))?;
+    let last_row = header.first_row.checked_add(header.rows);
+    if last_row.is_none_or(|last| last > header.total_rows) {
+        return Err(Malformed::Shape);
+    }
+    let payload_of = |element: usize, count: u64| {
+        usize::try_from(count)
+            .ok()
+            .and_then(|count| count.checked_mul(element))
+            .and_then(|length| payload.get(..length))
+            .ok_or(Malformed::Short)
+    };
+    let rows = u64::from(header.rows);
+    let body = match kind {
+        Kind::Rows => {
+            let sane =
+                (1..=MAX_EXPERTS).contains(&usize::from(header.k)) && header.layer < MAX_LAYERS;
+            if !sane {
+                return Err(Malformed::Shape);
+            }
+            let ids = Numbers(payload_of(4, rows * u64::from(header.k))?);
+            let experts = expert_bound(&header);
+            if let Some(id) = ids.iter().find(|id| !(0..experts).contains(id)) {
+                return Err(Malformed::ExpertId(id));
+            }
+            Body::Rows(ids)
+        }
+        Kind::Pass => Body::Pass(RowInfos(payload_of(size_of::<RowInfo>(), rows)?)),
+        Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
+        Kind::ContextEnd => Body::ContextEnd,
+        Kind::Libraries => Body::Libraries,
+    };
+    Ok(Event { header, body })
+}
+
+/// Ids must be below this.
+///
+/// The ids tensor is a view of the argsort over all experts, so the distance of its rows is their
+/// number; where rows lie close together (all experts chosen, or another way to choose) it is not,
+/// and only llama.cpp's own limit is certain.
+fn expert_bound(header: &Header) -> i32 {
+    let stride = header.row_stride as usize;
+    if stride > usize::from(header.k) {
+        stride.min(MAX_EXPERTS) as i32
+    } else {
+        MAX_EXPERTS as i32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expert_trace_common::payload;
+
+    fn bytes(header: Header, payload: &[u8]) -> Vec<u8> {
+        // SAFETY: the header is made of integers without padding (checked in the common crate).
+        let head = unsafe {
+            std::slice::from_raw_parts((&raw const header).cast::<u8>(), size_of::<Header>())
+        };
+        [head, payload].concat()
+    }
+
+    fn ids(ids: &[i32]) -> Vec<u8> {
+        ids.iter().flat_map(|id| id.to_ne_bytes()).collect()
+    }
+
+    fn rows(rows: u32, k: u16, row_stride: u32) -> Header {
+        Header {
+            kind: Kind::Rows as u8,
+            k,
+            rows,
+            total_rows: rows,
+            row_stride,
+            ..Header::default()
+        }
+    }
+
+    #[test]
+    fn rows_come_back_as_they_were() {
+        let mut payload = ids(&[3, 1, 31, 0]);
+        payload.resize(payload::SMALL, 0xff);
+        let record = bytes(rows(2, 2, 32), &payload);
+        let Body::Rows(ids) = decode(&record).unwrap().body else {
+            panic!()
+        };
+        assert_eq!(ids.iter().collect::<Vec<_>>(), [3, 1, 31, 0]);
+    }
+
+    #[test]
+    fn ids_the_model_cannot_have_are_refused() {
+        for id in [32, -1, i32::MAX] {
+            let record = bytes(rows(1, 2, 32), &ids(&[0, id]));
+            assert_eq!(decode(&record).unwrap_err(), Malformed::ExpertId(id));
+        }
+        // All experts of the row chosen: the stride says nothing.
+        assert!(decode(&bytes(rows(1, 2, 2), &ids(&[0, 1023]))).is_ok());
+        assert!(decode(&bytes(rows(1, 2, 2), &ids(&[0, 1024]))).is_err());
+    }
+
+    #[test]
+    fn shapes_that_cannot_be_are_refused() {
+        assert_eq!(
+            decode(&bytes(rows(1, 0, 8), &[])).unwrap_err(),
+            Malformed::Shape
+        );
+        assert_eq!(
+            decode(&bytes(rows(1, 1025, 8), &[])).unwrap_err(),
+            Malformed::Shape
+        );
+        assert_eq!(
+            decode(&bytes(rows(9, 8, 8), &[0; 64])).unwrap_err(),
+            Malformed::Short
+        );
+        let beyond = Header {
+            first_row: u32::MAX,
+            ..rows(1, 1, 8)
+        };
+        assert_eq!(
+            decode(&bytes(beyond, &[0; 64])).unwrap_err(),
+            Malformed::Shape
+        );
+    }
+
+    #[test]
+    fn any_bytes_give_an_answer() {
+        // Every kind, with lengths and header bytes that change one at a time.
+        for kind in 0..=6 {
+            let record = bytes(
+                Header {
+                    kind,
+                    ..rows(2, 2, 32)
+                },
+                &ids(&[3, 1, 31, 0]),
+            );
+            for length in 0..record.len() {
+                let _ = decode(&record[..length]);
+            }
+            for i in 0..record.len() {
+                for value in [0, 1, 0x7f, 0x80, 0xff] {
+                    let mut changed = record.clone();
+                    changed[i] = value;
+                    let _ = decode(&changed);
+                }
+            }
+        }
+    }
+}

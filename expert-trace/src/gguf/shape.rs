@@ -1,0 +1,196 @@
+//! What of a model the tracer has to know, put together from all files the model is split into.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::{Gguf, GgufError, Value};
+
+/// Twice `LLAMA_MAX_LAYERS` of llama.cpp b11434.
+const MAX_LAYERS: u64 = 1024;
+/// Four times `LLAMA_MAX_EXPERTS` of llama.cpp b11434.
+const MAX_EXPERTS: u64 = 4096;
+
+/// Experts chosen per token (k).
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(untagged)]
+pub enum ExpertsUsed {
+    /// The same number in every layer.
+    Uniform(u32),
+    /// One number per layer, 0 for layers without experts.
+    PerLayer(Vec<u32>),
+}
+
+impl ExpertsUsed {
+    /// k of `layer`; 0 for a layer that the model does not have.
+    pub fn of(&self, layer: u32) -> u32 {
+        match self {
+            ExpertsUsed::Uniform(k) => *k,
+            ExpertsUsed::PerLayer(ks) => ks.get(layer as usize).copied().unwrap_or(0),
+        }
+    }
+}
+
+/// Layers and experts of a model. Numbers are bounded: at most 1024 layers, 4096 experts, and no
+/// k above the number of experts.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct ModelShape {
+    /// `general.architecture`, such as `qwen3moe`.
+    pub arch: String,
+    /// `general.name`, for people.
+    pub name: Option<String>,
+    /// `<arch>.block_count`: all layers, those for multi-token prediction included.
+    pub layers: u32,
+    /// `<arch>.expert_count`, shared experts not included; 0 for a dense model.
+    pub n_expert: u32,
+    /// `<arch>.expert_used_count`, which may be one number or one per layer.
+    pub n_expert_used: ExpertsUsed,
+    /// `<arch>.nextn_predict_layers`: how many of the last layers only predict further tokens, and
+    /// do not run unless llama.cpp is asked to speculate with them.
+    pub nextn_predict_layers: u32,
+    /// Layers with both a router and routed experts, ascending.
+    pub moe_layers: Vec<u32>,
+}
+
+impl ModelShape {
+    /// Takes keys from the first file, as llama.cpp does, and tensors from all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`GgufError::Key`] when a key is missing or its value is beyond the limits of this type.
+    pub fn from_ggufs(shards: &[Gguf]) -> Result<ModelShape, GgufError> {
+        let missing = |key: &str| GgufError::Key {
+            key: key.to_owned(),
+            problem: "is missing",
+        };
+        let first = shards
+            .first()
+            .ok_or_else(|| missing("general.architecture"))?;
+        let arch = first
+            .arch()
+            .ok_or_else(|| missing("general.architecture"))?;
+        let keys = ArchKeys { gguf: first, arch };
+        let layers = keys
+            .number("block_count", MAX_LAYERS)?
+            .ok_or_else(|| missing(&keys.name("block_count")))?;
+        let n_expert = keys.number("expert_count", MAX_EXPERTS)?.unwrap_or(0);
+        Ok(ModelShape {
+            arch: arch.to_owned(),
+            name: first.string("general.name").map(str::to_owned),
+            layers,
+            n_expert,
+            n_expert_used: keys.experts_used(layers, n_expert)?,
+            nextn_predict_layers: keys
+                .number("nextn_predict_layers", layers.into())?
+                .unwrap_or(0),
+            moe_layers: moe_layers(shards, layers),
+        })
+    }
+}
+
+/// The keys of one architecture.
+struct ArchKeys<'a> {
+    gguf: &'a Gguf,
+    arch: &'a str,
+}
+
+impl ArchKeys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
+    }
+
+    fn invalid(&self, key: &str, problem: &'static str) -> GgufError {
+        GgufError::Key {
+            key: self.name(key),
+            problem,
+        }
+    }
+
+    fn number(&self, key: &str, max: u64) -> Result<Option<u32>, GgufError> {
+        let Some(value) = self.gguf.kv.get(&self.name(key)) else {
+            return Ok(None);
+        };
+        value
+            .as_u64()
+            .filter(|n| *n <= max)
+            .and_then(|n| u32::try_from(n).ok())
+            .map(Some)
+            .ok_or_else(|| self.invalid(key, "is not a number in its range"))
+    }
+
+    /// Mirrors `llama_model_loader::get_key_or_arr`: one number, or as many as there are layers.
+    fn experts_used(&self, layers: u32, n_expert: u32) -> Result<ExpertsUsed, GgufError> {
+        let key = "expert_used_count";
+        let Some(Value::Ints(ks)) = self.gguf.kv.get(&self.name(key)) else {
+            let k = self.number(key, n_expert.into())?.unwrap_or(0);
+            return Ok(ExpertsUsed::Uniform(k));
+        };
+        if ks.len() != layers as usize {
+            return Err(self.invalid(key, "does not have one entry per layer"));
+        }
+        ks.iter()
+            .map(|k| u32::try_from(*k).ok().filter(|k| *k <= n_expert))
+            .collect::<Option<Vec<u32>>>()
+            .map(ExpertsUsed::PerLayer)
+            .ok_or_else(|| self.invalid(key, "has an entry that is not a number of experts"))
+    }
+}
+
+/// Layers below `layers` with a router and with routed experts. A router alone is no proof: a shard
+/// can be missing, and some architectures keep one in layers that run dense.
+fn moe_layers(shards: &[Gguf], layers: u32) -> Vec<u32> {
+    #[derive(Default)]
+    struct Seen {
+        router: bool,
+        experts: bool,
+    }
+    let mut seen: BTreeMap<u32, Seen> = BTreeMap::new();
+    for tensor in shards.iter().flat_map(|shard| &shard.tensors) {
+        let Some((layer, part)) = layer_part(&tensor.name).filter(|(layer, _)| *layer < layers)
+        else {
+            continue;
+        };
+        match part {
+            "ffn_gate_inp.weight" => seen.entry(layer).or_default().router = true,
+            "ffn_gate_exps.weight"
+            | "ffn_up_exps.weight"
+            | "ffn_down_exps.weight"
+            | "ffn_gate_up_exps.weight" => seen.entry(layer).or_default().experts = true,
+            _ => {}
+        }
+    }
+    seen.retain(|_, seen| seen.router && seen.experts);
+    seen.into_keys().collect()
+}
+
+/// Splits `blk.<layer>.<part>`.
+fn layer_part(name: &str) -> Option<(u32, &str)> {
+    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    Some((layer.parse().ok()?, part))
+}
+
+/// All files of the model that `path` belongs to, in order: its siblings when `path` is named
+/// `<prefix>-<number>-of-<total>.gguf` with five digits each (`llama_split_path` in llama.cpp), and
+/// `path` alone otherwise. Does not look whether the files exist.
+pub fn shard_paths(path: &Path) -> Vec<PathBuf> {
+    let total = path.file_name().and_then(|name| {
+        let (prefix, total) = split_name(name.to_str()?)?;
+        Some((prefix.to_owned(), total))
+    });
+    match total {
+        None => vec![path.to_owned()],
+        Some((prefix, total)) => (1..=total)
+            .map(|i| path.with_file_name(format!("{prefix}-{i:05}-of-{total:05}.gguf")))
+            .collect(),
+    }
+}
+
+/// Splits the name of a shard into its prefix and the number of shards.
+fn split_name(name: &str) -> Option<(&str, u32)> {
+    fn five_digits(s: &str) -> Option<u32> {
+        (s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok())?
+    }
+    let (rest, total) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+    let (prefix, number) = rest.rsplit_once('-')?;
+    let (number, total) = (five_digits(number)?, five_digits(total)?);
+    (1..=total).contains(&number).then_some((prefix, total))
+}

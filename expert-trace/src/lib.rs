@@ -1,0 +1,34 @@
+//! expert-trace shows which experts a Mixture-of-Experts model really uses, by tracing an unmodified
+//! llama.cpp process from outside with eBPF uprobes.
+//!
+//! Data flows one way, and each module has one subject:
+//!
+//! ```text
+//! target process ──uprobe──▶ expert-trace-ebpf ──ring buffer──▶ decode ─▶ model ─▶ export, summary
+//!      ▲                                                                    ▲
+//! target, launch ─▶ symbols ─▶ probes (Plan) ─▶ attach (Session)          gguf
+//! ```
+//!
+//! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
+//! - [`symbols`]: ELF bytes to file offsets. [`probes`]: which functions are to be probed: the `Plan`.
+//! - [`attach`]: the only module that names aya. Plan to Session.
+//! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
+//! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
+//! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//! - [`capture`]: the one place where all of this meets the clock, signals and files.
+
+pub mod attach;
+pub mod capture;
+pub mod cli;
+pub mod decode;
+pub mod export;
+pub mod gguf;
+pub mod launch;
+pub mod model;
+pub mod models;
+pub mod probes;
+pub mod redact;
+pub mod stats;
+pub mod summary;
+pub mod symbols;
+pub mod target;

@@ -1,0 +1,44 @@
+//! Parses, calls, and turns errors into exit statuses.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use expert_trace::{
+    capture,
+    cli::{Cli, Command},
+    launch::LaunchError,
+};
+use tracing_subscriber::EnvFilter;
+
+/// Exit status when the tracer itself fails, as `env` and `timeout` have it.
+const TRACER_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_env("EXPERT_TRACE_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    match run(cli) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("expert-trace: error: {error:#}");
+            let status = error
+                .downcast_ref::<LaunchError>()
+                .map_or(TRACER_FAILED, LaunchError::exit_code);
+            ExitCode::from(status)
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        match cli.command {
+            Command::Run(arguments) => capture::run(arguments).await,
+            Command::Attach(arguments) => capture::attach(arguments).await,
+        }
+    })
+}

@@ -1,0 +1,379 @@
+//! Events to counts. Pure: the same events give the same result; no clock, no I/O.
+//!
+//! Rows are collected pass by pass, and a pass is counted as a whole when the next one begins, so
+//! that warm-up passes and passes seen in part can be left out. Contexts are never summed.
+
+mod pass;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use expert_trace_common::{Header, PassSource, Phase};
+use serde::Serialize;
+
+pub use self::pass::{Block, Pass};
+use crate::decode::{Body, Event, Malformed};
+
+/// Contexts told apart. A target that makes up more is not believed.
+const MAX_CONTEXTS: usize = 4096;
+
+/// What the capture knows beside the events.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Count warm-up passes like all others.
+    pub include_warmup: bool,
+    /// The target was traced from its first instruction on: no pass can have begun before.
+    pub from_start: bool,
+}
+
+/// What the model file says, as far as passes are judged by it.
+#[derive(Clone, Debug, Default)]
+pub struct ModelFacts {
+    /// Token sequences that are decoded to warm up: [BOS, EOS], by the tokenizer of each model.
+    pub warmup_tokens: Vec<Vec<i32>>,
+    /// Layers with experts, when one model is known for certain.
+    pub moe_layers: Option<BTreeSet<u16>>,
+}
+
+/// Why a pass is not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exclusion {
+    /// Evaluated before any other pass of its context, to warm up.
+    Warmup,
+    /// Only a part of it was seen, at the start or the end of the capture.
+    Partial,
+}
+
+/// Passes that were left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Excluded {
+    /// Number of passes.
+    pub passes: u64,
+    /// Their tokens.
+    pub tokens: u64,
+}
+
+/// What arrived from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Received {
+    /// Records read from the ring buffer.
+    pub events: u64,
+    /// Rows in those that could be decoded.
+    pub rows: u64,
+    /// Records that could not be believed, and were not counted.
+    pub rejected: u64,
+}
+
+/// How a capture ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The target is gone: nothing follows its last pass.
+    Exited,
+    /// The target goes on; its last passes may have been cut.
+    Detached,
+}
+
+/// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layer {
+    /// Experts chosen per token; the largest seen.
+    pub k: u16,
+    /// Experts to choose from, when the target's tensors show it; else 0.
+    pub n_expert: u32,
+    /// Tokens routed.
+    pub tokens: [u64; 2],
+    /// Activations by expert.
+    pub experts: Vec<[u64; 2]>,
+}
+
+impl Layer {
+    /// Tokens routed, prefill and decode.
+    pub fn total_tokens(&self) -> u64 {
+        self.tokens.iter().sum()
+    }
+
+    /// (token, expert) pairs, prefill and decode.
+    pub fn activations(&self) -> u64 {
+        self.experts.iter().flatten().sum()
+    }
+}
+
+/// Counts of one context.
+#[derive(Debug, Default)]
+pub struct Context {
+    /// Process, as the initial PID namespace numbers it.
+    pub process: u32,
+    /// How its passes were told apart.
+    pub layer_order: bool,
+    /// Library that its ids were read in: [`crate::probes::Probe::source`].
+    pub source: u32,
+    /// Passes counted.
+    pub passes: u64,
+    /// Those of them whose ubatch was read, so that prefill and decode are known row by row.
+    pub passes_with_ubatch: u64,
+    /// Counts by layer.
+    pub layers: BTreeMap<u16, Layer>,
+    /// Passes left out.
+    pub excluded: BTreeMap<Exclusion, Excluded>,
+
+    current: Option<Pass>,
+    held: Option<Pass>,
+    /// Whether a pass that is no warm-up has been seen.
+    worked: bool,
+    /// Sequences whose last token had no output: the next ones go on with the same prompt.
+    in_prompt: BTreeMap<u16, bool>,
+}
+
+impl Context {
+    /// Tokens of the layer that routed most: what passed through the model.
+    pub fn tokens(&self) -> u64 {
+        self.layers
+            .values()
+            .map(Layer::total_tokens)
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// Gets every pass that is counted, in order.
+pub type OnPass<'a> = dyn FnMut(&Pass) + 'a;
+
+/// All that has been seen.
+#[derive(Debug, Default)]
+pub struct Model {
+    options: Options,
+    facts: ModelFacts,
+    contexts: Vec<Context>,
+    by_key: HashMap<(u32, u64, u32), usize>,
+    received: Received,
+}
+
+impl Model {
+    /// Nothing seen yet.
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            ..Self::default()
+        }
+    }
+
+    /// Tells what the model files say. Passes judged before are not judged again.
+    pub fn set_facts(&mut self, facts: ModelFacts) {
+        self.facts = facts;
+    }
+
+    /// Contexts in which a pass was seen, in the order of their first.
+    pub fn contexts(&self) -> &[Context] {
+        &self.contexts
+    }
+
+    /// What arrived.
+    pub fn received(&self) -> Received {
+        self.received
+    }
+
+    /// Passes left out, over all contexts.
+    pub fn excluded(&self) -> BTreeMap<Exclusion, Excluded> {
+        let mut sums: BTreeMap<Exclusion, Excluded> = BTreeMap::new();
+        for (kind, excluded) in self.contexts.iter().flat_map(|context| &context.excluded) {
+            let sum = sums.entry(*kind).or_default();
+            sum.passes += excluded.passes;
+            sum.tokens += excluded.tokens;
+        }
+        sums
+    }
+
+    /// Takes in a record of the ring buffer, decoded or not.
+    pub fn push(&mut self, event: Result<Event<'_>, Malformed>, on_pass: &mut OnPass<'_>) {
+        self.received.events += 1;
+        let Ok(Event { header, body }) = event else {
+            self.received.rejected += 1;
+            return;
+        };
+        if let Body::Libraries = body {
+            return;
+        }
+        let Some(index) = self.context_index(&header) else {
+            self.received.rejected += 1;
+            return;
+        };
+        if let Body::ContextEnd = body {
+            self.finish_pass(index, on_pass);
+            self.by_key.remove(&context_key(&header));
+            return;
+        }
+        let begins = self.contexts[index]
+            .current
+            .as_ref()
+            .is_none_or(|pass| pass.number != header.pass);
+        if begins {
+            self.finish_pass(index, on_pass);
+        }
+        let context = &mut self.contexts[index];
+        let pass = context
+            .current
+            .get_or_insert_with(|| Pass::new(index, &header));
+        match body {
+            Body::Rows(ids) => {
+                self.received.rows += u64::from(header.rows);
+                context.source = header.source;
+                if !pass.add_rows(&header, ids) {
+                    self.received.rejected += 1;
+                }
+            }
+            Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
+            Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
+            Body::ContextEnd | Body::Libraries => {}
+        }
+    }
+
+    /// Ends the capture: what is still open is counted if it is whole.
+    pub fn end(&mut self, end: End, on_pass: &mut OnPass<'_>) {
+        for index in 0..self.contexts.len() {
+            let Some(pass) = self.contexts[index].current.take() else {
+                self.settle_held(index, None, on_pass);
+                continue;
+            };
+            self.settle_held(index, Some(&pass), on_pass);
+            if self.is_whole(index, &pass, end) {
+                self.judge(index, pass, on_pass);
+            } else {
+                self.exclude(index, &pass, Exclusion::Partial);
+            }
+        }
+    }
+
+    fn context_index(&mut self, header: &Header) -> Option<usize> {
+        let key = context_key(header);
+        if let Some(index) = self.by_key.get(&key) {
+            return Some(*index);
+        }
+        if self.contexts.len() >= MAX_CONTEXTS {
+            return None;
+        }
+        self.contexts.push(Context {
+            process: header.process,
+            layer_order: header.pass_source == PassSource::LayerOrder as u8,
+            ..Context::default()
+        });
+        self.by_key.insert(key, self.contexts.len() - 1);
+        Some(self.contexts.len() - 1)
+    }
+
+    /// The pass is followed by another, or by the context's end: nothing of it is to come.
+    fn finish_pass(&mut self, index: usize, on_pass: &mut OnPass<'_>) {
+        let context = &mut self.contexts[index];
+        let Some(pass) = context.current.take() else {
+            return;
+        };
+        // Without a scheduler nothing tells whether we have come in the middle of the first pass,
+        // except that the second one has the same layers.
+        if context.layer_order
+            && !self.options.from_start
+            && !context.worked
+            && context.held.is_none()
+        {
+            context.held = Some(pass);
+            return;
+        }
+        self.settle_held(index, Some(&pass), on_pass);
+        self.judge(index, pass, on_pass);
+    }
+
+    fn settle_held(&mut self, index: usize, next: Option<&Pass>, on_pass: &mut OnPass<'_>) {
+        let Some(held) = self.contexts[index].held.take() else {
+            return;
+        };
+        if next.is_some_and(|next| next.layers() == held.layers()) {
+            self.judge(index, held, on_pass);
+        } else {
+            self.exclude(index, &held, Exclusion::Partial);
+        }
+    }
+
+    fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
+        let context = &self.contexts[index];
+        if !context.worked && pass.is_warmup(&self.facts.warmup_tokens) {
+            if !self.options.include_warmup {
+                self.exclude(index, &pass, Exclusion::Warmup);
+                return;
+            }
+            self.commit(index, pass, on_pass);
+            return;
+        }
+        if pass.has_rows() {
+            self.contexts[index].worked = true;
+        }
+        self.commit(index, pass, on_pass);
+    }
+
+    /// Whether nothing is missing of the last pass of a context.
+    fn is_whole(&self, index: usize, pass: &Pass, end: End) -> bool {
+        if !pass.has_rows() {
+            return true;
+        }
+        let context = &self.contexts[index];
+        let mut expected: BTreeSet<u16> = if context.layers.is_empty() {
+            match &self.facts.moe_layers {
+                Some(layers) => layers.clone(),
+                None => return end == End::Exited && !pass.lacks_rows(),
+            }
+        } else {
+            context.layers.keys().copied().collect()
+        };
+        if pass.has_no_output() {
+            // The last layer works on output rows alone, and empty nodes are not computed.
+            expected.pop_last();
+        }
+        expected.is_subset(&pass.layers()) && !pass.lacks_rows()
+    }
+
+    fn exclude(&mut self, index: usize, pass: &Pass, why: Exclusion) {
+        if !pass.has_rows() {
+            return;
+        }
+        let context = &mut self.contexts[index];
+        if why != Exclusion::Warmup {
+            context.worked = true;
+        }
+        let excluded = context.excluded.entry(why).or_default();
+        excluded.passes += 1;
+        excluded.tokens += u64::from(pass.token_count());
+    }
+
+    fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
+        let context = &mut self.contexts[index];
+        let phases = pass.row_phases(&context.in_prompt);
+        pass.note_outputs(&mut context.in_prompt);
+        if !pass.has_rows() {
+            return;
+        }
+        context.passes += 1;
+        context.passes_with_ubatch += u64::from(pass.has_ubatch());
+        for block in &pass.blocks {
+            let layer = context.layers.entry(block.layer).or_default();
+            layer.k = layer.k.max(block.k);
+            layer.n_expert = layer.n_expert.max(block.n_expert());
+            for (i, ids) in pass.rows(block).enumerate() {
+                let phase = phases.of(block.first_row as usize + i, block.total_rows);
+                let column = usize::from(phase == Phase::Decode);
+                layer.tokens[column] += 1;
+                for id in ids {
+                    let id = usize::from(*id);
+                    if layer.experts.len() <= id {
+                        layer.experts.resize(id + 1, [0; 2]);
+                    }
+                    layer.experts[id][column] += 1;
+                }
+            }
+        }
+        on_pass(&pass);
+    }
+}
+
+fn context_key(header: &Header) -> (u32, u64, u32) {
+    (header.process, header.context, header.generation)
+}
+
+#[cfg(test)]
+mod tests;

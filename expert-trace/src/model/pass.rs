@@ -1,0 +1,263 @@
+//! One pass: the rows of one ubatch through all layers, until it is known whether they count.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
+
+use expert_trace_common::{Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, RowInfo};
+
+use crate::decode::{Numbers, RowInfos};
+
+/// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
+/// believed.
+const MAX_PASS_IDS: usize = 32 << 20;
+
+/// Rows of one layer that lie together in [`Pass`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Layer.
+    pub layer: u16,
+    /// Experts per row.
+    pub k: u16,
+    /// First row, counted within the pass and layer.
+    pub first_row: u32,
+    /// Rows.
+    pub rows: u32,
+    /// Rows of the pass in this layer.
+    pub total_rows: u32,
+    row_stride: u32,
+    start: usize,
+}
+
+impl Block {
+    /// Experts to choose from; 0 when the tensor does not show it.
+    pub fn n_expert(&self) -> u32 {
+        if self.row_stride > u32::from(self.k) {
+            self.row_stride
+        } else {
+            0
+        }
+    }
+
+    fn ids(&self) -> Range<usize> {
+        self.start..self.start + self.rows as usize * usize::from(self.k)
+    }
+}
+
+/// Rows of one ubatch.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    /// Index of its context.
+    pub context: usize,
+    /// Number within the context, from 0.
+    pub number: u32,
+    /// What has been seen of it, in the order it was computed.
+    pub blocks: Vec<Block>,
+    /// Its tokens, when it is short enough to be a warm-up; else empty.
+    pub(super) tokens: Vec<i32>,
+    ids: Vec<u16>,
+    ubatch_tokens: u32,
+    infos: Vec<RowInfo>,
+    scheduler: bool,
+}
+
+impl Pass {
+    pub(super) fn new(context: usize, header: &Header) -> Self {
+        Self {
+            context,
+            number: header.pass,
+            blocks: Vec::new(),
+            tokens: Vec::new(),
+            ids: Vec::new(),
+            ubatch_tokens: header.ubatch_tokens,
+            infos: Vec::new(),
+            scheduler: header.pass_source == PassSource::Scheduler as u8,
+        }
+    }
+
+    /// Adds a record's rows; false when the pass has more than can be.
+    pub(super) fn add_rows(&mut self, header: &Header, ids: Numbers<'_>) -> bool {
+        if self.ids.len() + ids.iter().len() > MAX_PASS_IDS {
+            return false;
+        }
+        let block = Block {
+            layer: header.layer,
+            k: header.k,
+            first_row: header.first_row,
+            rows: header.rows,
+            total_rows: header.total_rows,
+            row_stride: header.row_stride,
+            start: self.ids.len(),
+        };
+        self.ids.extend(ids.iter().map(|id| id as u16));
+        match self.blocks.last_mut() {
+            Some(last)
+                if last.layer == block.layer
+                    && last.k == block.k
+                    && block.first_row > 0
+                    && last.first_row + last.rows == block.first_row =>
+            {
+                last.rows += block.rows;
+            }
+            _ => self.blocks.push(block),
+        }
+        true
+    }
+
+    /// Adds what the ubatch says about some of its tokens.
+    pub(super) fn add_ubatch_rows(&mut self, header: &Header, rows: RowInfos<'_>) {
+        // After a loss the rows that follow would stand in the wrong place: better none.
+        if header.first_row as usize == self.infos.len() {
+            self.infos.extend(rows.iter());
+        }
+    }
+
+    /// Expert ids of a block, row by row, in router order.
+    pub fn rows(&self, block: &Block) -> impl Iterator<Item = &[u16]> {
+        self.ids[block.ids()].chunks_exact(usize::from(block.k))
+    }
+
+    /// Whether anything was routed.
+    pub fn has_rows(&self) -> bool {
+        self.blocks.iter().any(|block| block.rows > 0)
+    }
+
+    /// Whether position and sequence of each token are known.
+    pub fn has_ubatch(&self) -> bool {
+        !self.infos.is_empty() && self.infos.len() == self.ubatch_tokens as usize
+    }
+
+    /// Tokens of the pass.
+    pub fn token_count(&self) -> u32 {
+        let rows = self.blocks.iter().map(|block| block.total_rows).max();
+        self.ubatch_tokens.max(rows.unwrap_or(0))
+    }
+
+    pub(super) fn layers(&self) -> BTreeSet<u16> {
+        self.blocks.iter().map(|block| block.layer).collect()
+    }
+
+    /// Whether rows are missing in a layer of which others were seen.
+    pub(super) fn lacks_rows(&self) -> bool {
+        let mut seen: BTreeMap<u16, (u32, u32)> = BTreeMap::new();
+        for block in &self.blocks {
+            let (rows, total) = seen.entry(block.layer).or_default();
+            *rows += block.rows;
+            *total = block.total_rows;
+        }
+        seen.values().any(|(rows, total)| rows < total)
+    }
+
+    /// Whether no token's output is wanted, for certain.
+    pub(super) fn has_no_output(&self) -> bool {
+        self.has_ubatch() && self.infos.iter().all(|info| info.flags & ROW_OUTPUT == 0)
+    }
+
+    /// Positive evidence of a warm-up: at most two tokens, and either all experts chosen (b4887 to
+    /// b9470 set `n_expert_used` so) or tokens that only a warm-up decodes: [BOS, EOS], or the
+    /// [0, 0] of `common_context_can_seq_rm`.
+    pub(super) fn is_warmup(&self, warmup_tokens: &[Vec<i32>]) -> bool {
+        self.scheduler
+            && self.has_rows()
+            && self.token_count() <= MAX_WARMUP_TOKENS
+            && (self.tokens == [0, 0]
+                || (!self.tokens.is_empty() && warmup_tokens.contains(&self.tokens))
+                || self.uses_all_experts())
+    }
+
+    /// Whether each row is a permutation of as many experts as there are in a row of the argsort.
+    fn uses_all_experts(&self) -> bool {
+        self.blocks.iter().all(|block| {
+            block.k > 1
+                && block.row_stride == u32::from(block.k)
+                && self.rows(block).all(|ids| {
+                    let mut seen = vec![false; ids.len()];
+                    ids.iter().all(|id| {
+                        seen.get_mut(usize::from(*id))
+                            .is_some_and(|seen| !std::mem::replace(seen, true))
+                    })
+                })
+        })
+    }
+
+    /// Prefill or decode, for each token of the ubatch.
+    ///
+    /// A token is decoded when it is the only one of its sequence in the pass, not the sequence's
+    /// first, and does not go on with a prompt of which the pass before had no output. Where the
+    /// ubatch was not read, a pass of one token is a decode.
+    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>) -> RowPhases {
+        let mut phases = RowPhases {
+            otherwise: if self.token_count() > 1 {
+                Phase::Prefill
+            } else {
+                Phase::Decode
+            },
+            tokens: Vec::new(),
+            outputs: Vec::new(),
+        };
+        if !self.has_ubatch() {
+            return phases;
+        }
+        let mut tokens_of: BTreeMap<u16, u32> = BTreeMap::new();
+        for info in &self.infos {
+            *tokens_of.entry(info.sequence).or_default() += 1;
+        }
+        for info in &self.infos {
+            let alone = tokens_of[&info.sequence] == 1;
+            let prompt = in_prompt.get(&info.sequence).copied().unwrap_or(false);
+            let phase = if alone && info.position > 0 && !prompt {
+                Phase::Decode
+            } else {
+                Phase::Prefill
+            };
+            phases.tokens.push(phase);
+            if info.flags & ROW_OUTPUT != 0 {
+                phases.outputs.push(phase);
+            }
+        }
+        phases
+    }
+
+    /// Remembers which sequences are left in the middle of a prompt.
+    pub(super) fn note_outputs(&self, in_prompt: &mut BTreeMap<u16, bool>) {
+        if !self.has_ubatch() {
+            return;
+        }
+        for info in &self.infos {
+            in_prompt.insert(info.sequence, true);
+        }
+        for info in self
+            .infos
+            .iter()
+            .filter(|info| info.flags & ROW_OUTPUT != 0)
+        {
+            in_prompt.insert(info.sequence, false);
+        }
+    }
+}
+
+/// Phases of a pass' rows.
+pub(super) struct RowPhases {
+    /// Of all tokens; empty when the ubatch was not read.
+    tokens: Vec<Phase>,
+    /// Of the tokens whose output is wanted: the last layers work on those alone.
+    outputs: Vec<Phase>,
+    /// Of rows that are neither.
+    otherwise: Phase,
+}
+
+impl RowPhases {
+    /// Phase of a row of a layer that has `total_rows` rows.
+    pub(super) fn of(&self, row: usize, total_rows: u32) -> Phase {
+        let total = total_rows as usize;
+        let phases = if total == self.tokens.len() {
+            &self.tokens
+        } else if total == self.outputs.len() {
+            &self.outputs
+        } else {
+            return self.otherwise;
+        };
+        phases.get(row).copied().unwrap_or(self.otherwise)
+    }
+}

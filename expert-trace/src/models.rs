@@ -1,0 +1,121 @@
+//! The model files of a target: found among what it maps, else by its command line.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    gguf::{Gguf, ModelShape, shard_paths, special_tokens},
+    model::ModelFacts,
+    stats::ModelFile,
+    target::{self, MappedFile},
+};
+
+/// Model files that have been read.
+#[derive(Debug, Default)]
+pub struct KnownModels {
+    files: Vec<ModelFile>,
+    warmup_tokens: Vec<Vec<i32>>,
+}
+
+/// Reads the model files a process maps.
+pub fn mapped(pid: u32, files: &[MappedFile]) -> KnownModels {
+    let mut models = KnownModels::default();
+    let mapped = target::mapped_ggufs(pid, files);
+    let mut of_known: BTreeSet<PathBuf> = BTreeSet::new();
+    for (reachable, path) in &mapped {
+        if of_known.contains(path) {
+            continue;
+        }
+        let shards = shard_paths(path);
+        let reachable_shards: Vec<PathBuf> = if shards.len() == 1 {
+            vec![reachable.clone()]
+        } else {
+            shards
+                .iter()
+                .map(|shard| {
+                    let mapping = mapped.iter().find(|(_, path)| path == shard);
+                    mapping.map_or_else(
+                        || PathBuf::from(format!("/proc/{pid}/root{}", shard.display())),
+                        |(reachable, _)| reachable.clone(),
+                    )
+                })
+                .collect()
+        };
+        of_known.extend(shards.iter().cloned());
+        let first = shards.first().unwrap_or(path);
+        models.add(first, &reachable_shards, "mapped");
+    }
+    models
+}
+
+/// Reads the model that a command line names, for a process that does not map it (`--no-mmap`), or
+/// has ended before we could look.
+pub fn named(command: &[OsString], directory: &Path) -> KnownModels {
+    let mut models = KnownModels::default();
+    if let Some(path) = target::model_argument(command, directory) {
+        models.add(&path, &shard_paths(&path), "command_line");
+    }
+    models
+}
+
+impl KnownModels {
+    /// Whether none was found.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// What passes are judged by.
+    pub fn facts(&self) -> ModelFacts {
+        let layers = match self.files.as_slice() {
+            // NextN blocks run only when the program asks for them.
+            [model] if model.shape.nextn_predict_layers == 0 => Some(
+                model
+                    .shape
+                    .moe_layers
+                    .iter()
+                    .filter_map(|layer| u16::try_from(*layer).ok())
+                    .collect(),
+            ),
+            _ => None,
+        };
+        ModelFacts {
+            warmup_tokens: self.warmup_tokens.clone(),
+            moe_layers: layers.filter(|layers: &BTreeSet<u16>| !layers.is_empty()),
+        }
+    }
+
+    /// The files, for the document.
+    pub fn into_files(self) -> Vec<ModelFile> {
+        self.files
+    }
+
+    fn add(&mut self, path: &Path, shards: &[PathBuf], found: &'static str) {
+        let read = || -> Result<_, crate::gguf::GgufError> {
+            let ggufs = shards
+                .iter()
+                .map(|shard| Gguf::open(shard))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok((ModelShape::from_ggufs(&ggufs)?, special_tokens(&ggufs[0])))
+        };
+        match read() {
+            Ok((shape, special)) => {
+                // common_init_from_params (common.cpp): whichever of the two the vocabulary has.
+                let warmup: Vec<i32> = [special.bos, special.eos]
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|token| i32::try_from(token).ok())
+                    .collect();
+                self.warmup_tokens.push(warmup);
+                self.files.push(ModelFile {
+                    path: path.to_owned(),
+                    found,
+                    shape,
+                });
+            }
+            Err(error) => eprintln!("expert-trace: warning: {}: {error}", path.display()),
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What a person reads at the end, in the form of the original specification.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write},
+};
+
+use crate::{
+    model::{Exclusion, Pass},
+    stats::Stats,
+};
+
+/// Writes the summary of the context that `layers` shows.
+///
+/// `top` limits the experts listed per layer.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn write(out: &mut impl Write, stats: &Stats, top: Option<usize>) -> io::Result<()> {
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    let _ = render(&mut text, stats, top);
+    out.write_all(text.as_bytes())
+}
+
+fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Result {
+    writeln!(text, "\n=== Expert Usage Statistics ===")?;
+    for layer in &stats.layers {
+        writeln!(
+            text,
+            "Layer {} ({} tokens):",
+            layer.layer_id, layer.total_tokens
+        )?;
+        let shown = top.unwrap_or(usize::MAX);
+        for expert in layer.experts.iter().take(shown) {
+            writeln!(
+                text,
+                "  Expert {:3}: {:5} activations ({:.1}%)",
+                expert.expert_id, expert.activations, expert.percentage
+            )?;
+        }
+        if let Some(left @ 1..) = layer.experts.len().checked_sub(shown) {
+            writeln!(text, "  ... and {left} more experts (--top N, -o FILE)")?;
+        }
+    }
+    if stats.contexts.len() > 1
+        && let Some(shown) = stats.layers_context
+    {
+        writeln!(
+            text,
+            "Context {shown} of {} is shown; all are in the JSON, and none are summed.",
+            stats.contexts.len()
+        )?;
+    }
+    for excluded in &stats.excluded {
+        let what = match excluded.kind {
+            Exclusion::Warmup => "warm-up (--include-warmup counts it)",
+            Exclusion::Partial => "seen only in part at the edge of the capture",
+        };
+        let count = excluded.count;
+        writeln!(
+            text,
+            "Left out: {} passes, {} tokens: {what}",
+            count.passes, count.tokens
+        )?;
+    }
+    writeln!(text, "{}", integrity_line(stats))
+}
+
+/// One line that says whether anything was lost.
+pub fn integrity_line(stats: &Stats) -> String {
+    let integrity = &stats.integrity;
+    if integrity.complete {
+        format!(
+            "Complete: {} rows seen, {} rows received, none lost.",
+            integrity.rows.seen, integrity.received.rows
+        )
+    } else {
+        format!("INCOMPLETE: {}.", integrity.problems.join("; "))
+    }
+}
+
+/// Writes one line per routed token and layer, as they were computed.
+#[derive(Debug)]
+pub struct Log<W: Write> {
+    out: W,
+    detected: Vec<u16>,
+    line: String,
+}
+
+impl<W: Write> Log<W> {
+    /// A log that has announced no layer yet.
+    pub fn new(out: W) -> Self {
+        Self {
+            out,
+            detected: Vec::new(),
+            line: String::new(),
+        }
+    }
+
+    /// Writes the rows of a pass.
+    ///
+    /// # Errors
+    /// When the output cannot be written.
+    pub fn pass(&mut self, pass: &Pass) -> io::Result<()> {
+        for block in &pass.blocks {
+            let layer = block.layer;
+            if !self.detected.contains(&layer) {
+                self.detected.push(layer);
+                writeln!(
+                    self.out,
+                    "[EXPERT-TRACE] Layer {layer}: MoE layer detected (tensor 'ffn_moe_topk')"
+                )?;
+            }
+            for ids in pass.rows(block) {
+                self.line.clear();
+                let _ = write!(self.line, "[EXPERT-TRACE] Layer {layer}: Experts [");
+                for (i, id) in ids.iter().enumerate() {
+                    let separator = if i == 0 { "" } else { ", " };
+                    let _ = write!(self.line, "{separator}{id}");
+                }
+                self.line.push_str("]\n");
+                self.out.write_all(self.line.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands what has been written to the system.
+    ///
+    /// # Errors
+    /// When the output cannot be written.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}

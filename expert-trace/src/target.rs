@@ -1,0 +1,204 @@
+//! A process as seen from outside: what it maps, what it runs, how it was started.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, Read as _},
+    os::unix::ffi::OsStringExt as _,
+    path::{Path, PathBuf},
+};
+
+/// One file mapped by a process, by its first mapping.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MappedFile {
+    /// Device and inode: what the kernel attaches uprobes by.
+    pub id: FileId,
+    /// Path as the process sees it; no longer true when `deleted`.
+    pub path: PathBuf,
+    /// The file has been replaced or removed since.
+    pub deleted: bool,
+    /// Whether any part is mapped executable.
+    pub executable: bool,
+    /// Address range of the first mapping, as `/proc/PID/map_files` names it.
+    range: String,
+}
+
+/// Identity of a file: device (as `/proc/PID/maps` prints it) and inode.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    device: String,
+    inode: u64,
+}
+
+impl MappedFile {
+    /// Path by which *we* reach the mapped file, also when it was deleted or lies in another mount
+    /// namespace: the kernel's own link to the mapping.
+    pub fn reachable_path(&self, pid: u32) -> PathBuf {
+        let link = PathBuf::from(format!("/proc/{pid}/map_files/{}", self.range));
+        if link.exists() {
+            return link;
+        }
+        // map_files needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the initial namespace.
+        let mut path = OsString::from(format!("/proc/{pid}/root"));
+        path.push(&self.path);
+        path.into()
+    }
+}
+
+/// Files a process maps, in the order of their addresses.
+///
+/// # Errors
+/// When the process is gone or we may not look.
+pub fn mapped_files(pid: u32) -> io::Result<Vec<MappedFile>> {
+    Ok(parse_maps(&fs::read(format!("/proc/{pid}/maps"))?))
+}
+
+/// Reads the lines of `/proc/PID/maps` (fs/proc/task_mmu.c, `show_map_vma`). Lines that do not look
+/// so are passed over: the paths are the target's to choose.
+fn parse_maps(maps: &[u8]) -> Vec<MappedFile> {
+    let mut files: Vec<MappedFile> = Vec::new();
+    for line in maps.split(|byte| *byte == b'\n') {
+        let Some(mapping) = parse_line(line) else {
+            continue;
+        };
+        match files.iter_mut().find(|file| file.id == mapping.id) {
+            Some(file) => file.executable |= mapping.executable,
+            None => files.push(mapping),
+        }
+    }
+    files
+}
+
+fn parse_line(line: &[u8]) -> Option<MappedFile> {
+    let mut fields = line.splitn(6, |byte| *byte == b' ');
+    let mut text = || std::str::from_utf8(fields.next()?).ok();
+    let range = text()?.to_owned();
+    let permissions = text()?;
+    let _offset = text()?;
+    let device = text()?.to_owned();
+    let inode: u64 = text()?.parse().ok()?;
+    let path = fields.next()?.trim_ascii_start();
+    if inode == 0 || !path.starts_with(b"/") {
+        return None;
+    }
+    let (path, deleted) = match path.strip_suffix(b" (deleted)") {
+        Some(path) => (path, true),
+        None => (path, false),
+    };
+    Some(MappedFile {
+        id: FileId { device, inode },
+        path: OsString::from_vec(path.to_vec()).into(),
+        deleted,
+        executable: permissions.contains('x'),
+        range,
+    })
+}
+
+/// The executable of a process, as the process sees it.
+pub fn executable(pid: u32) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe"))
+}
+
+/// Arguments a process was started with (it can have changed them).
+pub fn command_line(pid: u32) -> io::Result<Vec<OsString>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline"))?;
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
+    Ok(bytes
+        .split(|byte| *byte == 0)
+        .map(|argument| OsString::from_vec(argument.to_vec()))
+        .collect())
+}
+
+/// Paths, as we reach them and as the process sees them, of the GGUF files a process maps.
+pub fn mapped_ggufs(pid: u32, files: &[MappedFile]) -> Vec<(PathBuf, PathBuf)> {
+    files
+        .iter()
+        .filter(|file| !file.executable)
+        .map(|file| (file.reachable_path(pid), file.path.clone()))
+        .filter(|(reachable, _)| is_gguf(reachable))
+        .collect()
+}
+
+/// The model a command line names, for processes that do not map it (`--no-mmap`) or are gone.
+pub fn model_argument(arguments: &[OsString], directory: &Path) -> Option<PathBuf> {
+    let flag = arguments
+        .iter()
+        .position(|argument| argument == "-m" || argument == "--model")?;
+    let path = directory.join(arguments.get(flag + 1)?);
+    is_gguf(&path).then_some(path)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    // A device or a FIFO could block or have effects; a mapped model is a regular file.
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
+        && File::open(path)
+            .and_then(|mut file| file.read_exact(&mut magic))
+            .is_ok()
+        && &magic == b"GGUF"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_real_processes() {
+        let maps = b"\
+55d0c0a00000-55d0c0a21000 r--p 00000000 fe:00 1311 /opt/llama cpp/bin/llama-cli
+55d0c0a21000-55d0c0b00000 r-xp 00021000 fe:00 1311 /opt/llama cpp/bin/llama-cli
+7f3a00000000-7f3a00021000 rw-p 00000000 00:00 0 
+7f3a10000000-7f3a11000000 r--p 00000000 fe:00 77 /models/a.gguf
+7f3a20000000-7f3a20010000 r-xp 00001000 fe:00 90 /tmp/libggml-cpu.so (deleted)
+7f3a30000000-7f3a30001000 rw-s 00000000 00:01 2049 /memfd:ggml (deleted)
+7f3a30002000-7f3a30003000 r-xp 00000000 fe:00 91 /tmp/\xff\xfe.so
+7ffd5a000000-7ffd5a021000 rw-p 00000000 00:00 0 [stack]
+7ffd5a0f6000-7ffd5a0f8000 r-xp 00000000 00:00 0 [vdso]
+";
+        let files = parse_maps(maps);
+        let seen: Vec<_> = files
+            .iter()
+            .map(|file| {
+                (
+                    file.path.to_string_lossy().into_owned(),
+                    file.id.inode,
+                    file.executable,
+                    file.deleted,
+                )
+            })
+            .collect();
+        let row =
+            |path: &str, inode, executable, deleted| (path.to_owned(), inode, executable, deleted);
+        assert_eq!(
+            seen,
+            [
+                row("/opt/llama cpp/bin/llama-cli", 1311, true, false),
+                row("/models/a.gguf", 77, false, false),
+                row("/tmp/libggml-cpu.so", 90, true, true),
+                row("/memfd:ggml", 2049, false, true),
+                row("/tmp/\u{fffd}\u{fffd}.so", 91, true, false),
+            ]
+        );
+        assert_eq!(files[0].range, "55d0c0a00000-55d0c0a21000");
+    }
+
+    #[test]
+    fn garbage_is_passed_over() {
+        for line in ["", "x", "1-2 r-xp", "1-2 r-xp 0 0:0 nine /x", "\u{0}\u{0}"] {
+            assert_eq!(parse_maps(line.as_bytes()), []);
+        }
+    }
+
+    #[test]
+    fn own_maps_hold_own_executable() {
+        let own = std::process::id();
+        let exe = executable(own).unwrap();
+        let files = mapped_files(own).unwrap();
+        let file = files.iter().find(|file| file.path == exe).unwrap();
+        assert!(file.executable);
+        assert_eq!(
+            fs::read(file.reachable_path(own)).unwrap(),
+            fs::read(exe).unwrap()
+        );
+    }
+}

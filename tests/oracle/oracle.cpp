@@ -1,0 +1,412 @@
+// Runs a model on command, and tells which experts it used.
+//
+// Uses nothing but the public API of libllama and ggml, so that it builds against any version and
+// any kind of build. It serves tests in two roles:
+//
+//   driver   Commands on stdin, one answer per command on stdout. Nothing is decoded that was not
+//            asked for, not even a warm-up, so a test knows every pass there is.
+//   oracle   With --dump, an eval callback writes the ids that the router chose, read from the tensor
+//            by ggml itself. Without --dump no callback is set, as in a program in the field.
+//
+// Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
+//
+// Prints `ready <pid>` once the model and a first context are there. Commands:
+//
+//   decode SEQ tok...       append tokens to sequence SEQ in one call      ok <most likely next>
+//   batch SEQ:tok...        append one token to each of several sequences  ok <most likely next>...
+//   prompt SEQ N START      append tokens START, START+1, ... mod n_vocab  ok <most likely next>
+//   generate SEQ N tok      N times: append tok, continue with the best    ok <id>...
+//   stream SEQ N tok        the same, each id on a line when it is known   ok
+//   thread-generate SEQ N tok   generate, in a thread that ends with it    ok <id>...
+//   clear SEQ               forget a sequence                              ok
+//   context                 make one more context and use it               ok <index>
+//   use INDEX               use another context                            ok
+//   free INDEX              free a context                                 ok
+//   vocab                                                                  ok <n_vocab> <bos> <eos>
+//   tid                     thread id of the thread that decodes           ok <tid>
+//   quit                                                                   ok
+//
+// A command that fails answers `error <reason>`, and the next one is read.
+//
+// Dump: a line `pass layer row id...` per row of a `ffn_moe_topk-<layer>` tensor, ids in router order,
+// written out after each tensor. A pass is the evaluation of one micro-batch: it ends when the layer
+// number does not increase.
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <iostream>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr uint32_t N_SEQ_MAX = 8;
+
+struct Options {
+    std::string model;
+    std::string dump;
+    int threads = 1;
+    int n_ctx = 0;
+    int n_batch = 0;
+    int n_ubatch = 0;
+};
+
+Options parse_options(int argc, char ** argv) {
+    Options options;
+    for (int i = 1; i < argc; i += 2) {
+        const std::string flag = argv[i];
+        if (i + 1 == argc) {
+            throw std::runtime_error("no value for " + flag);
+        }
+        const char * value = argv[i + 1];
+        if (flag == "-m") {
+            options.model = value;
+        } else if (flag == "--dump") {
+            options.dump = value;
+        } else if (flag == "-t") {
+            options.threads = std::stoi(value);
+        } else if (flag == "-c") {
+            options.n_ctx = std::stoi(value);
+        } else if (flag == "-b") {
+            options.n_batch = std::stoi(value);
+        } else if (flag == "-ub") {
+            options.n_ubatch = std::stoi(value);
+        } else {
+            throw std::runtime_error("unknown option " + flag);
+        }
+    }
+    if (options.model.empty()) {
+        throw std::runtime_error("no model (-m)");
+    }
+    return options;
+}
+
+struct Dump {
+    FILE * out = nullptr;
+    int64_t pass = -1;
+    int last_layer = -1;
+    std::vector<uint8_t> bytes;
+};
+
+// ggml_backend_sched_eval_callback: asked before (`ask`) and called after a tensor is computed.
+bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
+    static const std::string prefix = "ffn_moe_topk-";
+    if (std::strncmp(t->name, prefix.c_str(), prefix.size()) != 0) {
+        return false;
+    }
+    if (ask) {
+        return true;
+    }
+    Dump & dump = *static_cast<Dump *>(user_data);
+    const int layer = std::atoi(t->name + prefix.size());
+    if (dump.pass < 0 || layer <= dump.last_layer) {
+        dump.pass++;
+    }
+    dump.last_layer = layer;
+
+    // The tensor is a view of all experts sorted, so rows are further apart than k ids.
+    dump.bytes.resize(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
+    for (int64_t row = 0; row < t->ne[1]; row++) {
+        std::fprintf(dump.out, "%lld %d %lld", (long long) dump.pass, layer, (long long) row);
+        for (int64_t rank = 0; rank < t->ne[0]; rank++) {
+            int32_t id;
+            std::memcpy(&id, dump.bytes.data() + row * t->nb[1] + rank * t->nb[0], sizeof(id));
+            std::fprintf(dump.out, " %d", id);
+        }
+        std::fputc('\n', dump.out);
+    }
+    std::fflush(dump.out);
+    return true;
+}
+
+struct Entry {
+    llama_seq_id seq;
+    llama_token token;
+    bool output;
+};
+
+class Driver {
+  public:
+    explicit Driver(const Options & options) : options(options) {
+        if (!options.dump.empty()) {
+            dump.out = std::fopen(options.dump.c_str(), "w");
+            if (dump.out == nullptr) {
+                throw std::runtime_error("cannot write " + options.dump);
+            }
+        }
+        model = llama_model_load_from_file(options.model.c_str(), llama_model_default_params());
+        if (model == nullptr) {
+            throw std::runtime_error("cannot load " + options.model);
+        }
+        vocab = llama_model_get_vocab(model);
+        n_vocab = llama_vocab_n_tokens(vocab);
+        add_context();
+    }
+
+    ~Driver() {
+        for (llama_context * c : contexts) {
+            llama_free(c);
+        }
+        llama_model_free(model);
+        if (dump.out != nullptr) {
+            std::fclose(dump.out);
+        }
+    }
+
+    Driver(const Driver &) = delete;
+    Driver & operator=(const Driver &) = delete;
+
+    // Runs one command and returns what follows `ok`.
+    std::string run(const std::string & line) {
+        std::istringstream in(line);
+        std::string command;
+        in >> command;
+        std::ostringstream out;
+        if (command == "decode") {
+            const int seq = number(in);
+            std::vector<Entry> entries;
+            while (more(in)) {
+                entries.push_back({ seq, number(in), false });
+            }
+            out << ' ' << decode_last(entries);
+        } else if (command == "batch") {
+            std::vector<Entry> entries;
+            while (more(in)) {
+                const int seq = number(in);
+                if (in.get() != ':') {
+                    throw std::runtime_error("expected SEQ:tok");
+                }
+                entries.push_back({ seq, number(in), true });
+            }
+            decode(entries);
+            for (size_t i = 0; i < entries.size(); i++) {
+                out << ' ' << best(i);
+            }
+        } else if (command == "prompt") {
+            const int seq = number(in);
+            const int n = number(in);
+            const int64_t start = number(in);
+            std::vector<Entry> entries;
+            for (int i = 0; i < n; i++) {
+                entries.push_back({ seq, (llama_token) ((start + i) % n_vocab), false });
+            }
+            out << ' ' << decode_last(entries);
+        } else if (command == "generate") {
+            generate(in, [&](llama_token id) { out << ' ' << id; });
+        } else if (command == "thread-generate") {
+            std::exception_ptr failure;
+            std::thread([&] {
+                try {
+                    generate(in, [&](llama_token id) { out << ' ' << id; });
+                } catch (...) {
+                    failure = std::current_exception();
+                }
+            }).join();
+            if (failure) {
+                std::rethrow_exception(failure);
+            }
+        } else if (command == "stream") {
+            generate(in, [](llama_token id) { std::cout << id << std::endl; });
+        } else if (command == "clear") {
+            llama_memory_seq_rm(llama_get_memory(context()), sequence(number(in)), -1, -1);
+        } else if (command == "context") {
+            add_context();
+            out << ' ' << current;
+        } else if (command == "use") {
+            current = index(in);
+        } else if (command == "free") {
+            const size_t i = index(in);
+            llama_free(contexts[i]);
+            contexts[i] = nullptr;
+        } else if (command == "vocab") {
+            out << ' ' << n_vocab << ' ' << llama_vocab_bos(vocab) << ' ' << llama_vocab_eos(vocab);
+        } else if (command == "tid") {
+            out << ' ' << syscall(SYS_gettid);
+        } else {
+            throw std::runtime_error("unknown command");
+        }
+        return out.str();
+    }
+
+  private:
+    static bool more(std::istringstream & in) { return !(in >> std::ws).eof(); }
+
+    static int number(std::istringstream & in) {
+        int n;
+        if (!(in >> n)) {
+            throw std::runtime_error("expected a number");
+        }
+        return n;
+    }
+
+    static llama_seq_id sequence(int seq) {
+        if (seq < 0 || seq >= (int) N_SEQ_MAX) {
+            throw std::runtime_error("no such sequence");
+        }
+        return seq;
+    }
+
+    size_t index(std::istringstream & in) {
+        const int i = number(in);
+        if (i < 0 || i >= (int) contexts.size() || contexts[i] == nullptr) {
+            throw std::runtime_error("no such context");
+        }
+        return i;
+    }
+
+    llama_context * context() {
+        if (contexts[current] == nullptr) {
+            throw std::runtime_error("the context in use was freed");
+        }
+        return contexts[current];
+    }
+
+    void add_context() {
+        llama_context_params params = llama_context_default_params();
+        params.n_seq_max = N_SEQ_MAX;
+        // One cache for all sequences: each may use all of it, and they share micro-batches.
+        params.kv_unified = true;
+        params.n_threads = options.threads;
+        params.n_threads_batch = options.threads;
+        if (options.n_ctx > 0) {
+            params.n_ctx = options.n_ctx;
+        }
+        if (options.n_batch > 0) {
+            params.n_batch = options.n_batch;
+        }
+        if (options.n_ubatch > 0) {
+            params.n_ubatch = options.n_ubatch;
+        }
+        if (dump.out != nullptr) {
+            params.cb_eval = on_tensor;
+            params.cb_eval_user_data = &dump;
+        }
+        llama_context * c = llama_init_from_model(model, params);
+        if (c == nullptr) {
+            throw std::runtime_error("cannot make a context");
+        }
+        contexts.push_back(c);
+        current = contexts.size() - 1;
+    }
+
+    void decode(const std::vector<Entry> & entries) {
+        llama_context * ctx = context();
+        // llama_decode aborts the process for a batch that is too large.
+        if (entries.empty() || entries.size() > llama_n_batch(ctx)) {
+            throw std::runtime_error("a batch has 1 to " + std::to_string(llama_n_batch(ctx)) + " tokens");
+        }
+        std::vector<llama_pos> next(N_SEQ_MAX);
+        for (uint32_t seq = 0; seq < N_SEQ_MAX; seq++) {
+            next[seq] = llama_memory_seq_pos_max(llama_get_memory(ctx), seq) + 1;
+        }
+        for (const Entry & entry : entries) {
+            sequence(entry.seq);
+            if (entry.token < 0 || entry.token >= n_vocab) {
+                throw std::runtime_error("no such token");
+            }
+        }
+        llama_batch batch = llama_batch_init(entries.size(), 0, 1);
+        for (const Entry & entry : entries) {
+            const int i = batch.n_tokens++;
+            batch.token[i] = entry.token;
+            batch.pos[i] = next[entry.seq]++;
+            batch.n_seq_id[i] = 1;
+            batch.seq_id[i][0] = entry.seq;
+            batch.logits[i] = entry.output;
+        }
+        const int status = llama_decode(ctx, batch);
+        llama_batch_free(batch);
+        if (status != 0) {
+            throw std::runtime_error("llama_decode returned " + std::to_string(status));
+        }
+    }
+
+    llama_token decode_last(std::vector<Entry> & entries) {
+        if (!entries.empty()) {
+            entries.back().output = true;
+        }
+        decode(entries);
+        return best(entries.size() - 1);
+    }
+
+    // The most likely token after the i-th of the last batch.
+    llama_token best(int i) {
+        const float * logits = llama_get_logits_ith(context(), i);
+        return std::max_element(logits, logits + n_vocab) - logits;
+    }
+
+    template <typename F> void generate(std::istringstream & in, F emit) {
+        const int seq = number(in);
+        const int n = number(in);
+        llama_token token = number(in);
+        for (int i = 0; i < n; i++) {
+            decode({ { seq, token, true } });
+            token = best(0);
+            emit(token);
+        }
+    }
+
+    const Options options;
+    Dump dump;
+    llama_model * model = nullptr;
+    const llama_vocab * vocab = nullptr;
+    int n_vocab = 0;
+    std::vector<llama_context *> contexts;
+    size_t current = 0;
+};
+
+// Keeps what llama.cpp says about a failure, and drops the hundreds of lines about success.
+void log_problems(ggml_log_level level, const char * text, void *) {
+    static bool shown = false;
+    if (level != GGML_LOG_LEVEL_CONT) {
+        shown = level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR;
+    }
+    if (shown) {
+        std::fputs(text, stderr);
+    }
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    try {
+        const Options options = parse_options(argc, argv);
+        llama_log_set(log_problems, nullptr);
+        ggml_backend_load_all();
+        llama_backend_init();
+        Driver driver(options);
+        std::cout << "ready " << getpid() << std::endl;
+        std::string line;
+        while (std::getline(std::cin, line)) {
+            if (line == "quit") {
+                std::cout << "ok" << std::endl;
+                break;
+            }
+            try {
+                const std::string answer = driver.run(line);
+                std::cout << "ok" << answer << std::endl;
+            } catch (const std::exception & e) {
+                std::cout << "error " << e.what() << std::endl;
+            }
+        }
+        return 0;
+    } catch (const std::exception & e) {
+        std::fprintf(stderr, "oracle: %s\n", e.what());
+        return 1;
+    }
+}

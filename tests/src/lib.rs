@@ -1,0 +1,6 @@
+//! Models with known routing, oracles, and helpers for end-to-end tests.
+
+pub mod imatrix;
+pub mod llama;
+pub mod models;
+pub mod oracle;

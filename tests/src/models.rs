@@ -1,0 +1,473 @@
+//! Small `qwen3moe` models for tests, written without llama.cpp and without Python.
+//!
+//! Both kinds have the tensors and keys that `src/models/qwen3moe.cpp` of llama.cpp asks for, and
+//! the tokenizer of an existing vocabulary-only GGUF file. The same [`ModelSpec`] and vocabulary
+//! give the same bytes on every machine.
+//!
+//! # Known routing
+//!
+//! [`write_known_routing`] makes a model whose routing is known without running it:
+//!
+//! - Token `t` has the class `t mod n_embd`, and its embedding is 1 at its class, else 0.
+//! - The output of attention and of every expert is multiplied by zero, so the embedding is also what
+//!   each layer's router sees, scaled by `sqrt(n_embd)` in the RMS norm.
+//! - A router row is therefore a table of logits by class. The chosen experts' logits lie 0.375
+//!   apart, which no rounding to F16, TF32 or BF16 can bridge: ids and their order are the same on
+//!   every build, instruction set and backend.
+//! - Every class is followed by one certain token, through all classes, so that generation produces
+//!   `n_embd` different tokens before it repeats, at any usual temperature. None ends the text.
+//!
+//! # Random
+//!
+//! [`write_random`] fills the same tensors with normally distributed weights: routing depends on
+//! everything, and is known only to an oracle that runs the model.
+
+mod file;
+mod rng;
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use expert_trace::gguf::{Gguf, Value};
+
+use file::{Data, GgufFile, Tensor};
+use rng::Rng;
+
+/// Distance between the logits of neighbouring ranks, down to the first expert not chosen.
+const STEP: f32 = 0.375;
+/// What must remain of it after rounding.
+const MIN_GAP: f32 = 0.1;
+const N_HEAD: u32 = 4;
+const N_HEAD_KV: u32 = 2;
+/// Above any prompt of the tests; costs nothing in the file.
+const CONTEXT_LENGTH: u32 = 8192;
+/// `<role>: <content>` per line, enough for llama-cli and llama-server to chat.
+const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}: \
+    {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+
+/// The shape of a model to write.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelSpec {
+    /// All of them have experts.
+    pub layers: u32,
+    /// Experts per layer.
+    pub n_expert: u32,
+    /// Experts chosen per token.
+    pub k: u32,
+    /// Width of the residual; a power of two of at least 64.
+    pub n_embd: u32,
+    /// Width of one expert; a multiple of 32.
+    pub n_ff: u32,
+    /// Models that differ only in this differ in all weights, and in routing.
+    pub seed: u64,
+}
+
+impl ModelSpec {
+    /// 4 layers with 32 experts, 4 of them chosen.
+    pub const SMALL: ModelSpec = ModelSpec {
+        layers: 4,
+        n_expert: 32,
+        k: 4,
+        n_embd: 128,
+        n_ff: 64,
+        seed: 1,
+    };
+    /// 3 layers with 512 experts, 10 of them chosen, as in qwen3next.
+    pub const WIDE: ModelSpec = ModelSpec {
+        layers: 3,
+        n_expert: 512,
+        k: 10,
+        n_embd: 128,
+        n_ff: 32,
+        seed: 2,
+    };
+
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.n_embd.is_power_of_two() && self.n_embd >= 64,
+            "n_embd {} is not a power of two of at least 64",
+            self.n_embd
+        );
+        ensure!(
+            self.n_ff > 0 && self.n_ff.is_multiple_of(32),
+            "n_ff {} is not a multiple of 32",
+            self.n_ff
+        );
+        ensure!(
+            0 < self.k && self.k < self.n_expert,
+            "cannot choose {} of {} experts",
+            self.k,
+            self.n_expert
+        );
+        ensure!(
+            self.n_expert <= self.n_embd * self.k,
+            "{} classes of {} choices cannot reach {} experts",
+            self.n_embd,
+            self.k,
+            self.n_expert
+        );
+        Ok(())
+    }
+}
+
+/// Which experts a model with known routing uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expected {
+    /// By layer, then by class of the token: expert ids in router order.
+    routing: Vec<Vec<Vec<u32>>>,
+}
+
+impl Expected {
+    /// The experts that `layer` uses for `token`, the one with the largest logit first.
+    ///
+    /// # Panics
+    ///
+    /// If the model has no such layer.
+    pub fn ids(&self, layer: u32, token: u32) -> &[u32] {
+        let classes = &self.routing[layer as usize];
+        &classes[token as usize % classes.len()]
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> u32 {
+        self.routing.len() as u32
+    }
+
+    /// Writes the routing to a JSON file: `[layer][class][rank]`, where the class of a token is its
+    /// id modulo the number of classes.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+        serde_json::to_writer(file, &self.routing)?;
+        Ok(())
+    }
+
+    /// Reads what [`Expected::save`] wrote.
+    pub fn load(path: &Path) -> Result<Expected> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let routing = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no expected routing", path.display()))?;
+        Ok(Expected { routing })
+    }
+}
+
+/// Writes a model whose routing is the returned one to `path`, with the tokenizer of the
+/// vocabulary-only GGUF file `vocab`.
+///
+/// # Errors
+///
+/// A `spec` that makes no model, a `vocab` without tokenizer or with too few tokens, or a failure to
+/// read or write.
+pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<Expected> {
+    let mut model = Model::new(vocab, spec)?;
+    let classes = spec.n_embd as usize;
+    model.embedding(Data::F16(one_hot_rows(model.n_vocab, classes)));
+    let mut rng = Rng::new(spec.seed);
+    let mut routing = Vec::new();
+    for layer in 0..spec.layers {
+        let (router, ids) = known_router(spec, &mut rng);
+        check_gaps(&router, &ids)?;
+        model.layer(layer, Data::F32(router), || Data::ZeroF16);
+        routing.push(ids);
+    }
+    let output = successor_rows(model.n_vocab, classes, &mut rng)?;
+    model.output(Data::F16(output));
+    model.write(path, &mut rng)?;
+    Ok(Expected { routing })
+}
+
+/// Writes a model with random weights to `path`, with the tokenizer of the vocabulary-only GGUF
+/// file `vocab`.
+///
+/// # Errors
+///
+/// As [`write_known_routing`].
+pub fn write_random(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
+    let mut model = Model::new(vocab, spec)?;
+    let mut rng = Rng::new(spec.seed);
+    let weights = || Data::NormalF16 { std: 0.05 };
+    model.embedding(weights());
+    for layer in 0..spec.layers {
+        // The router's input has an RMS of 1, so logits get a standard deviation of 3, enough to
+        // keep neighbouring ones apart.
+        let std = 3.0 / (spec.n_embd as f32).sqrt();
+        model.layer(layer, Data::NormalF32 { std }, weights);
+    }
+    model.output(weights());
+    model.write(path, &mut rng)
+}
+
+/// A model while its tensors are being added in the order of the file.
+struct Model {
+    file: GgufFile,
+    spec: ModelSpec,
+    n_vocab: u32,
+}
+
+impl Model {
+    fn new(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
+        spec.check()?;
+        let bytes = std::fs::read(vocab).with_context(|| format!("read {}", vocab.display()))?;
+        let gguf = Gguf::read(&mut std::io::Cursor::new(&bytes))
+            .with_context(|| format!("{} is no vocabulary", vocab.display()))?;
+        let n_vocab = match gguf.kv.get("tokenizer.ggml.tokens") {
+            Some(Value::Skipped { len, .. }) => u32::try_from(*len)?,
+            _ => bail!("{} has no tokens", vocab.display()),
+        };
+        let mut file = GgufFile::default();
+        file.string("general.architecture", "qwen3moe");
+        file.string("general.name", "expert-trace test model");
+        let head_dim = spec.n_embd / N_HEAD;
+        for (key, value) in [
+            ("block_count", spec.layers),
+            ("context_length", CONTEXT_LENGTH),
+            ("embedding_length", spec.n_embd),
+            ("feed_forward_length", spec.n_ff),
+            ("expert_feed_forward_length", spec.n_ff),
+            ("expert_count", spec.n_expert),
+            ("expert_used_count", spec.k),
+            ("attention.head_count", N_HEAD),
+            ("attention.head_count_kv", N_HEAD_KV),
+            ("attention.key_length", head_dim),
+            ("attention.value_length", head_dim),
+            ("rope.dimension_count", head_dim),
+        ] {
+            file.u32(&format!("qwen3moe.{key}"), value);
+        }
+        file.f32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6);
+        for (key, span) in &gguf.kv_spans {
+            if key.starts_with("tokenizer.") {
+                file.copied(&bytes[span.start as usize..span.end as usize]);
+            }
+        }
+        if !gguf.kv.contains_key("tokenizer.chat_template") {
+            file.string("tokenizer.chat_template", CHAT_TEMPLATE);
+        }
+        Ok(Model {
+            file,
+            spec: *spec,
+            n_vocab,
+        })
+    }
+
+    fn tensor(&mut self, name: String, shape: &[u32], data: Data) {
+        let shape = shape.iter().map(|n| u64::from(*n)).collect();
+        self.file.tensor(Tensor { name, shape, data });
+    }
+
+    fn ones(&mut self, name: String, n: u32) {
+        self.tensor(name, &[n], Data::F32(vec![1.0; n as usize]));
+    }
+
+    fn embedding(&mut self, data: Data) {
+        let shape = [self.spec.n_embd, self.n_vocab];
+        self.tensor("token_embd.weight".to_owned(), &shape, data);
+    }
+
+    fn output(&mut self, data: Data) {
+        let shape = [self.spec.n_embd, self.n_vocab];
+        self.ones("output_norm.weight".to_owned(), self.spec.n_embd);
+        self.tensor("output.weight".to_owned(), &shape, data);
+    }
+
+    /// Adds a layer with the given router, and `weights` everywhere else.
+    fn layer(&mut self, layer: u32, router: Data, weights: impl Fn() -> Data) {
+        let ModelSpec {
+            n_expert,
+            n_embd,
+            n_ff,
+            ..
+        } = self.spec;
+        let head_dim = n_embd / N_HEAD;
+        let name = |part: &str| format!("blk.{layer}.{part}.weight");
+        self.ones(name("attn_norm"), n_embd);
+        self.ones(name("attn_q_norm"), head_dim);
+        self.ones(name("attn_k_norm"), head_dim);
+        self.ones(name("ffn_norm"), n_embd);
+        self.tensor(name("ffn_gate_inp"), &[n_embd, n_expert], router);
+        for (part, shape) in [
+            ("attn_q", [n_embd, n_embd, 1]),
+            ("attn_k", [n_embd, head_dim * N_HEAD_KV, 1]),
+            ("attn_v", [n_embd, head_dim * N_HEAD_KV, 1]),
+            ("attn_output", [n_embd, n_embd, 1]),
+            ("ffn_gate_exps", [n_embd, n_ff, n_expert]),
+            ("ffn_up_exps", [n_embd, n_ff, n_expert]),
+            ("ffn_down_exps", [n_ff, n_embd, n_expert]),
+        ] {
+            self.tensor(name(part), &shape, weights());
+        }
+    }
+
+    fn write(self, path: &Path, rng: &mut Rng) -> Result<()> {
+        self.file
+            .write(path, rng)
+            .with_context(|| format!("write {}", path.display()))
+    }
+}
+
+/// F16 rows of length `classes` for `n_vocab` tokens: 1 at the token's class, else 0.
+fn one_hot_rows(n_vocab: u32, classes: usize) -> Vec<u16> {
+    let mut rows = vec![0; n_vocab as usize * classes];
+    for (token, row) in rows.chunks_exact_mut(classes).enumerate() {
+        row[token % classes] = file::f16(1.0);
+    }
+    rows
+}
+
+/// An F16 language model head that follows every class by one certain token.
+///
+/// The class after `c` is `(5 c + b) mod classes` with an odd `b`, which visits all classes (Hull and
+/// Dobell) as `classes` is a power of two. The token of a class is taken from the middle half of the
+/// vocabulary, away from control and byte tokens.
+fn successor_rows(n_vocab: u32, classes: usize, rng: &mut Rng) -> Result<Vec<u16>> {
+    let n_vocab = n_vocab as usize;
+    let (first, periods) = (
+        (n_vocab / 4).next_multiple_of(classes),
+        n_vocab / 2 / classes,
+    );
+    ensure!(
+        periods > 1,
+        "a vocabulary of {n_vocab} is too small for {classes} classes"
+    );
+    let b = 2 * rng.below(classes / 2) + 1;
+    let mut rows = vec![0; n_vocab * classes];
+    for class in 0..classes {
+        let next = (5 * class + b) % classes;
+        let token = first + next + classes * rng.below(periods - 1);
+        // Times sqrt(classes), at least 8: a logit of 32 or more, while all others are 0.
+        rows[token * classes + class] = file::f16(4.0);
+    }
+    Ok(rows)
+}
+
+/// A router `[n_expert][n_embd]` and the experts it chooses by class, in order.
+///
+/// Some experts are much more popular than others, yet every one is chosen for at least one class.
+fn known_router(spec: &ModelSpec, rng: &mut Rng) -> (Vec<f32>, Vec<Vec<u32>>) {
+    let (n_expert, classes, k) = (
+        spec.n_expert as usize,
+        spec.n_embd as usize,
+        spec.k as usize,
+    );
+    // Only operations that IEEE 754 defines to the bit: a logarithm would differ between machines.
+    let popularity: Vec<f32> = (0..n_expert)
+        .map(|_| {
+            let x = rng.unit();
+            x * x * x + 0.02
+        })
+        .collect();
+    // RMS norm turns the 1 of an embedding into sqrt(n_embd).
+    let scale = (classes as f32).sqrt();
+    let mut router = vec![0.0; n_expert * classes];
+    let mut routing = Vec::new();
+    for class in 0..classes {
+        // The smallest draws win, and those of popular experts are small. The experts that this
+        // class has to cover come before all others.
+        let mut drawn: Vec<(f32, usize)> = (0..n_expert)
+            .map(|e| {
+                let covered_here = e % classes == class;
+                let key = rng.unit() / popularity[e];
+                (if covered_here { -1.0 } else { key }, e)
+            })
+            .collect();
+        drawn.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (chosen, rest) = drawn.split_at_mut(k);
+        rng.shuffle(chosen);
+        for (rank, (_, e)) in chosen.iter().enumerate() {
+            router[e * classes + class] = (k - rank) as f32 * STEP / scale;
+        }
+        for (_, e) in rest {
+            router[*e * classes + class] = -2.0 * rng.unit() / scale;
+        }
+        routing.push(chosen.iter().map(|(_, e)| *e as u32).collect());
+    }
+    (router, routing)
+}
+
+/// Makes sure that the router as stored chooses `routing`, even if a backend rounds weights and
+/// results to the 8 significant bits of BF16, the coarsest type in use.
+fn check_gaps(router: &[f32], routing: &[Vec<u32>]) -> Result<()> {
+    let classes = routing.len();
+    let scale = (classes as f32).sqrt();
+    for (class, ids) in routing.iter().enumerate() {
+        let mut logits: Vec<(f32, u32)> = router
+            .chunks_exact(classes)
+            .zip(0..)
+            .map(|(row, e)| (row[class] * scale, e))
+            .collect();
+        logits.sort_by(|a, b| b.0.total_cmp(&a.0));
+        for (rank, pair) in logits.windows(2).take(ids.len()).enumerate() {
+            let [(high, e), (low, _)] = [pair[0], pair[1]];
+            let rounding = (high.abs() + low.abs()) / 256.0;
+            ensure!(
+                e == ids[rank] && high - low - rounding >= MIN_GAP,
+                "class {class}, rank {rank}: expert {e} is only {} ahead",
+                high - low
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_routers_cover_all_experts_unevenly() {
+        for spec in [ModelSpec::SMALL, ModelSpec::WIDE] {
+            let (router, routing) = known_router(&spec, &mut Rng::new(spec.seed));
+            check_gaps(&router, &routing).unwrap();
+            let mut uses = vec![0; spec.n_expert as usize];
+            for id in routing.iter().flatten() {
+                uses[*id as usize] += 1;
+            }
+            let (min, max) = (uses.iter().min().unwrap(), uses.iter().max().unwrap());
+            assert!(*min >= 1 && *max >= 5 * min, "{spec:?}: {uses:?}");
+        }
+    }
+
+    #[test]
+    fn a_close_gap_is_noticed() {
+        let spec = ModelSpec::SMALL;
+        let (mut router, routing) = known_router(&spec, &mut Rng::new(1));
+        let at = |rank: usize| routing[7][rank] as usize * routing.len() + 7;
+        router[at(1)] = router[at(0)] - 0.1 / (spec.n_embd as f32).sqrt();
+        assert!(check_gaps(&router, &routing).is_err());
+    }
+
+    #[test]
+    fn generation_visits_every_class() {
+        let (n_vocab, classes) = (1000, 64);
+        let rows = successor_rows(n_vocab, classes, &mut Rng::new(3)).unwrap();
+        let next = |class: usize| {
+            let ones: Vec<usize> = (0..n_vocab as usize)
+                .filter(|token| rows[token * classes + class] != 0)
+                .collect();
+            assert_eq!(ones.len(), 1);
+            assert!((250..750).contains(&ones[0]));
+            ones[0] % classes
+        };
+        let mut class = 0;
+        let visited: std::collections::BTreeSet<usize> = (0..classes)
+            .map(|_| {
+                class = next(class);
+                class
+            })
+            .collect();
+        assert_eq!(visited.len(), classes);
+    }
+
+    #[test]
+    fn expected_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("expected.json");
+        let expected = Expected {
+            routing: vec![vec![vec![3, 1], vec![0, 2]]],
+        };
+        expected.save(&path).unwrap();
+        assert_eq!(Expected::load(&path).unwrap(), expected);
+        assert_eq!(expected.ids(0, 7), [0, 2]);
+    }
+}

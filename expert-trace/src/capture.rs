@@ -26,7 +26,7 @@ use crate::{
     decode::decode,
     export::Output,
     launch::{self, Suspended},
-    model::{End, Model, Options},
+    model::{Context, End, Model, Options},
     models::{self, KnownModels},
     probes::{Plan, linker_hook},
     redact,
@@ -425,8 +425,9 @@ impl Capture {
         duration: Duration,
         recording: &Recording,
     ) -> anyhow::Result<Stats> {
-        let contexts = self.model.contexts();
-        let main = Stats::main_context(&self.model);
+        let counted = |context: &&Context| context.passes > 0;
+        let contexts: Vec<&Context> = self.model.contexts().iter().filter(counted).collect();
+        let main = stats::main_context(&contexts);
         let sources = self.plan.sources();
         let tensor_layouts = (0..sources)
             .map(|source| self.session.layout(source))
@@ -458,7 +459,7 @@ impl Capture {
                 include_warmup: recording.include_warmup,
             },
             layers_context: main,
-            layers: main.map_or_else(Vec::new, |main| stats::specified_layers(&contexts[main])),
+            layers: main.map_or_else(Vec::new, |main| stats::specified_layers(contexts[main])),
             contexts: contexts
                 .iter()
                 .enumerate()

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     attach::Counters,
     gguf::ModelShape,
-    model::{Context, Excluded, Exclusion, Layer, Model, Received},
+    model::{Context, Excluded, Exclusion, Layer, Received},
     probes::Probe,
 };
 
@@ -37,7 +37,7 @@ pub struct Stats {
     pub layers_context: Option<usize>,
     /// Counts of one context, as the original specification has them.
     pub layers: Vec<SpecifiedLayer>,
-    /// Counts of every context. They are never summed.
+    /// Counts of every context of which a pass is counted. They are never summed.
     pub contexts: Vec<ContextStats>,
     /// Passes that are in no count.
     pub excluded: Vec<ExcludedPasses>,
@@ -406,17 +406,11 @@ impl Flow {
     }
 }
 
-impl Stats {
-    /// Context that routed most tokens.
-    pub fn main_context(model: &Model) -> Option<usize> {
-        let routed = |(_, context): &(usize, &Context)| context.tokens() > 0;
-        let contexts = model.contexts().iter().enumerate().filter(routed);
-        // Of equals the first.
-        contexts
-            .rev()
-            .max_by_key(|(_, context)| context.tokens())
-            .map(|(index, _)| index)
-    }
+/// Index of the context that routed most tokens; of equals the first.
+pub fn main_context(contexts: &[&Context]) -> Option<usize> {
+    (0..contexts.len())
+        .rev()
+        .max_by_key(|index| contexts[*index].tokens())
 }
 
 /// The excluded passes as a list.

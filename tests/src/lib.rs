@@ -4,3 +4,4 @@ pub mod imatrix;
 pub mod llama;
 pub mod models;
 pub mod oracle;
+pub mod tracer;

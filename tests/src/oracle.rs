@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -79,6 +79,12 @@ impl Oracle {
         let rest = line.strip_prefix("ok");
         let rest = rest.with_context(|| format!("{command:?}: {line}"))?;
         Ok(rest.trim_start().to_owned())
+    }
+
+    /// Ends the oracle, and waits for the command that started it.
+    pub fn quit(mut self) -> Result<ExitStatus> {
+        self.command("quit")?;
+        Ok(self.child.wait()?)
     }
 
     /// Sends a command without waiting; its answer has to be read with [`Oracle::line`].

@@ -44,13 +44,13 @@ const OPTIONS: [&str; 10] = [
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
 ];
 
-/// All that the tests need, with the oracle at `oracle` (a C++ file) compiled.
-pub fn provision(oracle: &Path) -> Result<LlamaCpp> {
+/// All that the tests need.
+pub fn provision(root: &Path) -> Result<LlamaCpp> {
     let sources = sources()?;
     let bin = build(&sources)?;
     Ok(LlamaCpp {
         vocab: vocab(&sources),
-        oracle: build_oracle(oracle, &sources, &bin)?,
+        oracle: build_oracle(&root.join("tests/oracle/oracle.cpp"), &sources, &bin)?,
         models_cache: models_cache()?,
         bin,
     })

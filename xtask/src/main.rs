@@ -2,15 +2,24 @@
 
 mod cache;
 mod command;
+mod demo;
+mod ebpf;
 mod llama;
 mod packages;
 mod system;
+mod test;
 mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
+///
+/// What is missing is installed as a Debian package if this runs as root; what takes long to build
+/// is kept in ~/.cache/expert-trace.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -20,20 +29,45 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Build the BPF objects that the program embeds, for all architectures
+    BuildEbpf {
+        /// Build nothing; fail if the committed objects are older than their sources
+        #[arg(long, conflicts_with = "out")]
+        check: bool,
+        /// Directory to write them to, instead of replacing the committed ones
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+    /// Trace a small model in llama-cli, as root, and leave the statistics in a file
+    Demo(demo::Arguments),
+    /// Run all tests as root, or those that need no root
+    Test(test::Arguments),
     /// Build llama.cpp for the tests, and print the environment that they need
     ///
     /// `cargo xtask test` does this itself; this is for running a test by hand.
     Llama,
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().task {
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
+    let task = Arguments::parse().task;
+    let root = workspace::root()?;
+    match task {
+        Task::BuildEbpf { check: true, .. } => ebpf::check(&root)?,
+        Task::BuildEbpf { out, .. } => ebpf::build(&root, out.as_deref())?,
+        Task::Demo(arguments) => demo::run(&root, &arguments)?,
+        Task::Test(arguments) => return test::run(&root, &arguments),
         Task::Llama => {
-            let llama = llama::provision(&workspace::root()?.join("tests/oracle/oracle.cpp"))?;
-            for (variable, path) in llama.to_env() {
+            for (variable, path) in llama::provision(&root)?.to_env() {
                 println!("export {variable}={}", path.display());
             }
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

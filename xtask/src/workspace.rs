@@ -34,7 +34,13 @@ pub fn cargo(root: &Path) -> Command {
 }
 
 /// Builds the program as users run it.
-pub fn build_expert_trace(root: &Path) -> Result<PathBuf> {
-    crate::command::run(cargo(root).args(["build", "--release", "--package", "expert-trace"]))?;
+pub fn release_build(root: &Path) -> Command {
+    let mut cargo = cargo(root);
+    cargo.args(["build", "--release", "--package", "expert-trace"]);
+    cargo
+}
+
+/// What [`release_build`] builds.
+pub fn release_program() -> Result<PathBuf> {
     Ok(target()?.join("release/expert-trace"))
 }

@@ -1,0 +1,148 @@
+//! llama-cli, as a user runs it.
+
+use std::{fs, process::Stdio};
+
+use expert_trace_tests::tracer::{self, Stats, read_log};
+
+use crate::support::{known_small, llama_program, scratch};
+
+#[test]
+fn end_to_end() {
+    let known = known_small();
+    let directory = scratch();
+    let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
+    let options = [
+        format!("--output={}", path.display()),
+        format!("--log={}", log.display()),
+        "--top=2".to_owned(),
+    ];
+    let secret = "What is the airspeed of an unladen swallow?";
+    let command = llama_program(
+        "llama-cli",
+        &known.path,
+        &["-p", secret, "-n", "16", "-st", "-t", "2"],
+    );
+    let output = tracer::run(&options, &command)
+        .unwrap()
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+
+    let stats = Stats::read(&path).unwrap();
+    stats.assert_complete();
+    let rows = read_log(&log).unwrap();
+    let layers = known.expected.layers();
+    let tokens = rows.iter().filter(|(layer, _)| *layer == 0).count();
+    assert_eq!(stats.tokens()[&0], tokens as u64);
+    assert!(tokens >= 20, "{tokens} tokens of a chat");
+    assert_eq!(
+        tracer::count(rows.iter().map(|(layer, ids)| (*layer, ids.as_slice()))),
+        stats.counts()
+    );
+    // The tokens are llama-cli's own, but a token has a class, and in all full layers its experts
+    // must be those of that one class.
+    let of_layer = |layer: u32| -> Vec<&[u32]> {
+        let of = rows.iter().filter(|(of, _)| *of == layer);
+        of.map(|(_, ids)| ids.as_slice()).collect()
+    };
+    let full: Vec<Vec<&[u32]>> = (0..layers - 1).map(of_layer).collect();
+    for token in 0..tokens {
+        let fits = (0..known.spec.n_embd).any(|class| {
+            full.iter()
+                .zip(0..)
+                .all(|(rows, layer)| rows[token] == known.expected.ids(layer, class))
+        });
+        assert!(fits, "token {token} has experts that no token has");
+    }
+
+    // The summary, in the form of the specification.
+    assert!(
+        said.contains("Expert tracing enabled (stats=1, logging=1)"),
+        "{said}"
+    );
+    assert!(said.contains("=== Expert Usage Statistics ==="), "{said}");
+    assert!(
+        said.contains(&format!("Layer 0 ({tokens} tokens):")),
+        "{said}"
+    );
+    let first = &stats.0["layers"][0]["experts"][0];
+    let line = format!(
+        "  Expert {:3}: {:5} activations ({:.1}%)",
+        first["expert_id"].as_u64().unwrap(),
+        first["activations"].as_u64().unwrap(),
+        first["percentage"].as_f64().unwrap()
+    );
+    assert!(said.contains(&line), "{line:?} in {said}");
+    assert!(
+        said.contains(&format!("Statistics exported to: {}", path.display())),
+        "{said}"
+    );
+    let log = fs::read_to_string(&log).unwrap();
+    assert_eq!(
+        log.lines().next(),
+        Some("[EXPERT-TRACE] Layer 0: MoE layer detected (tensor 'ffn_moe_topk')")
+    );
+    // What the program prints is its own: the tracer adds nothing to it.
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("Expert"));
+
+    // No prompt in the document.
+    let document = fs::read_to_string(&path).unwrap();
+    assert!(!document.contains("swallow"), "{document}");
+
+    for layer in stats.0["layers"].as_array().unwrap() {
+        let sum: f64 = layer["experts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|expert| expert["percentage"].as_f64().unwrap())
+            .sum();
+        assert!(
+            (sum - 100.0 * f64::from(known.spec.k)).abs() < 1e-6,
+            "{layer:#}"
+        );
+    }
+}
+
+#[test]
+fn the_document_is_as_its_schema_says() {
+    let directory = scratch();
+    let path = directory.path().join("stats.json");
+    let command = llama_program(
+        "llama-completion",
+        &known_small().path,
+        &["-p", "Hello", "-n", "4", "-no-cnv"],
+    );
+    let options = ["-o", path.to_str().unwrap()];
+    assert!(
+        tracer::run(&options, &command)
+            .unwrap()
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
+    let schema: serde_json::Value =
+        serde_json::from_str(include_str!("../../../docs/stats.schema.json")).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let mut stats = Stats::read(&path).unwrap();
+    let problems: Vec<String> = validator
+        .iter_errors(&stats.0)
+        .map(|error| format!("{error} at {}", error.instance_path()))
+        .collect();
+    assert_eq!(problems, Vec::<String>::new());
+    // The schema is strict enough to notice.
+    stats.0["layers"][0]["experts"][0]["surprise"] = 1.into();
+    assert!(!validator.is_valid(&stats.0));
+    // The part that the original specification defines has its keys and no others.
+    let keys = |value: &serde_json::Value| -> Vec<String> {
+        value.as_object().unwrap().keys().cloned().collect()
+    };
+    assert_eq!(
+        keys(&stats.0["layers"][1]),
+        ["experts", "layer_id", "total_tokens"]
+    );
+    let expert = &stats.0["layers"][1]["experts"][0];
+    assert_eq!(keys(expert), ["activations", "expert_id", "percentage"]);
+}

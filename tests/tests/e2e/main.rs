@@ -1,0 +1,14 @@
+//! Everything the program promises, on real llama.cpp processes, against something that is not us.
+//!
+//! `cargo xtask test` prepares what these tests need and runs them, one at a time, as root.
+
+mod attach;
+mod callback;
+mod imatrix;
+mod known_routing;
+mod llama_cli;
+mod loss;
+mod rpc;
+mod shell;
+mod support;
+mod warmup;

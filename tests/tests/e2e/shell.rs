@@ -1,0 +1,93 @@
+//! Exit statuses and errors of the command line.
+
+use std::{
+    ffi::OsStr,
+    process::{Command, Output},
+};
+
+use expert_trace_tests::tracer;
+
+use crate::support::scratch;
+
+fn expert_trace<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
+    Command::new(tracer::program().unwrap())
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_exit_status_is_the_childs() {
+    for (script, status) in [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137)] {
+        let output = expert_trace(&["run", "--", "sh", "-c", script]);
+        assert_eq!(output.status.code(), Some(status), "{}", said(&output));
+    }
+}
+
+#[test]
+fn a_program_that_decodes_nothing_is_said_to() {
+    let output = expert_trace(&["run", "--", "true"]);
+    assert_eq!(output.status.code(), Some(0));
+    let said = said(&output);
+    assert!(said.contains("No expert routing was seen"), "{said}");
+}
+
+#[test]
+fn what_cannot_start_is_said() {
+    let output = expert_trace(&["run", "--", "no-such-command-anywhere"]);
+    assert_eq!(output.status.code(), Some(127));
+    assert!(
+        said(&output).contains("command not found"),
+        "{}",
+        said(&output)
+    );
+
+    let output = expert_trace(&["run", "--", "/etc/passwd"]);
+    assert_eq!(output.status.code(), Some(126));
+    assert!(
+        said(&output).contains("not executable"),
+        "{}",
+        said(&output)
+    );
+}
+
+#[test]
+fn a_bad_output_path_fails_before_the_program_starts() {
+    let directory = scratch();
+    let witness = directory.path().join("ran");
+    for path in ["/no/such/directory/stats.json", "/tmp"] {
+        let output = expert_trace(&["run", "-o", path, "--", "touch", witness.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(125));
+        let said = said(&output);
+        assert!(
+            said.contains(&format!("Failed to open output file: {path}")),
+            "{said}"
+        );
+        assert!(!witness.exists());
+    }
+}
+
+#[test]
+fn what_cannot_be_attached_to_is_said() {
+    let none = i32::MAX.to_string();
+    let output = expert_trace(&["attach", "--pid", &none]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(
+        said(&output).contains("No such process"),
+        "{}",
+        said(&output)
+    );
+
+    let own = std::process::id().to_string();
+    let output = expert_trace(&["attach", "--pid", &own]);
+    assert_eq!(output.status.code(), Some(125));
+    let said = said(&output);
+    assert!(
+        said.contains("maps no file that defines ggml_compute_forward_get_rows"),
+        "{said}"
+    );
+}

@@ -1,0 +1,108 @@
+//! Models and programs that the tests share.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+use expert_trace_tests::{
+    llama::LlamaCpp,
+    models::{self, Expected, ModelSpec},
+    oracle::Oracle,
+};
+use tempfile::TempDir;
+
+/// The llama.cpp under the tracer.
+pub fn llama() -> &'static LlamaCpp {
+    static LLAMA: OnceLock<LlamaCpp> = OnceLock::new();
+    LLAMA.get_or_init(|| LlamaCpp::from_env().unwrap())
+}
+
+/// A model whose experts follow from the token.
+pub struct Known {
+    pub path: PathBuf,
+    pub spec: ModelSpec,
+    pub expected: Expected,
+}
+
+/// 4 layers, 32 experts, top-4.
+pub fn known_small() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    MODEL.get_or_init(|| known("known-small.gguf", ModelSpec::SMALL))
+}
+
+/// 3 layers, 512 experts, top-10.
+pub fn known_wide() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    MODEL.get_or_init(|| known("known-wide.gguf", ModelSpec::WIDE))
+}
+
+/// Ordinary random weights, 32 experts, top-4.
+pub fn random_small() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| random("random-small.gguf", &ModelSpec::SMALL))
+}
+
+/// Ordinary random weights, 512 experts, top-10.
+pub fn random_wide() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| random("random-wide.gguf", &ModelSpec::WIDE))
+}
+
+fn known(name: &str, spec: ModelSpec) -> Known {
+    let mut expected = None;
+    let path = publish(name, |path| {
+        expected = Some(models::write_known_routing(path, &llama().vocab, &spec).unwrap());
+    });
+    Known {
+        path,
+        spec,
+        expected: expected.unwrap(),
+    }
+}
+
+fn random(name: &str, spec: &ModelSpec) -> PathBuf {
+    publish(name, |path| {
+        models::write_random(path, &llama().vocab, spec).unwrap();
+    })
+}
+
+/// Writes a model under another name first: a running target may have the old one mapped.
+fn publish(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
+    let path = llama().models_cache.join(name);
+    let new = llama()
+        .models_cache
+        .join(format!("{name}.{}", std::process::id()));
+    write(&new);
+    fs::rename(&new, &path).unwrap();
+    path
+}
+
+/// A command line of the driver, with options.
+pub fn driver(model: &Path, options: &[&str]) -> Command {
+    let mut command = Oracle::command_line(&llama().oracle, model);
+    command.args(options);
+    command
+}
+
+/// A command line of one of llama.cpp's programs, with its standard input closed.
+pub fn llama_program(name: &str, model: &Path, options: &[&str]) -> Command {
+    let mut command = Command::new(llama().program(name));
+    command.arg("-m").arg(model).args(options);
+    command
+}
+
+/// A directory for what one test writes.
+pub fn scratch() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// Ids that a driver printed.
+pub fn ids(answer: &str) -> Vec<u32> {
+    answer
+        .split_whitespace()
+        .map(|id| id.parse().unwrap())
+        .collect()
+}

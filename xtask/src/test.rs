@@ -1,0 +1,120 @@
+//! All tests, in the order in which a failure says most: what is committed, then units, then real
+//! llama.cpp processes under the program.
+
+mod steps;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use expert_trace_tests::llama::LlamaCpp;
+
+use crate::{command, ebpf, llama, system, workspace};
+use steps::{Results, Steps};
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Run only the tests whose names contain this
+    #[arg(long, value_name = "NAME")]
+    filter: Option<String>,
+}
+
+pub fn run(root: &Path, arguments: &Arguments) -> Result<ExitCode> {
+    let filter = arguments.filter.as_deref();
+    let mut steps = Steps::default();
+    steps.run("The committed BPF objects are of these sources", |_| {
+        ebpf::check(root)
+    });
+    let fresh = rebuild(root, filter, &mut steps);
+    steps.run("Unit tests", |results| {
+        let mut cargo = workspace::cargo(root);
+        cargo.args(["test", "--no-fail-fast", "--workspace"]);
+        cargo.args(["--exclude", "expert-trace-tests"]);
+        results.cargo_test(cargo.arg("--").args(filter))
+    });
+    end_to_end(root, filter, fresh.as_deref(), &mut steps);
+    Ok(steps.finish())
+}
+
+/// Builds the BPF objects from source, where the toolchain is. Returns the directory of those that
+/// are not the committed ones, and so have to be tested too.
+fn rebuild(root: &Path, filter: Option<&str>, steps: &mut Steps) -> Option<PathBuf> {
+    const STEP: &str = "BPF objects built from source";
+    if filter.is_some() {
+        steps.skip(STEP, "only tests with a certain name were asked for");
+        return None;
+    }
+    if !system::is_root() {
+        steps.skip(
+            STEP,
+            "this does not run as root; `cargo xtask build-ebpf` may work",
+        );
+        return None;
+    }
+    if !system::is_debian_12() {
+        let reason = format!(
+            "the BPF toolchain is that of Debian 12, and this is {}",
+            system::distribution()
+        );
+        steps.skip(STEP, &reason);
+        return None;
+    }
+    steps.run(STEP, |_| {
+        let fresh = workspace::target()?.join("ebpf/fresh");
+        ebpf::build(root, Some(&fresh))?;
+        let differing = ebpf::differing(root, &fresh)?;
+        if differing.is_empty() {
+            println!("They are byte for byte the committed ones.");
+            return Ok(None);
+        }
+        for object in differing {
+            println!("{} has other bytes than the fresh one.", object.display());
+        }
+        println!("End-to-end tests will run with both.");
+        Ok(Some(fresh))
+    })?
+}
+
+fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &mut Steps) {
+    const STEP: &str = "End-to-end tests";
+    if !system::is_root() {
+        steps.skip(STEP, "tracing another process needs root");
+        return;
+    }
+    let Some(llama) = steps.run("llama.cpp and the oracle", |_| llama::provision(root)) else {
+        steps.skip(STEP, "there is no llama.cpp to trace");
+        return;
+    };
+    steps.run(STEP, |results| {
+        end_to_end_with(root, filter, &llama, None, results)
+    });
+    if let Some(fresh) = fresh {
+        steps.run("End-to-end tests with the fresh BPF objects", |results| {
+            end_to_end_with(root, filter, &llama, Some(fresh), results)
+        });
+    }
+}
+
+/// Runs the end-to-end tests with the committed BPF objects, or with those in the directory
+/// `objects`.
+fn end_to_end_with(
+    root: &Path,
+    filter: Option<&str>,
+    llama: &LlamaCpp,
+    objects: Option<&Path>,
+    results: &mut Results,
+) -> Result<()> {
+    let objects = objects.map(|directory| ("EXPERT_TRACE_EBPF_DIR", directory));
+    command::run(workspace::release_build(root).envs(objects))?;
+    let mut cargo = workspace::cargo(root);
+    cargo
+        .args(["test", "--no-fail-fast", "--package", "expert-trace-tests"])
+        .env("EXPERT_TRACE_TEST_BIN", workspace::release_program()?)
+        .envs(llama.to_env())
+        .envs(objects)
+        .arg("--")
+        .args(filter)
+        // Several traced processes at once would slow each other down on a small machine.
+        .arg("--test-threads=1");
+    results.cargo_test(&mut cargo)
+}

@@ -21,6 +21,7 @@ use thiserror::Error;
 use crate::{
     probes::{Hook, Probe},
     symbols::Definition,
+    target::printable,
 };
 
 #[repr(align(8))]
@@ -151,7 +152,7 @@ impl Session {
         self.attach_at(hook.program(), attach_path, definition, *source, pid)
             .map_err(|reason| AttachError::Probe {
                 symbol: (*symbol).to_owned(),
-                file: file.display().to_string(),
+                file: printable(Path::new(file)),
                 offset: definition.file_offset,
                 reason,
             })

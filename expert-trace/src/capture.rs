@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     attach::{Events, Session, check_privileges},
     cli::{Attach, Recording, Run},
-    decode::decode,
+    decode::{Body, decode},
     export::Output,
     launch::{self, Suspended},
     model::{Context, End, Model, Options},
@@ -32,7 +32,7 @@ use crate::{
     redact,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary::{self, Log},
-    target::{self, MappedFile},
+    target::{self, MappedFile, printable},
 };
 
 /// Starts a program, traces it to its end, and gives its exit status.
@@ -54,6 +54,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let pid = child.pid();
     let mut capture = Capture::new(&recording, sinks, pid.as_raw(), true)?;
     capture.target.command = command.clone();
+    capture.target.exe = std::fs::canonicalize(&program).ok();
+    capture.target.model_variable = std::env::var_os(MODEL_VARIABLE);
     match linker
         .as_deref()
         .map(|linker| (linker, linker_hook(linker)))
@@ -146,18 +148,14 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
 
     let mut capture = Capture::new(&recording, sinks, pid.get() as i32, false)?;
     capture.target.command = target::command_line(pid.get()).unwrap_or_default();
+    capture.target.model_variable = target::variable(pid.get(), MODEL_VARIABLE);
     capture.target.look(pid.get());
     let probes = capture.plan.extend(pid.get(), &files).to_vec();
     if !capture.plan.can_see_experts() {
         bail!(
             "process {pid} ({}) maps no file that defines ggml_compute_forward_get_rows, the function that shows expert ids\n  \
              It is no llama.cpp, has not loaded its CPU backend yet, or its static executable has been stripped of symbols",
-            capture
-                .target
-                .exe
-                .as_deref()
-                .unwrap_or(Path::new("?"))
-                .display()
+            printable(capture.target.exe.as_deref().unwrap_or(Path::new("?")))
         );
     }
     for probe in &probes {
@@ -190,6 +188,11 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     capture.finish(end, why, &recording)?;
     Ok(0)
 }
+
+/// Names the model to llama.cpp's programs (common/arg.cpp).
+const MODEL_VARIABLE: &str = "LLAMA_ARG_MODEL";
+/// A target that shows no model in so many looks has none that we can read.
+const MODEL_LOOKS: u32 = 20;
 
 /// Where results go; opened before anything is traced.
 struct Sinks {
@@ -226,6 +229,7 @@ struct Known {
     exe: Option<PathBuf>,
     build_id: Option<String>,
     directory: PathBuf,
+    model_variable: Option<OsString>,
     models: KnownModels,
 }
 
@@ -246,7 +250,8 @@ impl Known {
         let files: Vec<MappedFile> = target::mapped_files(pid).unwrap_or_default();
         self.models = models::mapped(pid, &files);
         if self.models.is_empty() {
-            self.models = models::named(&self.command, &self.directory);
+            let variable = self.model_variable.as_deref();
+            self.models = models::named(&self.command, variable, &self.directory);
         }
     }
 }
@@ -259,8 +264,8 @@ struct Capture {
     model: Model,
     target: Known,
     sinks: Sinks,
-    /// Whether the target has been looked at since it began to decode.
-    looked: bool,
+    /// How often the target's models may still be looked for.
+    looks_left: u32,
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
     ring_bytes: u32,
@@ -295,7 +300,7 @@ impl Capture {
                 ..Known::default()
             },
             sinks,
-            looked: false,
+            looks_left: MODEL_LOOKS,
             from_start,
             started: None,
             ring_bytes: recording.buffer_size,
@@ -335,20 +340,29 @@ impl Capture {
             model,
             sinks,
             target,
-            looked,
-            plan,
+            looks_left,
             pid,
             ..
         } = self;
-        if !*looked && plan.can_see_experts() {
-            *looked = true;
-            target.look(pid.get());
-            target.look_for_models(pid.get());
-            model.set_facts(target.models.facts());
-        }
         let mut log_error = None;
+        let mut looked = false;
         events.get_mut().drain(|bytes| {
-            model.push(decode(bytes), &mut |pass| {
+            let event = decode(bytes);
+            let works = event
+                .as_ref()
+                .is_ok_and(|event| !matches!(event.body, Body::Libraries));
+            if works && !looked && *looks_left > 0 {
+                // A target that computes has mapped its model, or is about to.
+                looked = true;
+                *looks_left -= 1;
+                target.look(pid.get());
+                target.look_for_models(pid.get());
+                if !target.models.is_empty() {
+                    *looks_left = 0;
+                    model.set_facts(target.models.facts());
+                }
+            }
+            model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
                     && let Err(error) = log.pass(pass)
                 {
@@ -374,10 +388,7 @@ impl Capture {
             self.take_events();
             let counters = self.session.counters()?;
             let integrity = Integrity::new(&counters, self.model.received(), self.ring_bytes);
-            let flows = [&integrity.events, &integrity.rows];
-            let settled = flows.iter().all(|flow| flow.balances())
-                && integrity.events.emitted == integrity.received.events;
-            if settled || Instant::now() > deadline {
+            if integrity.adds_up() || Instant::now() > deadline {
                 return Ok(integrity);
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -445,7 +456,11 @@ impl Capture {
             },
             target: stats::Target {
                 pid: self.pid.get(),
-                exe: self.target.exe.clone(),
+                exe: self
+                    .target
+                    .exe
+                    .as_deref()
+                    .map(|exe| exe.to_string_lossy().into_owned()),
                 build_id: self.target.build_id.clone(),
                 command: redact::command(&self.target.command),
                 hooks: self.plan.probes.clone(),
@@ -477,7 +492,7 @@ fn silence(stats: &Stats) -> &'static str {
     let hits = &stats.integrity.hits;
     if !stats.excluded.is_empty() {
         "all passes were left out"
-    } else if stats.target.hooks.is_empty() {
+    } else if stats.target.tensor_layouts.is_empty() {
         "the process loaded no library that defines ggml_compute_forward_get_rows"
     } else if hits.entered == 0 {
         "no token was decoded on the CPU backend"

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     path::{Path, PathBuf},
 };
 
@@ -10,7 +10,7 @@ use crate::{
     gguf::{Gguf, ModelShape, shard_paths, special_tokens},
     model::ModelFacts,
     stats::ModelFile,
-    target::{self, MappedFile},
+    target::{self, MappedFile, printable},
 };
 
 /// Model files that have been read.
@@ -51,12 +51,18 @@ pub fn mapped(pid: u32, files: &[MappedFile]) -> KnownModels {
     models
 }
 
-/// Reads the model that a command line names, for a process that does not map it (`--no-mmap`), or
-/// has ended before we could look.
-pub fn named(command: &[OsString], directory: &Path) -> KnownModels {
+/// Reads the model that a command line or `LLAMA_ARG_MODEL` names, for a process that does not map it
+/// (`--load-mode`), or has ended before we could look.
+pub fn named(command: &[OsString], variable: Option<&OsStr>, directory: &Path) -> KnownModels {
     let mut models = KnownModels::default();
-    if let Some(path) = target::model_argument(command, directory) {
-        models.add(&path, &shard_paths(&path), "command_line");
+    let by_variable = || {
+        let path = directory.join(variable?);
+        target::is_gguf(&path).then_some((path, "environment"))
+    };
+    let by_argument = target::model_argument(command, directory);
+    let by_argument = by_argument.map(|path| (path, "command_line"));
+    if let Some((path, found)) = by_argument.or_else(by_variable) {
+        models.add(&path, &shard_paths(&path), found);
     }
     models
 }
@@ -84,6 +90,16 @@ impl KnownModels {
         ModelFacts {
             warmup_tokens: self.warmup_tokens.clone(),
             moe_layers: layers.filter(|layers: &BTreeSet<u16>| !layers.is_empty()),
+            selective: self
+                .files
+                .iter()
+                .map(|model| &model.shape)
+                .filter(|shape| {
+                    let mut layers = shape.moe_layers.iter();
+                    layers.all(|layer| shape.n_expert_used.of(*layer) < shape.n_expert)
+                })
+                .map(|shape| shape.n_expert)
+                .collect(),
         }
     }
 
@@ -102,20 +118,18 @@ impl KnownModels {
         };
         match read() {
             Ok((shape, special)) => {
-                // common_init_from_params (common.cpp): whichever of the two the vocabulary has.
-                let warmup: Vec<i32> = [special.bos, special.eos]
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|token| i32::try_from(token).ok())
-                    .collect();
-                self.warmup_tokens.push(warmup);
+                // common_init_from_params (common.cpp) decodes one token where the vocabulary has
+                // only one of the two; that can be a user's, too, and counts.
+                if let (Some(bos), Some(eos)) = (special.bos, special.eos) {
+                    self.warmup_tokens.push(vec![bos as i32, eos as i32]);
+                }
                 self.files.push(ModelFile {
-                    path: path.to_owned(),
+                    path: path.to_string_lossy().into_owned(),
                     found,
                     shape,
                 });
             }
-            Err(error) => eprintln!("expert-trace: warning: {}: {error}", path.display()),
+            Err(error) => eprintln!("expert-trace: warning: {}: {error}", printable(path)),
         }
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     symbols::{self, Definition, SymbolError},
-    target::{FileId, MappedFile},
+    target::{FileId, MappedFile, printable},
 };
 
 /// A function to probe, and what its probe is for.
@@ -66,7 +66,7 @@ pub struct Probe {
     /// Symbol it was found by.
     pub symbol: &'static str,
     /// File it is in, as the target sees it.
-    pub file: PathBuf,
+    pub file: String,
     /// The file's build id, in hex.
     pub build_id: Option<String>,
     /// Where in the file.
@@ -116,7 +116,7 @@ impl Plan {
             let attach_path = file.reachable_path(pid);
             match look_up(&attach_path) {
                 Ok(elf) => self.add(elf, &file.path, &attach_path),
-                Err(error) => tracing::debug!("{}: {error}", file.path.display()),
+                Err(error) => tracing::debug!("{}: {error}", printable(&file.path)),
             }
         }
         &self.probes[known..]
@@ -140,7 +140,7 @@ impl Plan {
                 self.probes.push(Probe {
                     hook,
                     symbol: hook.symbol(),
-                    file: file.to_owned(),
+                    file: file.to_string_lossy().into_owned(),
                     build_id: elf.build_id.clone(),
                     definition,
                     source: self.sources,

@@ -32,7 +32,7 @@ fn takes(option: &str) -> Option<Takes> {
         | "--port" | "--moe-cache-mib" => Takes::Number,
         "-m" | "--model" | "-md" | "--model-draft" | "-ot" | "--override-tensor" | "-ctk"
         | "--cache-type-k" | "-ctv" | "--cache-type-v" | "-dev" | "--device" | "-sm"
-        | "--split-mode" | "--numa" => Takes::Word,
+        | "--split-mode" | "--numa" | "-lm" | "--load-mode" => Takes::Word,
         "--no-mmap"
         | "--mlock"
         | "-cmoe"
@@ -113,10 +113,15 @@ fn shown(takes: Takes, value: &str) -> String {
     }
 }
 
-/// The command line with all that is not known to be harmless hidden. The program's name stays.
+/// The command line with all that is not known to be harmless hidden. The program's name stays, up
+/// to its first blank.
 pub fn command(arguments: &[OsString]) -> Vec<String> {
     let mut words = arguments.iter().map(|argument| argument.to_string_lossy());
-    let mut line: Vec<String> = words.next().map(Into::into).into_iter().collect();
+    // A process can rename itself, arguments and all.
+    let program = words
+        .next()
+        .and_then(|name| name.split_whitespace().next().map(str::to_owned));
+    let mut line: Vec<String> = program.into_iter().collect();
     while let Some(word) = words.next() {
         let (option, attached) = match word.split_once('=') {
             Some((option, value)) => (option, Some(value)),
@@ -171,6 +176,11 @@ mod tests {
             redacted(&["x", "-p", "--threads", "--secret=1", "-t"]),
             "x -p <redacted> <redacted> -t"
         );
+    }
+
+    #[test]
+    fn a_process_that_has_renamed_itself_shows_its_name() {
+        assert_eq!(redacted(&["llama-server --api-key sk-1"]), "llama-server");
     }
 
     #[test]

@@ -3,8 +3,6 @@
 //! `layers` has exactly the shape of the original specification's statistics; all that we know
 //! beyond it stands beside. docs/json-schema.md explains every key.
 
-use std::path::PathBuf;
-
 use expert_trace_common::Counter;
 use serde::Serialize;
 
@@ -69,7 +67,7 @@ pub struct Target {
     /// Process id, in our PID namespace.
     pub pid: u32,
     /// Its executable.
-    pub exe: Option<PathBuf>,
+    pub exe: Option<String>,
     /// Build id of the executable.
     pub build_id: Option<String>,
     /// Command line, redacted.
@@ -85,8 +83,9 @@ pub struct Target {
 #[derive(Debug, Serialize)]
 pub struct ModelFile {
     /// First shard, as the target sees it.
-    pub path: PathBuf,
-    /// How it was found: `mapped` by the process, or named on the `command_line`.
+    pub path: String,
+    /// How it was found: `mapped` by the process, or named on the `command_line` or in the
+    /// `environment`.
     pub found: &'static str,
     /// What its header says.
     #[serde(flatten)]
@@ -319,7 +318,78 @@ impl Integrity {
         integrity
     }
 
+    /// Whether the sums are right: they are not while a probe is running.
+    pub fn adds_up(&self) -> bool {
+        self.imbalances().is_empty()
+    }
+
     fn find_problems(&self) -> Vec<String> {
+        let mut problems = self.imbalances();
+        let Hits {
+            entered,
+            filtered_thread,
+            token_lookup,
+            unreadable,
+            layout_unknown,
+            routed,
+            ..
+        } = self.hits;
+        let mut loss = |count: u64, text: &str| {
+            if count > 0 {
+                problems.push(format!("{count} {text}"));
+            }
+        };
+        loss(
+            self.rows.dropped.ring_full,
+            "rows lost: ring buffer full (use a larger --buffer-size)",
+        );
+        loss(
+            self.events.dropped.ring_full,
+            "records lost: ring buffer full (use a larger --buffer-size)",
+        );
+        loss(
+            self.rows.dropped.unreadable,
+            "rows lost: ids could not be read",
+        );
+        loss(
+            self.events.dropped.unreadable,
+            "records lost: memory could not be read",
+        );
+        if routed == 0 && filtered_thread == entered {
+            loss(
+                entered,
+                "hits, none of them on the first thread of its pool: ggml_compute_params has a \
+                 layout that is not known (it is older than b3209, or changed)",
+            );
+        }
+        if routed == 0 && token_lookup == 0 {
+            loss(
+                layout_unknown,
+                "hits in a ggml whose tensors have a layout that is not known: nothing was read \
+                 (it is older than b3209, or changed)",
+            );
+        }
+        loss(unreadable, "hits whose tensors could not be read");
+        loss(
+            self.unknown_rows.malformed,
+            "ids tensors that make no sense",
+        );
+        loss(
+            self.unknown_rows.unreadable,
+            "ids tensors that could not be read",
+        );
+        loss(
+            self.received.rejected,
+            "records with impossible contents, not counted",
+        );
+        loss(
+            self.hits.state_lost,
+            "times a kernel map was full: passes may be mixed up",
+        );
+        problems
+    }
+
+    fn imbalances(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut balance = |what: &str, left: u64, right: u64| {
             if left != right {
@@ -345,52 +415,6 @@ impl Integrity {
         if self.received.rejected == 0 {
             balance("rows received", self.rows.emitted, self.received.rows);
         }
-
-        let mut loss = |count: u64, text: &str| {
-            if count > 0 {
-                problems.push(format!("{count} {text}"));
-            }
-        };
-        loss(
-            self.rows.dropped.ring_full,
-            "rows lost: ring buffer full (use a larger --buffer-size)",
-        );
-        loss(
-            self.events.dropped.ring_full,
-            "records lost: ring buffer full (use a larger --buffer-size)",
-        );
-        loss(
-            self.rows.dropped.unreadable,
-            "rows lost: ids could not be read",
-        );
-        loss(
-            self.events.dropped.unreadable,
-            "records lost: memory could not be read",
-        );
-        if routed == 0 && token_lookup == 0 {
-            loss(
-                layout_unknown,
-                "hits in a ggml whose tensors have a layout that is not known: nothing was read \
-                 (it is older than b3209, or changed)",
-            );
-        }
-        loss(unreadable, "hits whose tensors could not be read");
-        loss(
-            self.unknown_rows.malformed,
-            "ids tensors that make no sense",
-        );
-        loss(
-            self.unknown_rows.unreadable,
-            "ids tensors that could not be read",
-        );
-        loss(
-            self.received.rejected,
-            "records with impossible contents, not counted",
-        );
-        loss(
-            self.hits.state_lost,
-            "times a kernel map was full: passes may be mixed up",
-        );
         problems
     }
 }

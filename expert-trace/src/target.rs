@@ -119,7 +119,7 @@ pub fn mapped_ggufs(pid: u32, files: &[MappedFile]) -> Vec<(PathBuf, PathBuf)> {
         .collect()
 }
 
-/// The model a command line names, for processes that do not map it (`--no-mmap`) or are gone.
+/// The model a command line names.
 pub fn model_argument(arguments: &[OsString], directory: &Path) -> Option<PathBuf> {
     let flag = arguments
         .iter()
@@ -128,7 +128,22 @@ pub fn model_argument(arguments: &[OsString], directory: &Path) -> Option<PathBu
     is_gguf(&path).then_some(path)
 }
 
-fn is_gguf(path: &Path) -> bool {
+/// A variable of the environment a process was started with.
+pub fn variable(pid: u32, name: &str) -> Option<OsString> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    environment.split(|byte| *byte == 0).find_map(|variable| {
+        let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        Some(OsString::from_vec(value.to_vec()))
+    })
+}
+
+/// A path of the target's choosing, fit for a terminal: control characters replaced.
+pub fn printable(path: &Path) -> String {
+    path.to_string_lossy().replace(char::is_control, "\u{fffd}")
+}
+
+/// Whether a regular file begins as a GGUF file does.
+pub fn is_gguf(path: &Path) -> bool {
     let mut magic = [0; 4];
     // A device or a FIFO could block or have effects; a mapped model is a regular file.
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
@@ -187,6 +202,12 @@ mod tests {
         for line in ["", "x", "1-2 r-xp", "1-2 r-xp 0 0:0 nine /x", "\u{0}\u{0}"] {
             assert_eq!(parse_maps(line.as_bytes()), []);
         }
+    }
+
+    #[test]
+    fn terminals_get_no_control_characters() {
+        let path = Path::new("/m/\u{1b}[2Ja\n\u{9b}b.gguf");
+        assert_eq!(printable(path), "/m/\u{fffd}[2Ja\u{fffd}\u{fffd}b.gguf");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Longest wait for one line, far above what any command takes on a busy machine.
@@ -79,6 +80,16 @@ impl Oracle {
         let rest = line.strip_prefix("ok");
         let rest = rest.with_context(|| format!("{command:?}: {line}"))?;
         Ok(rest.trim_start().to_owned())
+    }
+
+    /// Makes the oracle wait with its work for a reader that is a page of output behind.
+    ///
+    /// # Errors
+    ///
+    /// If the pipe cannot be made smaller.
+    pub fn wait_for_reader(&self) -> Result<()> {
+        fcntl(&self.stdout, FcntlArg::F_SETPIPE_SZ(4096))?;
+        Ok(())
     }
 
     /// Ends the oracle, and waits for the command that started it.

@@ -32,6 +32,8 @@ pub struct ModelFacts {
     pub warmup_tokens: Vec<Vec<i32>>,
     /// Layers with experts, when one model is known for certain.
     pub moe_layers: Option<BTreeSet<u16>>,
+    /// Numbers of experts of which a model does not normally choose all.
+    pub selective: BTreeSet<u32>,
 }
 
 /// Why a pass is not counted.
@@ -293,7 +295,7 @@ impl Model {
 
     fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &self.contexts[index];
-        if !context.worked && pass.is_warmup(&self.facts.warmup_tokens) {
+        if !context.worked && pass.is_warmup(&self.facts) {
             if !self.options.include_warmup {
                 self.exclude(index, &pass, Exclusion::Warmup);
                 return;
@@ -314,6 +316,10 @@ impl Model {
         }
         let context = &self.contexts[index];
         let mut expected: BTreeSet<u16> = if context.layers.is_empty() {
+            if context.layer_order && !self.options.from_start {
+                // A scheduler's pass whose beginning we missed looks the same.
+                return false;
+            }
             match &self.facts.moe_layers {
                 Some(layers) => layers.clone(),
                 None => return end == End::Exited && !pass.lacks_rows(),

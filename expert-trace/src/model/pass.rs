@@ -7,6 +7,7 @@ use std::{
 
 use expert_trace_common::{Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, RowInfo};
 
+use super::ModelFacts;
 use crate::decode::{Numbers, RowInfos};
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
@@ -157,28 +158,20 @@ impl Pass {
     /// Positive evidence of a warm-up: at most two tokens, and either all experts chosen (b4887 to
     /// b9470 set `n_expert_used` so) or tokens that only a warm-up decodes: [BOS, EOS], or the
     /// [0, 0] of `common_context_can_seq_rm`.
-    pub(super) fn is_warmup(&self, warmup_tokens: &[Vec<i32>]) -> bool {
+    pub(super) fn is_warmup(&self, facts: &ModelFacts) -> bool {
         self.scheduler
             && self.has_rows()
             && self.token_count() <= MAX_WARMUP_TOKENS
             && (self.tokens == [0, 0]
-                || (!self.tokens.is_empty() && warmup_tokens.contains(&self.tokens))
-                || self.uses_all_experts())
+                || (!self.tokens.is_empty() && facts.warmup_tokens.contains(&self.tokens))
+                || self.uses_all_experts(&facts.selective))
     }
 
-    /// Whether each row is a permutation of as many experts as there are in a row of the argsort.
-    fn uses_all_experts(&self) -> bool {
-        self.blocks.iter().all(|block| {
-            block.k > 1
-                && block.row_stride == u32::from(block.k)
-                && self.rows(block).all(|ids| {
-                    let mut seen = vec![false; ids.len()];
-                    ids.iter().all(|id| {
-                        seen.get_mut(usize::from(*id))
-                            .is_some_and(|seen| !std::mem::replace(seen, true))
-                    })
-                })
-        })
+    /// Whether every layer chooses all experts of a model that normally chooses some.
+    fn uses_all_experts(&self, selective: &BTreeSet<u32>) -> bool {
+        self.blocks
+            .iter()
+            .all(|block| selective.contains(&u32::from(block.k)))
     }
 
     /// Prefill or decode, for each token of the ubatch.

@@ -63,6 +63,7 @@ fn twice_in_the_middle_of_a_generation() {
 
     let directory = scratch();
     let mut target = start();
+    target.wait_for_reader().unwrap();
     target.send(&format!("stream 0 {GENERATED} 11")).unwrap();
     let mut tokens = Vec::new();
     let mut captures = Vec::new();
@@ -70,7 +71,8 @@ fn twice_in_the_middle_of_a_generation() {
         read(&mut target, 50, &mut tokens);
         let path = directory.path().join(format!("{round}.json"));
         let tracer = Attached::to(target.pid(), &["-o", path.to_str().unwrap()]).unwrap();
-        read(&mut target, 400, &mut tokens);
+        // More than the pipe and our own buffer hold: the target has to work for these.
+        read(&mut target, 1700, &mut tokens);
         tracer.interrupt().unwrap();
         captures.push(Stats::read(&path).unwrap());
     }

@@ -37,6 +37,8 @@ fn end_to_end() {
     let tokens = rows.iter().filter(|(layer, _)| *layer == 0).count();
     assert_eq!(stats.tokens()[&0], tokens as u64);
     assert!(tokens >= 20, "{tokens} tokens of a chat");
+    // [0, 0] when it makes its context, and [BOS, EOS] to warm up.
+    assert_eq!(stats.excluded("warmup"), (2, 4));
     assert_eq!(
         tracer::count(rows.iter().map(|(layer, ids)| (*layer, ids.as_slice()))),
         stats.counts()

@@ -1,8 +1,9 @@
 //! An RPC server has no scheduler: passes are told apart by the layer number.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    net::{TcpListener, TcpStream},
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use expert_trace_tests::tracer::{self, Attached, Stats, count, read_log};
@@ -22,24 +23,24 @@ struct Server {
 impl Server {
     fn start() -> Self {
         // The port is free when asked for; nothing else on this machine asks at the same time.
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
+        let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
             .unwrap()
             .port();
         let mut child = Command::new(llama().program("ggml-rpc-server"))
             .args(["-H", "127.0.0.1", "-p", &port.to_string(), "-t", "2"])
-            .stdout(Stdio::piped())
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            // The server prints its address when it is about to listen.
-            lines.next().unwrap().unwrap();
+        // The server says on no descriptor that it listens: it is asked until it answers.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert_eq!(child.try_wait().unwrap(), None, "the server has ended");
+            assert!(Instant::now() < deadline, "the server does not listen");
+            std::thread::yield_now();
         }
-        // Let it print on.
-        std::thread::spawn(move || lines.for_each(drop));
         Self { child, port }
     }
 }

@@ -37,9 +37,8 @@ fn the_counts_are_those_of_a_run_without_warmup() {
     let with = completion(&[], &[]);
     let without = completion(&[], &["--no-warmup"]);
     assert_eq!(with.counts(), without.counts());
-    // llama.cpp decodes [0, 0] when it makes a context, and [BOS, EOS] to warm up.
-    assert_eq!(with.excluded("warmup"), (2, 4));
-    assert_eq!(without.excluded("warmup"), (1, 2));
+    assert_eq!(with.excluded("warmup"), (1, 2));
+    assert_eq!(without.excluded("warmup"), (0, 0));
 }
 
 #[test]
@@ -47,7 +46,7 @@ fn it_can_be_counted() {
     let without = completion(&[], &[]);
     let with = completion(&["--include-warmup"], &[]);
     assert_eq!(with.excluded("warmup"), (0, 0));
-    assert_eq!(with.tokens()[&0], without.tokens()[&0] + 4);
+    assert_eq!(with.tokens()[&0], without.tokens()[&0] + 2);
 }
 
 /// The same tokens as a warm-up count when they are not the first, and other short prompts always.

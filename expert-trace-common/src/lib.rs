@@ -104,7 +104,8 @@ pub struct Header {
     /// [`Kind::Pass`].
     pub total_rows: u32,
     /// Distance between rows in the target, in elements. The ids are a view of the argsort of all
-    /// experts, so this is the number of experts.
+    /// experts, so this is the number of experts. 0 when the ids of a row do not
+    /// lie side by side.
     pub row_stride: u32,
     /// Tokens of the pass' ubatch; 0 when it could not be read.
     pub ubatch_tokens: u32,

@@ -45,7 +45,13 @@ pub fn on_set_inputs(ubatch: u64) {
         // SAFETY: the map's value is alive during the program, and belongs to this thread.
         unsafe { (*state).ubatch = ubatch };
     } else {
-        insert_thread(key, &ThreadState { ubatch, ..NEW_THREAD });
+        insert_thread(
+            key,
+            &ThreadState {
+                ubatch,
+                ..NEW_THREAD
+            },
+        );
     }
 }
 
@@ -175,8 +181,7 @@ impl Ubatch {
         if address.0 == 0 {
             return None;
         }
-        let [tokens, _, _, unique_sequences] =
-            address.offset(ubatch::COUNTS).read::<[u32; 4]>()?;
+        let [tokens, _, _, unique_sequences] = address.offset(ubatch::COUNTS).read::<[u32; 4]>()?;
         if tokens == 0 || u64::from(tokens) > MAX_ROWS {
             return None;
         }

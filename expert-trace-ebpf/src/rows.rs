@@ -10,8 +10,8 @@ use core::ptr;
 use aya_ebpf::{helpers::generated::bpf_loop, programs::ProbeContext};
 use aya_log_ebpf::debug;
 use expert_trace_common::{
-    Counter, Header, Kind, MAX_EXPERTS, MAX_LAYERS, MAX_ROWS, MAX_WARMUP_PASSES,
-    MAX_WARMUP_TOKENS, PassSource, TENSOR_LAYOUTS, TensorLayout, payload,
+    Counter, Header, Kind, MAX_EXPERTS, MAX_LAYERS, MAX_ROWS, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS,
+    PassSource, TENSOR_LAYOUTS, TensorLayout, payload,
 };
 
 use crate::{
@@ -224,7 +224,11 @@ fn on_expert_ids(ctx: &ProbeContext, hit: &Hit, ids: Address, data: u64, layer: 
             layer,
             k: k as u16,
             total_rows: rows,
-            row_stride: (row_stride / id_stride) as u32,
+            row_stride: if id_stride == ID_SIZE {
+                (row_stride / ID_SIZE) as u32
+            } else {
+                0
+            },
             source: hit.source,
             ..header(&state)
         },
@@ -365,7 +369,9 @@ extern "C" fn rows_chunk<const PAYLOAD: usize, const ROW: usize>(
         if i >= rows || len as usize > ROW || end as usize > PAYLOAD - ROW {
             break;
         }
-        let row = walk.data.offset((u64::from(first_row) + u64::from(i)) * walk.row_stride);
+        let row = walk
+            .data
+            .offset((u64::from(first_row) + u64::from(i)) * walk.row_stride);
         // SAFETY: `end + len` is within the payload by the check above.
         if unsafe { row.read_to(ids.add(end as usize), len) }.is_none() {
             entry.discard(0);

@@ -6,6 +6,7 @@ mod attach;
 mod callback;
 mod imatrix;
 mod known_routing;
+mod layouts;
 mod llama_cli;
 mod loss;
 mod rpc;

@@ -1,0 +1,95 @@
+// Stands in for ggml where the real one cannot be had: tensors of any layout, shape and fault.
+//
+// It defines the function that the tracer probes, and calls it as ggml's CPU backend does: from two
+// threads of a pool (one after the other), with a GET_ROWS node whose src[1] holds expert ids.
+//
+// Usage: standin LAYOUT K ROWS ID_STRIDE ROW_STRIDE FAULT
+//
+//   LAYOUT       new (b4106 and newer), old (b3209 to b4105), odd (none that ever was),
+//                ancient (new tensors; compute params as before b3209)
+//   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
+//   FAULT        none, type, planes, data, tensor, range, suffix, copy, long
+//
+// Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
+// ROW_STRIDE / 4 where the ids lie side by side.
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct offsets { size_t src, data, name; };
+
+__attribute__((noinline)) void ggml_compute_forward_get_rows(const void * params, void * dst) {
+    __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
+}
+
+static void put(char * tensor, size_t at, const void * value, size_t size) {
+    memcpy(tensor + at, value, size);
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 7) {
+        fprintf(stderr, "usage: standin LAYOUT K ROWS ID_STRIDE ROW_STRIDE FAULT\n");
+        return 2;
+    }
+    const char *  layout     = argv[1];
+    const char *  fault      = argv[6];
+    const int64_t k          = atoll(argv[2]);
+    const int64_t rows       = atoll(argv[3]);
+    const int64_t id_stride  = atoll(argv[4]);
+    const int64_t row_stride = atoll(argv[5]);
+
+    struct offsets at = { 152, 248, 256 };
+    if (!strcmp(layout, "old")) {
+        at = (struct offsets) { 160, 256, 264 };
+    } else if (!strcmp(layout, "odd")) {
+        at = (struct offsets) { 168, 272, 280 };
+    }
+    const int64_t n_expert = id_stride == 4 ? row_stride / 4 : 1024;
+
+    const size_t size = (size_t) (rows * row_stride + k * id_stride) + 64;
+    char *       data = calloc(1, size);
+    char         ids[512], dst[512], name[80];
+
+    for (int layer = 0; layer < 3; layer++) {
+        memset(ids, 0, sizeof(ids));
+        memset(dst, 0, sizeof(dst));
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t j = 0; j < k; j++) {
+                int32_t id = (int32_t) ((31 * layer + 7 * r + j) % n_expert);
+                if (!strcmp(fault, "range") && r == rows - 1 && j == k - 1) {
+                    id = 100000;
+                }
+                put(data, (size_t) (r * row_stride + j * id_stride), &id, sizeof(id));
+            }
+        }
+        const int32_t type  = !strcmp(fault, "type") ? 0 : 26;
+        const int64_t ne[4] = { k, rows, !strcmp(fault, "planes") ? 2 : 1, 1 };
+        const size_t  nb[4] = { (size_t) id_stride, (size_t) row_stride, size, size };
+        const void *  where = !strcmp(fault, "data") ? (void *) 64 : data;
+        put(ids, 0, &type, sizeof(type));
+        put(ids, 16, ne, sizeof(ne));
+        put(ids, 48, nb, sizeof(nb));
+        put(ids, at.data, &where, sizeof(where));
+        snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s", !strcmp(fault, "copy") ? "CPU#" : "",
+                 layer, !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
+        put(ids, at.name, name, strlen(name) + 1);
+
+        const void * src1 = !strcmp(fault, "tensor") ? (void *) 64 : (void *) ids;
+        put(dst, at.src + 8, &src1, sizeof(src1));
+
+        for (int ith = 1; ith >= 0; ith--) {
+            // ith, nth; before b3209 a type came first.
+            int32_t params[16] = { ith, 2 };
+            if (!strcmp(layout, "ancient")) {
+                params[0] = 1;
+                params[1] = ith;
+                params[2] = 2;
+            }
+            ggml_compute_forward_get_rows(params, dst);
+        }
+    }
+    free(data);
+    return 0;
+}

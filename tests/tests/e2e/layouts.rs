@@ -1,0 +1,193 @@
+//! Layouts, shapes and faults that the llama.cpp at hand does not have, in a program that stands in
+//! for it.
+
+use std::{path::PathBuf, process::Command, sync::OnceLock};
+
+use expert_trace_tests::tracer::{self, Stats, read_log};
+use tempfile::TempDir;
+
+use crate::support::scratch;
+
+/// The stand-in, compiled by the C compiler that linking Rust needs anyway.
+fn standin() -> PathBuf {
+    static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
+    let (_, program) = PROGRAM.get_or_init(|| {
+        let directory = scratch();
+        let program = directory.path().join("standin");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/oracle/standin.c");
+        let status = Command::new("cc")
+            .args(["-O1", "-o"])
+            .arg(&program)
+            .arg(source)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        (directory, program)
+    });
+    program.clone()
+}
+
+struct Shape {
+    k: u32,
+    rows: u32,
+    id_stride: u32,
+    row_stride: u32,
+}
+
+/// `rows` rows, k of `n_expert` experts, as llama.cpp has them.
+fn argsort(k: u32, rows: u32, n_expert: u32) -> Shape {
+    Shape {
+        k,
+        rows,
+        id_stride: 4,
+        row_stride: 4 * n_expert,
+    }
+}
+
+fn trace(layout: &str, shape: &Shape, fault: &str) -> (Stats, Vec<(u32, Vec<u32>)>) {
+    let directory = scratch();
+    let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
+    let mut command = Command::new(standin());
+    let numbers = [shape.k, shape.rows, shape.id_stride, shape.row_stride];
+    command
+        .arg(layout)
+        .args(numbers.map(|n| n.to_string()))
+        .arg(fault);
+    let options = [
+        format!("--output={}", path.display()),
+        format!("--log={}", log.display()),
+        "--top=0".to_owned(),
+    ];
+    let output = tracer::run(&options, &command).unwrap().output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (Stats::read(&path).unwrap(), read_log(&log).unwrap())
+}
+
+/// What the stand-in computes, by its own description.
+fn expected(shape: &Shape) -> Vec<(u32, Vec<u32>)> {
+    let n_expert = if shape.id_stride == 4 {
+        shape.row_stride / 4
+    } else {
+        1024
+    };
+    let row = |layer, row| {
+        (0..shape.k)
+            .map(|j| (31 * layer + 7 * row + j) % n_expert)
+            .collect()
+    };
+    (0..3)
+        .flat_map(|layer| (0..shape.rows).map(move |r| (layer, r)))
+        .map(|(layer, r)| (layer, row(layer, r)))
+        .collect()
+}
+
+fn assert_exact(layout: &str, shape: &Shape) -> Stats {
+    let (stats, rows) = trace(layout, shape, "none");
+    stats.assert_complete();
+    assert!(
+        rows == expected(shape),
+        "{} rows, k {}",
+        shape.rows,
+        shape.k
+    );
+    stats
+}
+
+#[test]
+fn both_tensor_layouts_are_found_by_the_first_row() {
+    for (layout, builds) in [("new", "b4106 or newer"), ("old", "b3209 to b4105")] {
+        let stats = assert_exact(layout, &argsort(4, 2, 32));
+        assert_eq!(stats.0["target"]["tensor_layouts"][0], builds);
+        assert_eq!(stats.number("/integrity/hits/layout_unknown"), 0);
+        assert_eq!(stats.0["contexts"][0]["pass_source"], "layer_order");
+        assert_eq!(stats.0["contexts"][0]["phase_source"], "rows");
+    }
+}
+
+#[test]
+fn an_unknown_layout_is_refused_with_the_reason() {
+    for (layout, words) in [
+        ("odd", "layout that is not known: nothing was read"),
+        (
+            "ancient",
+            "ggml_compute_params has a layout that is not known",
+        ),
+    ] {
+        let (stats, rows) = trace(layout, &argsort(4, 2, 32), "none");
+        assert_eq!(rows, []);
+        assert_eq!(stats.0["layers"].as_array().map(Vec::len), Some(0));
+        assert_eq!(stats.0["integrity"]["complete"], false);
+        let problems = stats.0["integrity"]["problems"].to_string();
+        assert!(problems.contains(words), "{layout}: {problems}");
+    }
+}
+
+#[test]
+fn every_width_and_length_arrives_whole() {
+    for (k, rows, n_expert) in [
+        (1, 1, 8),
+        (1, 5000, 8),
+        (2, 300, 8),
+        (16, 1, 128),
+        (17, 1, 128),
+        (10, 8192, 512),
+        (64, 31, 64),
+        (65, 9, 512),
+        (512, 7, 512),
+        (1024, 3, 1024),
+    ] {
+        assert_exact("new", &argsort(k, rows, n_expert));
+    }
+}
+
+#[test]
+fn ids_that_do_not_lie_side_by_side_are_read_by_their_stride() {
+    for (id_stride, row_stride) in [(8, 256), (4 * 40, 4), (12, 4096)] {
+        assert_exact(
+            "new",
+            &Shape {
+                k: 6,
+                rows: 40,
+                id_stride,
+                row_stride,
+            },
+        );
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_counted_and_never_shown() {
+    let shape = argsort(4, 10, 32);
+    for (fault, counter, hits) in [
+        ("type", "/unknown_rows/malformed", 3),
+        ("planes", "/unknown_rows/malformed", 3),
+        ("data", "/rows/dropped/unreadable", 30),
+        ("range", "/received/rejected", 3),
+        // Not even a name is there: no layout fits.
+        ("tensor", "/hits/layout_unknown", 3),
+    ] {
+        let (stats, rows) = trace("new", &shape, fault);
+        assert_eq!(
+            stats.number(&format!("/integrity{counter}")),
+            hits,
+            "{fault}"
+        );
+        assert_eq!(stats.0["integrity"]["complete"], false, "{fault}");
+        assert_eq!(rows, [], "{fault}");
+        assert_eq!(
+            stats.0["layers"].as_array().map(Vec::len),
+            Some(0),
+            "{fault}"
+        );
+    }
+    // Other names, as the scheduler's copies have, are other tensors.
+    for fault in ["suffix", "copy", "long"] {
+        let (stats, rows) = trace("new", &shape, fault);
+        assert_eq!(rows, [], "{fault}");
+        assert_eq!(stats.number("/integrity/hits/routed"), 0, "{fault}");
+    }
+}

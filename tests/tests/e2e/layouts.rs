@@ -8,23 +8,26 @@ use tempfile::TempDir;
 
 use crate::support::scratch;
 
-/// The stand-in, compiled by the C compiler that linking Rust needs anyway.
-fn standin() -> PathBuf {
+/// Compiles one of our C programs, with the compiler that linking Rust needs anyway.
+fn compile(source: &str, flags: &[&str]) -> (TempDir, PathBuf) {
+    let directory = scratch();
+    let program = directory.path().join("program");
+    let source = format!("{}/oracle/{source}", env!("CARGO_MANIFEST_DIR"));
+    let status = Command::new("cc")
+        .args(["-O1", "-o"])
+        .arg(&program)
+        .arg(source)
+        .args(flags)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    (directory, program)
+}
+
+fn standin() -> Command {
     static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-    let (_, program) = PROGRAM.get_or_init(|| {
-        let directory = scratch();
-        let program = directory.path().join("standin");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/oracle/standin.c");
-        let status = Command::new("cc")
-            .args(["-O1", "-o"])
-            .arg(&program)
-            .arg(source)
-            .status()
-            .unwrap();
-        assert!(status.success());
-        (directory, program)
-    });
-    program.clone()
+    let (_, program) = PROGRAM.get_or_init(|| compile("standin.c", &[]));
+    Command::new(program)
 }
 
 struct Shape {
@@ -44,10 +47,14 @@ fn argsort(k: u32, rows: u32, n_expert: u32) -> Shape {
     }
 }
 
-fn trace(layout: &str, shape: &Shape, fault: &str) -> (Stats, Vec<(u32, Vec<u32>)>) {
+fn trace(
+    mut command: Command,
+    layout: &str,
+    shape: &Shape,
+    fault: &str,
+) -> (Stats, Vec<(u32, Vec<u32>)>) {
     let directory = scratch();
     let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
-    let mut command = Command::new(standin());
     let numbers = [shape.k, shape.rows, shape.id_stride, shape.row_stride];
     command
         .arg(layout)
@@ -86,7 +93,7 @@ fn expected(shape: &Shape) -> Vec<(u32, Vec<u32>)> {
 }
 
 fn assert_exact(layout: &str, shape: &Shape) -> Stats {
-    let (stats, rows) = trace(layout, shape, "none");
+    let (stats, rows) = trace(standin(), layout, shape, "none");
     stats.assert_complete();
     assert!(
         rows == expected(shape),
@@ -117,7 +124,7 @@ fn an_unknown_layout_is_refused_with_the_reason() {
             "ggml_compute_params has a layout that is not known",
         ),
     ] {
-        let (stats, rows) = trace(layout, &argsort(4, 2, 32), "none");
+        let (stats, rows) = trace(standin(), layout, &argsort(4, 2, 32), "none");
         assert_eq!(rows, []);
         assert_eq!(stats.0["layers"].as_array().map(Vec::len), Some(0));
         assert_eq!(stats.0["integrity"]["complete"], false);
@@ -170,7 +177,7 @@ fn what_makes_no_sense_is_counted_and_never_shown() {
         // Not even a name is there: no layout fits.
         ("tensor", "/hits/layout_unknown", 3),
     ] {
-        let (stats, rows) = trace("new", &shape, fault);
+        let (stats, rows) = trace(standin(), "new", &shape, fault);
         assert_eq!(
             stats.number(&format!("/integrity{counter}")),
             hits,
@@ -186,8 +193,64 @@ fn what_makes_no_sense_is_counted_and_never_shown() {
     }
     // Other names, as the scheduler's copies have, are other tensors.
     for fault in ["suffix", "copy", "long"] {
-        let (stats, rows) = trace("new", &shape, fault);
+        let (stats, rows) = trace(standin(), "new", &shape, fault);
         assert_eq!(rows, [], "{fault}");
         assert_eq!(stats.number("/integrity/hits/routed"), 0, "{fault}");
+    }
+}
+
+/// However a program is linked, its one definition is found and fires.
+#[test]
+fn every_kind_of_executable() {
+    let shape = argsort(4, 3, 32);
+    for (flags, table) in [
+        (&["-no-pie"][..], ".symtab"),
+        (&["-pie", "-fPIE"], ".symtab"),
+        (&["-static"], ".symtab"),
+        (&["-static-pie", "-fPIE"], ".symtab"),
+        (&["-rdynamic", "-s"], ".dynsym"),
+        (&["-fcf-protection=full"], ".symtab"),
+    ] {
+        // Arm's compilers know no -fcf-protection, and begin functions with nothing to skip.
+        if cfg!(not(target_arch = "x86_64")) && flags[0].starts_with("-fcf") {
+            continue;
+        }
+        let (_directory, program) = compile("standin.c", flags);
+        let (stats, rows) = trace(Command::new(&program), "new", &shape, "none");
+        stats.assert_complete();
+        assert_eq!(rows, expected(&shape), "{flags:?}");
+        let hook = &stats.0["target"]["hooks"][0];
+        assert_eq!(hook["table"], table, "{flags:?}");
+        let skipped = u64::from(flags[0].starts_with("-fcf")) * 4;
+        assert_eq!(hook["skipped"], skipped, "{flags:?}");
+    }
+}
+
+#[test]
+fn a_stripped_static_executable_is_said_to_show_nothing() {
+    let (_directory, program) = compile("standin.c", &["-static", "-s"]);
+    let mut command = Command::new(&program);
+    command.args(["new", "4", "3", "4", "128", "none"]);
+    let output = tracer::run::<&str>(&[], &command)
+        .unwrap()
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let reason = "loaded no library that defines ggml_compute_forward_get_rows";
+    assert!(said.contains(reason), "{said}");
+}
+
+/// A library that is opened at run time and used at once: its first row is there every time.
+#[test]
+fn libraries_opened_late_are_probed_before_their_first_instruction() {
+    let shape = argsort(4, 3, 32);
+    let (_library_directory, library) = compile("standin.c", &["-shared", "-fPIC"]);
+    let (_loader_directory, loader) = compile("loader.c", &["-ldl"]);
+    for _ in 0..20 {
+        let mut command = Command::new(&loader);
+        command.arg(&library);
+        let (stats, rows) = trace(command, "new", &shape, "none");
+        stats.assert_complete();
+        assert_eq!(rows, expected(&shape));
     }
 }

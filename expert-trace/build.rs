@@ -20,7 +20,7 @@ fn main() {
     );
     if !object.exists() {
         println!(
-            "cargo::error=there is no BPF object for {architecture} ({}): run `cargo xtask build-ebpf`",
+            "cargo::error=there is no BPF object for {architecture} ({}): `git checkout -- expert-trace/bpf` brings back those of x86_64 and aarch64, others do not exist",
             object.display()
         );
     }

@@ -21,11 +21,13 @@ pub enum Kind {
     /// Token ids of a pass of at most [`MAX_WARMUP_TOKENS`] tokens, for the recognition of warm-up
     /// passes alone. Payload: `rows` × `i32`.
     Tokens = 3,
-    /// The scheduler `context` is being freed: no pass of it follows.
+    /// The context is being freed: no pass of it follows.
     ContextEnd = 4,
     /// The dynamic linker of a process we launched has changed its list of libraries, and the
     /// process has been sent SIGSTOP.
     Libraries = 5,
+    /// The context uses this `ggml_backend_sched`. Payload: its address, `u64`.
+    Owner = 6,
 }
 
 impl Kind {
@@ -37,6 +39,7 @@ impl Kind {
             3 => Self::Tokens,
             4 => Self::ContextEnd,
             5 => Self::Libraries,
+            6 => Self::Owner,
             _ => return None,
         })
     }
@@ -83,7 +86,8 @@ pub struct Header {
     pub layer: u16,
     /// Experts per row (`ne[0]` of the ids tensor).
     pub k: u16,
-    /// Address of the `ggml_backend_sched` whose pass this is; 0 when no scheduler was seen.
+    /// Address of the `llama_context` whose pass this is; of the `ggml_backend_sched` when the thread
+    /// was not seen to enter a `llama_context`; 0 when no scheduler was seen.
     pub context: u64,
     /// When the record was made: `CLOCK_MONOTONIC`, ns.
     pub time_ns: u64,
@@ -243,8 +247,11 @@ pub const COUNTERS: usize = Counter::ALL.len();
 pub const CONTROL_ACTIVE: u32 = 0;
 /// SIGSTOPs sent at changes of the library list; index 1 of the map `CONTROL`.
 pub const CONTROL_STOPS: u32 = 1;
+/// Process that may be stopped, as the initial PID namespace numbers it, once it is known; index 2 of
+/// the map `CONTROL`.
+pub const CONTROL_TARGET: u32 = 2;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 2;
+pub const CONTROL_ENTRIES: u32 = 3;
 
 /// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
 pub const MAX_SOURCES: u32 = 64;

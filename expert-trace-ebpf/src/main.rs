@@ -6,7 +6,8 @@
 //! | `get_rows` | `ggml_compute_forward_get_rows(params, dst)` | `dst->src[1]` holds the ids, complete |
 //! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
 //! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
-//! | `sched_free` | `ggml_backend_sched_free(sched)` | a context ends |
+//! | `enter_context` | `llama_decode(ctx, batch)`, `llama_encode(ctx, batch)` | whose passes follow |
+//! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
 //! | `libraries` | `_dl_debug_state()` of the dynamic linker | a child of ours has mapped libraries |
 //!
 //! Memory is never shared between two hits: since Linux 6.0 a uprobe program can be preempted by
@@ -31,7 +32,7 @@ use aya_ebpf::{
     macros::uprobe,
     programs::ProbeContext,
 };
-use expert_trace_common::{CONTROL_STOPS, Counter, Header, Kind};
+use expert_trace_common::{CONTROL_STOPS, CONTROL_TARGET, Counter, Header, Kind};
 
 use crate::{
     maps::{CONTROL, active, count},
@@ -80,11 +81,21 @@ fn set_inputs(ctx: ProbeContext) -> u32 {
 }
 
 #[uprobe]
-fn sched_free(ctx: ProbeContext) -> u32 {
+fn enter_context(ctx: ProbeContext) -> u32 {
     if active()
-        && let Some(sched) = ctx.arg::<u64>(0)
+        && let Some(llama_context) = ctx.arg::<u64>(0)
     {
-        pass::on_sched_free(sched);
+        pass::on_enter_context(llama_context);
+    }
+    0
+}
+
+#[uprobe]
+fn leave_context(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(context) = ctx.arg::<u64>(0)
+    {
+        pass::on_leave_context(context);
     }
     0
 }
@@ -94,6 +105,20 @@ const SIGSTOP: u32 = 19;
 
 #[uprobe]
 fn libraries(_ctx: ProbeContext) -> u32 {
+    // A child of the target that shares its memory (vfork) would stop, and nobody continue it.
+    let Some(target) = CONTROL.get_ptr_mut(CONTROL_TARGET) else {
+        return 0;
+    };
+    let process = target::process();
+    // SAFETY: the map's value is alive during the program. The first hit is of the target itself,
+    // before it runs any code of its own.
+    let target = unsafe { &mut *target };
+    if *target == 0 {
+        *target = process;
+    }
+    if *target != process {
+        return 0;
+    }
     // The signal is delivered on the way back to user space, so that the process stops before it
     // runs a single instruction of a library that has just been mapped.
     // SAFETY: the helper takes a plain number.
@@ -103,7 +128,7 @@ fn libraries(_ctx: ProbeContext) -> u32 {
         }
         maps::emit_header(Header {
             kind: Kind::Libraries as u8,
-            process: target::process(),
+            process,
             thread: target::thread(),
             ..Header::default()
         });

@@ -4,7 +4,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, LruHashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_ENTRIES, COUNTERS, Counter, Header, MAX_SOURCES, payload,
@@ -28,13 +28,21 @@ pub static LAYOUT: Array<u32> = Array::with_max_entries(MAX_SOURCES, 0);
 #[map]
 pub static THREADS: LruHashMap<u64, ThreadState> = LruHashMap::with_max_entries(4096, 0);
 
+/// Not LRU: a context that fell out would come back as another one, unnoticed.
 #[map]
-pub static CONTEXTS: LruHashMap<ContextKey, ContextState> = LruHashMap::with_max_entries(1024, 0);
+pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entries(4096, 0);
+
+/// By scheduler: the `llama_context` that uses it.
+#[map]
+pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
 /// Pass that runs on a thread.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ThreadState {
+    /// `llama_context` the thread last entered; 0 when it has not been seen to.
+    pub owner: u64,
+    /// What the pass belongs to: the owner, or the scheduler; 0 without a scheduler.
     pub context: u64,
     /// `llama_ubatch` that `set_inputs` was last called with and that no pass has used yet.
     pub ubatch: u64,
@@ -52,7 +60,8 @@ pub struct ThreadState {
 #[derive(Clone, Copy)]
 pub struct ContextKey {
     pub process: u64,
-    pub sched: u64,
+    /// A `llama_context` or a `ggml_backend_sched`.
+    pub address: u64,
 }
 
 #[repr(C)]

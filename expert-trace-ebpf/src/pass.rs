@@ -7,7 +7,7 @@ use expert_trace_common::{
 
 use crate::{
     maps::{
-        CONTEXTS, ContextKey, ContextState, EVENTS, Record, THREADS, ThreadState, count,
+        CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS, ThreadState, count,
         emit_header,
     },
     rows::run_chunks,
@@ -25,6 +25,7 @@ mod ubatch {
 }
 
 pub const NEW_THREAD: ThreadState = ThreadState {
+    owner: 0,
     context: 0,
     ubatch: 0,
     generation: 0,
@@ -55,15 +56,39 @@ pub fn on_set_inputs(ubatch: u64) {
     }
 }
 
+/// The scheduler of a `llama_context` is made anew when its graphs change shape (`sched_reserve` in
+/// llama-context.cpp: samplers, LoRA, control vectors); the context itself stays.
+#[inline(always)]
+pub fn on_enter_context(llama_context: u64) {
+    let key = process_and_thread();
+    if let Some(state) = THREADS.get_ptr_mut(key) {
+        // SAFETY: the map's value is alive during the program, and belongs to this thread.
+        unsafe { (*state).owner = llama_context };
+    } else {
+        let owner = llama_context;
+        insert_thread(
+            key,
+            &ThreadState {
+                owner,
+                ..NEW_THREAD
+            },
+        );
+    }
+}
+
 #[inline(always)]
 pub fn on_graph_compute(sched: u64) {
-    let key = ContextKey {
-        process: u64::from(process()),
-        sched,
+    let thread_key = process_and_thread();
+    let (owner, remembered) = match THREADS.get_ptr_mut(thread_key) {
+        // SAFETY: the map's value is alive during the program, and belongs to this thread.
+        Some(state) => unsafe { ((*state).owner, (*state).ubatch) },
+        None => (0, 0),
     };
+    let address = if owner == 0 { sched } else { owner };
+    let key = context_key(address);
     let (pass, generation) = if let Some(context) = CONTEXTS.get_ptr_mut(key) {
         // SAFETY: the map's value is alive during the program; one thread at a time computes with a
-        // scheduler.
+        // context.
         let context = unsafe { &mut *context };
         let pass = context.passes;
         context.passes = pass.wrapping_add(1);
@@ -82,12 +107,6 @@ pub fn on_graph_compute(sched: u64) {
     };
     count(Counter::Passes, 1);
 
-    let thread_key = process_and_thread();
-    let remembered = match THREADS.get_ptr_mut(thread_key) {
-        // SAFETY: the map's value is alive during the program, and belongs to this thread.
-        Some(state) => unsafe { (*state).ubatch },
-        None => 0,
-    };
     let ubatch = match Ubatch::read(Address(remembered)) {
         None if remembered != 0 => {
             count(Counter::UbatchUnreadable, 1);
@@ -96,7 +115,8 @@ pub fn on_graph_compute(sched: u64) {
         ubatch => ubatch,
     };
     let state = ThreadState {
-        context: sched,
+        owner,
+        context: address,
         generation,
         pass,
         ubatch_tokens: ubatch.as_ref().map_or(0, |ubatch| ubatch.tokens),
@@ -105,6 +125,9 @@ pub fn on_graph_compute(sched: u64) {
         ..NEW_THREAD
     };
     insert_thread(thread_key, &state);
+    if owner != 0 {
+        note_owner(sched, owner, &state);
+    }
 
     let header = Header {
         kind: Kind::Pass as u8,
@@ -116,19 +139,48 @@ pub fn on_graph_compute(sched: u64) {
     }
 }
 
+/// Tells, once for each scheduler, whose it is: passes that were under way before the context could
+/// be seen were numbered by their scheduler.
 #[inline(always)]
-pub fn on_sched_free(sched: u64) {
-    let key = ContextKey {
-        process: u64::from(process()),
-        sched,
+fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
+    let key = context_key(sched);
+    if let Some(known) = OWNERS.get_ptr_mut(key)
+        // SAFETY: the map's value is alive during the program.
+        && unsafe { *known } == owner
+    {
+        return;
+    }
+    if OWNERS.insert(key, owner, 0).is_err() {
+        count(Counter::StateLost, 1);
+    }
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
+        count(Counter::EventsRingFull, 1);
+        return;
     };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record, and its payload larger than a number.
+    unsafe {
+        (&raw mut (*record).header).write(Header {
+            kind: Kind::Owner as u8,
+            ..header(state)
+        });
+        (&raw mut (*record).payload).cast::<u64>().write(sched);
+    }
+    entry.submit(0);
+    count(Counter::EventsEmitted, 1);
+}
+
+#[inline(always)]
+pub fn on_leave_context(address: u64) {
+    let key = context_key(address);
     let Some(context) = CONTEXTS.get_ptr_mut(key) else {
         return;
     };
     // SAFETY: the map's value is alive during the program.
     let ContextState { passes, generation } = unsafe { *context };
     let state = ThreadState {
-        context: sched,
+        context: address,
         generation,
         pass: passes,
         ..NEW_THREAD
@@ -139,6 +191,14 @@ pub fn on_sched_free(sched: u64) {
     });
     // It fails only when the entry is gone already.
     let _ = CONTEXTS.remove(key);
+}
+
+#[inline(always)]
+fn context_key(address: u64) -> ContextKey {
+    ContextKey {
+        process: u64::from(process()),
+        address,
+    }
 }
 
 /// Header of a record about the pass that the current thread is in.

@@ -94,7 +94,11 @@ impl Session {
             .map_max_entries("EVENTS", ring_bytes)
             .load(&OBJECT.0)
             .map_err(load_error)?;
-        for program in Hook::ALL.map(Hook::program).iter().chain(&[LIBRARIES]) {
+        let mut programs = Hook::ALL.map(Hook::program).to_vec();
+        programs.push(LIBRARIES);
+        programs.sort_unstable();
+        programs.dedup();
+        for program in programs {
             uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
         }
         let mut take = |name: &str| {
@@ -171,7 +175,7 @@ impl Session {
         self.attach_at(LIBRARIES, linker, definition, 0, pid)
             .map_err(|reason| AttachError::Probe {
                 symbol: "_dl_debug_state".to_owned(),
-                file: linker.display().to_string(),
+                file: printable(linker),
                 offset: definition.file_offset,
                 reason,
             })
@@ -267,15 +271,23 @@ impl Counters {
     }
 }
 
+/// Milliseconds of work, even when every record is written to a log.
+const RECORDS_AT_ONCE: usize = 1024;
+
 /// The ring buffer's end that is read. Readable when there are events.
 pub struct Events(RingBuf<MapData>);
 
 impl Events {
-    /// Calls `take` with the bytes of each record that is there.
-    pub fn drain(&mut self, mut take: impl FnMut(&[u8])) {
-        while let Some(record) = self.0.next() {
+    /// Calls `take` with the bytes of each record that is there, up to a number that leaves time for
+    /// other things. Gives whether that was all.
+    pub fn drain(&mut self, mut take: impl FnMut(&[u8])) -> bool {
+        for _ in 0..RECORDS_AT_ONCE {
+            let Some(record) = self.0.next() else {
+                return true;
+            };
             take(&record);
         }
+        false
     }
 }
 

@@ -28,7 +28,7 @@ use crate::{
     launch::{self, Suspended},
     model::{Context, End, Model, Options},
     models::{self, KnownModels},
-    probes::{Plan, linker_hook},
+    probes::{Plan, Probe, linker_hook},
     redact,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary::{self, Log},
@@ -43,10 +43,10 @@ use crate::{
 pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let Run { recording, command } = arguments;
     check_privileges()?;
-    let sinks = Sinks::open(&recording)?;
     let path = launch::find(&command[0])?;
     let program = launch::loaded_program(&path);
     let linker = launch::dynamic_linker(&program)?;
+    let sinks = Sinks::open(&recording)?;
     let mut child_changed = signal(SignalKind::child())?;
     let mut signals = OwnSignals::listen()?;
 
@@ -56,43 +56,16 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     capture.target.command = command.clone();
     capture.target.exe = std::fs::canonicalize(&program).ok();
     capture.target.model_variable = std::env::var_os(MODEL_VARIABLE);
-    match linker
-        .as_deref()
-        .map(|linker| (linker, linker_hook(linker)))
-    {
-        Some((linker, Ok(Some(hook)))) => {
-            capture
-                .session
-                .stop_at_library_changes(linker, &hook, capture.pid)?;
-        }
-        found => {
-            // A static program has all its code in one file.
-            if let Some((linker, _)) = found {
-                eprintln!(
-                    "expert-trace: warning: {} has no _dl_debug_state: libraries of the program are not traced",
-                    linker.display()
-                );
-            }
-            for probe in capture.plan.extend_from_file(&program)?.to_vec() {
-                capture.session.attach(&probe, capture.pid)?;
-            }
-        }
-    }
+    capture.stop_at_library_changes(&program, linker.as_deref())?;
     capture.start()?;
     child.release(&path)?;
 
     let mut stops_handled = 0;
+    let mut more = false;
     let status = loop {
         tokio::select! {
             biased;
             _ = child_changed.recv() => {}
-            ready = capture.events.readable_mut() => {
-                let mut ready = ready?;
-                ready.clear_ready();
-                drop(ready);
-                capture.take_events();
-                continue;
-            }
             signal = signals.for_child() => {
                 // Ctrl-C and Ctrl-Z reach the child from the terminal; others are passed on.
                 if let Some(signal) = signal {
@@ -100,13 +73,20 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 }
                 continue;
             }
+            ready = capture.events.readable_mut(), if !more => {
+                ready?.clear_ready();
+                more = !capture.take_events();
+                continue;
+            }
+            // Lets signals and timers through between two helpings.
+            () = tokio::task::yield_now(), if more => {
+                more = !capture.take_events();
+                continue;
+            }
         }
         // Signals of children are not counted: look until there is nothing new.
-        let mut ended = None;
-        loop {
+        let ended = loop {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED))? {
-                WaitStatus::Exited(_, code) => ended = Some(code as u8),
-                WaitStatus::Signaled(_, signal, _) => ended = Some(128 + signal as u8),
                 WaitStatus::Stopped(_, Signal::SIGSTOP) => {
                     let stops = capture.session.stops()?;
                     if stops != stops_handled {
@@ -114,18 +94,29 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                         capture.attach_to_new_libraries();
                         kill(pid, Signal::SIGCONT)?;
                     }
-                    continue;
                 }
-                WaitStatus::StillAlive => break,
-                _ => continue,
+                WaitStatus::StillAlive => break None,
+                status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => break Some(status),
+                _ => {}
             }
-            break;
-        }
+        };
         if let Some(status) = ended {
             break status;
         }
     };
-    capture.finish(End::Exited, "target_exited", &recording)?;
+    if capture.session.stops()? != stops_handled {
+        capture.problems.push(
+            "somebody continued the program while its libraries were to be probed: \
+             what ran before that is missing"
+                .to_owned(),
+        );
+    }
+    let (end, status) = match status {
+        WaitStatus::Signaled(_, signal, _) => (End::Killed, 128 + signal as u8),
+        WaitStatus::Exited(_, code) => (End::Exited, code as u8),
+        _ => (End::Exited, 0),
+    };
+    capture.finish(end, "target_exited", &recording)?;
     Ok(status)
 }
 
@@ -158,8 +149,9 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
             printable(capture.target.exe.as_deref().unwrap_or(Path::new("?")))
         );
     }
-    for probe in &probes {
-        capture.session.attach(probe, capture.pid)?;
+    for probe in probes {
+        capture.session.attach(&probe, capture.pid)?;
+        capture.hooks.push(probe);
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
     let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
@@ -170,19 +162,25 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
 
     let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
     tokio::pin!(over);
+    let mut more = false;
+    let mut watch = tokio::time::interval(Duration::from_secs(1));
     let (end, why) = loop {
         tokio::select! {
-            ready = capture.events.readable_mut() => {
-                let mut ready = ready?;
-                ready.clear_ready();
-                drop(ready);
-                capture.take_events();
-            }
-            _ = exit.readable() => break (End::Exited, "target_exited"),
-            () = &mut over => break (End::Detached, "duration"),
+            biased;
             _ = interrupt.recv() => break (End::Detached, "interrupted"),
             _ = terminate.recv() => break (End::Detached, "interrupted"),
             _ = hangup.recv() => break (End::Detached, "interrupted"),
+            () = &mut over => break (End::Detached, "duration"),
+            _ = exit.readable() => break (End::Exited, "target_exited"),
+            _ = watch.tick() => capture.watch_main_thread(),
+            ready = capture.events.readable_mut(), if !more => {
+                ready?.clear_ready();
+                more = !capture.take_events();
+            }
+            // Lets signals and timers through between two helpings.
+            () = tokio::task::yield_now(), if more => {
+                more = !capture.take_events();
+            }
         }
     };
     capture.finish(end, why, &recording)?;
@@ -248,7 +246,7 @@ impl Known {
 
     fn look_for_models(&mut self, pid: u32) {
         let files: Vec<MappedFile> = target::mapped_files(pid).unwrap_or_default();
-        self.models = models::mapped(pid, &files);
+        self.models.merge(models::mapped(pid, &files));
         if self.models.is_empty() {
             let variable = self.model_variable.as_deref();
             self.models = models::named(&self.command, variable, &self.directory);
@@ -261,11 +259,17 @@ struct Capture {
     session: Session,
     events: AsyncFd<Events>,
     plan: Plan,
+    /// Probes that are in place.
+    hooks: Vec<Probe>,
+    /// What went wrong, and costs completeness.
+    problems: Vec<String>,
     model: Model,
     target: Known,
     sinks: Sinks,
-    /// How often the target's models may still be looked for.
+    /// How often the target's models may still be looked for, without a new context.
     looks_left: u32,
+    /// Contexts for which they have been looked for.
+    contexts_known: usize,
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
     ring_bytes: u32,
@@ -291,6 +295,8 @@ impl Capture {
             session,
             events,
             plan: Plan::default(),
+            hooks: Vec::new(),
+            problems: Vec::new(),
             model: Model::new(Options {
                 include_warmup: recording.include_warmup,
                 from_start,
@@ -301,6 +307,7 @@ impl Capture {
             },
             sinks,
             looks_left: MODEL_LOOKS,
+            contexts_known: 0,
             from_start,
             started: None,
             ring_bytes: recording.buffer_size,
@@ -318,50 +325,89 @@ impl Capture {
         Ok(())
     }
 
-    /// Probes what our stopped child has mapped since the last time.
+    /// Makes sure that our child, which has not begun, is probed before any code that matters runs.
+    fn stop_at_library_changes(
+        &mut self,
+        program: &Path,
+        linker: Option<&Path>,
+    ) -> anyhow::Result<()> {
+        if linker.is_none() {
+            // A static program has all its code in one file.
+            for probe in self.plan.extend_from_file(program)?.to_vec() {
+                self.session.attach(&probe, self.pid)?;
+                self.hooks.push(probe);
+            }
+            if self.plan.can_see_experts() {
+                return Ok(());
+            }
+        }
+        // A program without a linker can be one itself (`ld.so PROGRAM`).
+        let loads = linker.unwrap_or(program);
+        let hook = linker_hook(loads).with_context(|| printable(loads))?;
+        match hook {
+            Some(hook) => self
+                .session
+                .stop_at_library_changes(loads, &hook, self.pid)?,
+            None if linker.is_some() => self.problem(format!(
+                "{} has no _dl_debug_state: libraries of the program are not traced",
+                printable(loads)
+            )),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Probes what our child has mapped since the last time.
     ///
     /// A failure is reported, and the child goes on: it is the user's program.
     fn attach_to_new_libraries(&mut self) {
         let pid = self.pid.get();
         let files = match target::mapped_files(pid) {
             Ok(files) => files,
-            Err(error) => return eprintln!("expert-trace: cannot read what {pid} maps: {error}"),
+            Err(error) => return self.problem(format!("cannot read what {pid} maps: {error}")),
         };
         for probe in self.plan.extend(pid, &files).to_vec() {
-            if let Err(error) = self.session.attach(&probe, self.pid) {
-                eprintln!("expert-trace: {error}");
+            match self.session.attach(&probe, self.pid) {
+                Ok(()) => self.hooks.push(probe),
+                Err(error) => self.problem(error.to_string()),
             }
         }
     }
 
-    fn take_events(&mut self) {
+    fn problem(&mut self, problem: String) {
+        eprintln!("expert-trace: {problem}");
+        self.problems.push(problem);
+    }
+
+    fn watch_main_thread(&mut self) {
+        let problem = "the target's main thread has ended, and the kernel has removed the probes \
+                       with it: what other threads did since is missing";
+        if !self.problems.iter().any(|known| known == problem)
+            && target::has_lost_its_main_thread(self.pid.get())
+        {
+            self.problem(problem.to_owned());
+        }
+    }
+
+    /// Takes some of the events that are there. Gives whether those were all.
+    fn take_events(&mut self) -> bool {
         let Self {
             events,
             model,
             sinks,
             target,
             looks_left,
+            contexts_known,
             pid,
             ..
         } = self;
-        let mut log_error = None;
         let mut looked = false;
-        events.get_mut().drain(|bytes| {
+        let mut log_error = None;
+        let emptied = events.get_mut().drain(|bytes| {
             let event = decode(bytes);
-            let works = event
+            let computes = event
                 .as_ref()
                 .is_ok_and(|event| !matches!(event.body, Body::Libraries));
-            if works && !looked && *looks_left > 0 {
-                // A target that computes has mapped its model, or is about to.
-                looked = true;
-                *looks_left -= 1;
-                target.look(pid.get());
-                target.look_for_models(pid.get());
-                if !target.models.is_empty() {
-                    *looks_left = 0;
-                    model.set_facts(target.models.facts());
-                }
-            }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
                     && let Err(error) = log.pass(pass)
@@ -369,6 +415,20 @@ impl Capture {
                     log_error = Some(error);
                 }
             });
+            // A target that computes has mapped its model, and with a new context perhaps another.
+            // A pass is judged when the next one begins, so that this is in time.
+            let new_context = model.contexts().len() > *contexts_known;
+            if new_context || (computes && !looked && *looks_left > 0) {
+                looked = true;
+                *contexts_known = model.contexts().len();
+                *looks_left = looks_left.saturating_sub(1);
+                target.look(pid.get());
+                target.look_for_models(pid.get());
+                if !target.models.is_empty() {
+                    *looks_left = 0;
+                }
+                model.set_facts(target.models.facts());
+            }
         });
         if let Some(log) = &mut sinks.log
             && let Err(error) = log.flush()
@@ -379,17 +439,18 @@ impl Capture {
             eprintln!("expert-trace: the log ends here: {error}");
             sinks.log = None;
         }
+        emptied
     }
 
     /// Waits until what the probes have begun has arrived: they can be running on other CPUs.
     fn settle(&mut self) -> anyhow::Result<Integrity> {
         let deadline = Instant::now() + Duration::from_secs(1);
         loop {
-            self.take_events();
+            while !self.take_events() {}
             let counters = self.session.counters()?;
             let integrity = Integrity::new(&counters, self.model.received(), self.ring_bytes);
             if integrity.adds_up() || Instant::now() > deadline {
-                return Ok(integrity);
+                return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -463,7 +524,7 @@ impl Capture {
                     .map(|exe| exe.to_string_lossy().into_owned()),
                 build_id: self.target.build_id.clone(),
                 command: redact::command(&self.target.command),
-                hooks: self.plan.probes.clone(),
+                hooks: self.hooks.clone(),
                 tensor_layouts,
             },
             capture: CaptureStats {
@@ -496,6 +557,8 @@ fn silence(stats: &Stats) -> &'static str {
         "the process loaded no library that defines ggml_compute_forward_get_rows"
     } else if hits.entered == 0 {
         "no token was decoded on the CPU backend"
+    } else if hits.routed > 0 && stats.integrity.rows.seen == 0 && stats.integrity.complete {
+        "MoE layers ran, and routed no row"
     } else if hits.routed > 0 {
         "expert ids were there, and could not be read"
     } else if hits.token_lookup > 0 {

@@ -28,6 +28,8 @@ pub enum Body<'a> {
     Tokens(Numbers<'a>),
     /// The context is being freed.
     ContextEnd,
+    /// The context uses the scheduler at this address.
+    Owner(u64),
     /// A child of ours has stopped with new libraries mapped.
     Libraries,
 }
@@ -121,6 +123,10 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
         Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
         Kind::ContextEnd => Body::ContextEnd,
         Kind::Libraries => Body::Libraries,
+        Kind::Owner => {
+            let address = payload.first_chunk().ok_or(Malformed::Short)?;
+            Body::Owner(u64::from_ne_bytes(*address))
+        }
     };
     Ok(Event { header, body })
 }
@@ -216,7 +222,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=6 {
+        for kind in 0..=7 {
             let record = bytes(
                 Header {
                     kind,

@@ -18,10 +18,12 @@ mod tests;
 mod tokens;
 
 use std::collections::BTreeMap;
-use std::fs::File;
+
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
+
+use crate::target::open_regular;
 
 pub use shape::{ExpertsUsed, ModelShape, shard_paths};
 pub use tokens::{SpecialTokens, special_tokens};
@@ -193,7 +195,7 @@ pub struct Gguf {
 impl Gguf {
     /// Reads the header of the file at `path`; see [`Gguf::read`].
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
-        let mut file = File::open(path).map_err(|source| GgufError::Io { offset: 0, source })?;
+        let mut file = open_regular(path).map_err(|source| GgufError::Io { offset: 0, source })?;
         Gguf::read(&mut file)
     }
 

@@ -28,7 +28,12 @@ use nix::{
 };
 use thiserror::Error;
 
-use crate::symbols;
+use object::read::ReadCache;
+
+use crate::{
+    symbols::{self, Bounded},
+    target::{open_regular, printable},
+};
 
 /// Why a program could not be started.
 #[derive(Debug, Error)]
@@ -113,7 +118,7 @@ pub fn loaded_program(command: &Path) -> PathBuf {
     let mut program = command.to_owned();
     for _ in 0..5 {
         let mut start = Vec::new();
-        let read = File::open(&program).and_then(|file| file.take(256).read_to_end(&mut start));
+        let read = open_regular(&program).and_then(|file| file.take(256).read_to_end(&mut start));
         let Some(line) = start.strip_prefix(b"#!").filter(|_| read.is_ok()) else {
             break;
         };
@@ -136,13 +141,12 @@ pub fn loaded_program(command: &Path) -> PathBuf {
 /// When the file cannot be read, or is no ELF file for this machine.
 pub fn dynamic_linker(program: &Path) -> Result<Option<PathBuf>, LaunchError> {
     let refused = |reason: String| LaunchError::NotExecutable {
-        path: program.display().to_string(),
+        path: printable(program),
         reason,
     };
-    let file = File::open(program).map_err(|error| refused(error.to_string()))?;
-    let cache = object::read::ReadCache::new(file);
-    let interpreter = symbols::interpreter(&cache).map_err(|error| refused(error.to_string()))?;
-    Ok(interpreter.map(PathBuf::from))
+    let file = open_regular(program).map_err(|error| refused(error.to_string()))?;
+    let cache = ReadCache::new(file);
+    symbols::interpreter(Bounded(&cache)).map_err(|error| refused(error.to_string()))
 }
 
 impl Suspended {
@@ -208,7 +212,7 @@ impl Suspended {
         waitpid(self.pid, None)?;
         let reason = io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
         Err(LaunchError::NotExecutable {
-            path: path.display().to_string(),
+            path: printable(path),
             reason: reason.to_string(),
         })
     }

@@ -73,6 +73,18 @@ impl KnownModels {
         self.files.is_empty()
     }
 
+    /// Adds those of `others` that are not known yet.
+    pub fn merge(&mut self, others: KnownModels) {
+        for file in others.files {
+            if self.files.iter().all(|known| known.path != file.path) {
+                self.files.push(file);
+            }
+        }
+        self.warmup_tokens.extend(others.warmup_tokens);
+        self.warmup_tokens.sort();
+        self.warmup_tokens.dedup();
+    }
+
     /// What passes are judged by.
     pub fn facts(&self) -> ModelFacts {
         let layers = match self.files.as_slice() {
@@ -90,16 +102,17 @@ impl KnownModels {
         ModelFacts {
             warmup_tokens: self.warmup_tokens.clone(),
             moe_layers: layers.filter(|layers: &BTreeSet<u16>| !layers.is_empty()),
-            selective: self
-                .files
-                .iter()
-                .map(|model| &model.shape)
-                .filter(|shape| {
-                    let mut layers = shape.moe_layers.iter();
-                    layers.all(|layer| shape.n_expert_used.of(*layer) < shape.n_expert)
-                })
-                .map(|shape| shape.n_expert)
-                .collect(),
+            selective: (!self.files.is_empty()).then(|| {
+                self.files
+                    .iter()
+                    .map(|model| &model.shape)
+                    .filter(|shape| {
+                        let mut layers = shape.moe_layers.iter();
+                        layers.all(|layer| shape.n_expert_used.of(*layer) < shape.n_expert)
+                    })
+                    .map(|shape| shape.n_expert)
+                    .collect()
+            }),
         }
     }
 

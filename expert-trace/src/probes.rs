@@ -1,16 +1,13 @@
 //! Which functions answer for the routing of a process, and where they are in the files it maps.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use object::read::ReadCache;
 use serde::Serialize;
 
 use crate::{
-    symbols::{self, Definition, SymbolError},
-    target::{FileId, MappedFile, printable},
+    symbols::{self, Bounded, Definition, SymbolError},
+    target::{FileId, MappedFile, open_regular, printable},
 };
 
 /// A function to probe, and what its probe is for.
@@ -23,17 +20,26 @@ pub enum Hook {
     PassBegin,
     /// Positions and sequences of a pass' tokens.
     Ubatch,
-    /// A context ends.
+    /// A `llama_context` is used on the thread.
+    Decode,
+    /// The same, for encoders.
+    Encode,
+    /// A `llama_context` ends.
     ContextEnd,
+    /// A scheduler ends, which is the context of programs that use ggml without llama.cpp.
+    SchedulerEnd,
 }
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 4] = [
+    pub const ALL: [Hook; 7] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
+        Hook::Decode,
+        Hook::Encode,
         Hook::ContextEnd,
+        Hook::SchedulerEnd,
     ];
 
     /// Symbol of the function.
@@ -43,7 +49,10 @@ impl Hook {
             Hook::PassBegin => "ggml_backend_sched_graph_compute_async",
             // llm_graph_result::set_inputs(llama_ubatch const *), since b5922.
             Hook::Ubatch => "_ZN16llm_graph_result10set_inputsEPK12llama_ubatch",
-            Hook::ContextEnd => "ggml_backend_sched_free",
+            Hook::Decode => "llama_decode",
+            Hook::Encode => "llama_encode",
+            Hook::ContextEnd => "llama_free",
+            Hook::SchedulerEnd => "ggml_backend_sched_free",
         }
     }
 
@@ -53,7 +62,8 @@ impl Hook {
             Hook::ExpertIds => "get_rows",
             Hook::PassBegin => "graph_compute",
             Hook::Ubatch => "set_inputs",
-            Hook::ContextEnd => "sched_free",
+            Hook::Decode | Hook::Encode => "enter_context",
+            Hook::ContextEnd | Hook::SchedulerEnd => "leave_context",
         }
     }
 }
@@ -168,8 +178,8 @@ pub enum LookUpError {
 fn look_up(path: &Path) -> Result<symbols::Elf, LookUpError> {
     let names = Hook::ALL.map(Hook::symbol);
     // Read on demand: the file can be large, and can be truncated under us.
-    let cache = ReadCache::new(File::open(path)?);
-    Ok(symbols::resolve(&cache, &names)?)
+    let cache = ReadCache::new(open_regular(path)?);
+    Ok(symbols::resolve(Bounded(&cache), &names)?)
 }
 
 /// Build id of an ELF file, in hex.
@@ -184,8 +194,8 @@ pub fn build_id(path: &Path) -> Option<String> {
 /// When the file cannot be opened or is no ELF file for this machine.
 pub fn linker_hook(linker: &Path) -> Result<Option<Definition>, LookUpError> {
     let name = "_dl_debug_state";
-    let cache = ReadCache::new(File::open(linker)?);
-    let mut elf = symbols::resolve(&cache, &[name])?;
+    let cache = ReadCache::new(open_regular(linker)?);
+    let mut elf = symbols::resolve(Bounded(&cache), &[name])?;
     Ok(elf
         .definitions
         .remove(name)

@@ -318,6 +318,13 @@ impl Integrity {
         integrity
     }
 
+    /// Adds problems that the counters do not show.
+    pub fn with_problems(mut self, problems: Vec<String>) -> Self {
+        self.problems.extend(problems);
+        self.complete = self.problems.is_empty();
+        self
+    }
+
     /// Whether the sums are right: they are not while a probe is running.
     pub fn adds_up(&self) -> bool {
         self.imbalances().is_empty()

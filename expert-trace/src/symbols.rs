@@ -4,11 +4,15 @@
 //! same name. `.symtab` is looked at first, since until b5066 the function of interest was local;
 //! `.dynsym` survives stripping.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap, ffi::OsStr, ops::Range, os::unix::ffi::OsStrExt as _, path::PathBuf,
+};
 
 use object::{
-    Architecture, Object as _, ObjectSegment as _, ObjectSymbol as _, ReadRef, SegmentFlags,
-    SymbolKind, elf::PF_X,
+    Architecture, Endianness, Object as _, ObjectSegment as _, ObjectSymbol as _, ReadRef,
+    SegmentFlags, SymbolKind,
+    elf::PF_X,
+    read::elf::{ElfFile64, ProgramHeader as _},
 };
 use serde::Serialize;
 use thiserror::Error;
@@ -64,6 +68,31 @@ pub struct Elf {
     pub definitions: BTreeMap<String, Vec<Definition>>,
 }
 
+/// Bytes of which no more than a symbol table can need is read at once: a file of another user's can
+/// promise any size.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounded<R>(pub R);
+
+/// Ten times the symbol table of the largest llama.cpp builds, with CUDA kernels in them.
+const MAX_READ: u64 = 256 << 20;
+
+impl<'data, R: ReadRef<'data>> ReadRef<'data> for Bounded<R> {
+    fn len(self) -> Result<u64, ()> {
+        self.0.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'data [u8], ()> {
+        if size > MAX_READ {
+            return Err(());
+        }
+        self.0.read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'data [u8], ()> {
+        self.0.read_bytes_at_until(range, delimiter)
+    }
+}
+
 /// Looks up `names`.
 ///
 /// # Errors
@@ -111,16 +140,15 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
 ///
 /// # Errors
 /// When the bytes are no ELF file for this machine.
-pub fn interpreter<'data, R: ReadRef<'data>>(data: R) -> Result<Option<String>, SymbolError> {
-    let file = object::File::parse(data)?;
+pub fn interpreter<'data, R: ReadRef<'data>>(data: R) -> Result<Option<PathBuf>, SymbolError> {
+    let file = ElfFile64::<Endianness, R>::parse(data)?;
     check_architecture(file.architecture())?;
-    // `object` has no accessor for PT_INTERP; linkers always give it this section as well.
-    use object::ObjectSection as _;
-    Ok(file
-        .section_by_name(".interp")
-        .and_then(|section| section.data().ok())
-        .and_then(|bytes| bytes.split(|byte| *byte == 0).next())
-        .map(|path| String::from_utf8_lossy(path).into_owned()))
+    for header in file.elf_program_headers() {
+        if let Some(path) = header.interpreter(file.endian(), data)? {
+            return Ok(Some(OsStr::from_bytes(path).into()));
+        }
+    }
+    Ok(None)
 }
 
 fn check_architecture(found: Architecture) -> Result<(), SymbolError> {

@@ -2,9 +2,9 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::unix::ffi::OsStringExt as _,
+    os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -142,14 +142,38 @@ pub fn printable(path: &Path) -> String {
     path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }
 
+/// Opens a regular file for reading. Anything else is refused without waiting for it: a FIFO or a
+/// device in the place of a file could block us or have effects.
+///
+/// # Errors
+/// When it cannot be opened, or is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "is no regular file",
+        ))
+    }
+}
+
+/// Whether the main thread of a process has ended, and others have not: the kernel removes a
+/// process' probes with the thread they were set by.
+pub fn has_lost_its_main_thread(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    status.contains("State:\tZ") && threads > 1
+}
+
 /// Whether a regular file begins as a GGUF file does.
 pub fn is_gguf(path: &Path) -> bool {
     let mut magic = [0; 4];
-    // A device or a FIFO could block or have effects; a mapped model is a regular file.
-    fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
-        && File::open(path)
-            .and_then(|mut file| file.read_exact(&mut magic))
-            .is_ok()
+    open_regular(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok())
         && &magic == b"GGUF"
 }
 

@@ -22,6 +22,7 @@
 //   context                 make one more context and use it               ok <index>
 //   use INDEX               use another context                            ok
 //   free INDEX              free a context                                 ok
+//   reserve                 have the context make a new scheduler          ok
 //   vocab                                                                  ok <n_vocab> <bos> <eos>
 //   tid                     thread id of the thread that decodes           ok <tid>
 //   quit                                                                   ok
@@ -233,6 +234,14 @@ class Driver {
             const size_t i = index(in);
             llama_free(contexts[i]);
             contexts[i] = nullptr;
+        } else if (command == "reserve") {
+            // A control vector of zeros changes no value, and the shape of every graph.
+            const int          n_embd = llama_model_n_embd(model);
+            const int          layers = llama_model_n_layer(model);
+            std::vector<float> zeros(static_cast<size_t>(n_embd) * (layers - 1));
+            if (llama_set_adapter_cvec(context(), zeros.data(), zeros.size(), n_embd, 1, layers - 1)) {
+                throw std::runtime_error("no control vector");
+            }
         } else if (command == "vocab") {
             out << ' ' << n_vocab << ' ' << llama_vocab_bos(vocab) << ' ' << llama_vocab_eos(vocab);
         } else if (command == "tid") {

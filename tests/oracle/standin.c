@@ -20,9 +20,21 @@
 
 struct offsets { size_t src, data, name; };
 
+#ifdef LOCKED
+// The kernel sets no uprobe on an instruction with a lock prefix.
+void ggml_compute_forward_get_rows(const void * params, void * dst);
+__asm__(".text\n"
+        ".globl ggml_compute_forward_get_rows\n"
+        ".type ggml_compute_forward_get_rows, @function\n"
+        "ggml_compute_forward_get_rows:\n"
+        "    lock addl $0, -8(%rsp)\n"
+        "    ret\n"
+        ".size ggml_compute_forward_get_rows, . - ggml_compute_forward_get_rows\n");
+#else
 __attribute__((noinline)) void ggml_compute_forward_get_rows(const void * params, void * dst) {
     __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
 }
+#endif
 
 static void put(char * tensor, size_t at, const void * value, size_t size) {
     memcpy(tensor + at, value, size);

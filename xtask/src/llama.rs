@@ -35,6 +35,7 @@ const OPTIONS: [&str; 10] = [
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     // The same instructions on every machine, so that the cache can move between them.
     "-DGGML_NATIVE=OFF",

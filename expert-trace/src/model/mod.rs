@@ -32,8 +32,9 @@ pub struct ModelFacts {
     pub warmup_tokens: Vec<Vec<i32>>,
     /// Layers with experts, when one model is known for certain.
     pub moe_layers: Option<BTreeSet<u16>>,
-    /// Numbers of experts of which a model does not normally choose all.
-    pub selective: BTreeSet<u32>,
+    /// Numbers of experts of which a model does not normally choose all; `None` when no model is
+    /// known.
+    pub selective: Option<BTreeSet<u32>>,
 }
 
 /// Why a pass is not counted.
@@ -69,8 +70,10 @@ pub struct Received {
 /// How a capture ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The target is gone: nothing follows its last pass.
+    /// The target has ended by itself: nothing follows its last pass.
     Exited,
+    /// The target was killed, perhaps in the middle of a pass.
+    Killed,
     /// The target goes on; its last passes may have been cut.
     Detached,
 }
@@ -195,6 +198,9 @@ impl Model {
         if let Body::Libraries = body {
             return;
         }
+        if let Body::Owner(sched) = body {
+            self.adopt(&header, sched);
+        }
         let Some(index) = self.context_index(&header) else {
             self.received.rejected += 1;
             return;
@@ -202,6 +208,9 @@ impl Model {
         if let Body::ContextEnd = body {
             self.finish_pass(index, on_pass);
             self.by_key.remove(&context_key(&header));
+            return;
+        }
+        if let Body::Owner(_) = body {
             return;
         }
         let begins = self.contexts[index]
@@ -225,7 +234,7 @@ impl Model {
             }
             Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
             Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
-            Body::ContextEnd | Body::Libraries => {}
+            Body::ContextEnd | Body::Owner(_) | Body::Libraries => {}
         }
     }
 
@@ -242,6 +251,20 @@ impl Model {
             } else {
                 self.exclude(index, &pass, Exclusion::Partial);
             }
+        }
+    }
+
+    /// Passes that were numbered by the scheduler, because we came when the thread had already
+    /// entered its `llama_context`, are that context's.
+    fn adopt(&mut self, owner: &Header, sched: u64) {
+        let of_sched = |(process, address, _): &&(u32, u64, u32)| {
+            *process == owner.process && *address == sched
+        };
+        let Some(key) = self.by_key.keys().find(of_sched).copied() else {
+            return;
+        };
+        if let Some(index) = self.by_key.remove(&key) {
+            self.by_key.entry(context_key(owner)).or_insert(index);
         }
     }
 
@@ -269,7 +292,7 @@ impl Model {
             return;
         };
         // Without a scheduler nothing tells whether we have come in the middle of the first pass,
-        // except that the second one has the same layers.
+        // except that the second one begins with the same layer.
         if context.layer_order
             && !self.options.from_start
             && !context.worked
@@ -286,7 +309,7 @@ impl Model {
         let Some(held) = self.contexts[index].held.take() else {
             return;
         };
-        if next.is_some_and(|next| next.layers() == held.layers()) {
+        if next.is_some_and(|next| next.first_layer() == held.first_layer()) {
             self.judge(index, held, on_pass);
         } else {
             self.exclude(index, &held, Exclusion::Partial);
@@ -295,7 +318,9 @@ impl Model {
 
     fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &self.contexts[index];
-        if !context.worked && pass.is_warmup(&self.facts) {
+        let warmups = context.excluded.get(&Exclusion::Warmup);
+        let first = warmups.is_none_or(|warmups| warmups.passes == 0);
+        if !context.worked && pass.is_warmup(&self.facts, first) {
             if !self.options.include_warmup {
                 self.exclude(index, &pass, Exclusion::Warmup);
                 return;
@@ -320,13 +345,14 @@ impl Model {
                 // A scheduler's pass whose beginning we missed looks the same.
                 return false;
             }
-            match &self.facts.moe_layers {
-                Some(layers) => layers.clone(),
-                None => return end == End::Exited && !pass.lacks_rows(),
+            if self.facts.moe_layers.is_none() {
+                return end == End::Exited && !pass.lacks_rows();
             }
+            BTreeSet::new()
         } else {
             context.layers.keys().copied().collect()
         };
+        expected.extend(self.facts.moe_layers.iter().flatten());
         if pass.has_no_output() {
             // The last layer works on output rows alone, and empty nodes are not computed.
             expected.pop_last();

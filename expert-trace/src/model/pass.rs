@@ -41,6 +41,11 @@ impl Block {
         }
     }
 
+    /// Whether its rows are as long as the rows of the argsort: nothing was left to choose.
+    fn shows_all_experts(&self) -> bool {
+        self.k > 1 && self.row_stride == u32::from(self.k)
+    }
+
     fn ids(&self) -> Range<usize> {
         self.start..self.start + self.rows as usize * usize::from(self.k)
     }
@@ -81,6 +86,9 @@ impl Pass {
     pub(super) fn add_rows(&mut self, header: &Header, ids: Numbers<'_>) -> bool {
         if self.ids.len() + ids.iter().len() > MAX_PASS_IDS {
             return false;
+        }
+        if header.total_rows == 0 {
+            return true;
         }
         let block = Block {
             layer: header.layer,
@@ -135,6 +143,10 @@ impl Pass {
         self.ubatch_tokens.max(rows.unwrap_or(0))
     }
 
+    pub(super) fn first_layer(&self) -> Option<u16> {
+        self.blocks.first().map(|block| block.layer)
+    }
+
     pub(super) fn layers(&self) -> BTreeSet<u16> {
         self.blocks.iter().map(|block| block.layer).collect()
     }
@@ -158,20 +170,23 @@ impl Pass {
     /// Positive evidence of a warm-up: at most two tokens, and either all experts chosen (b4887 to
     /// b9470 set `n_expert_used` so) or tokens that only a warm-up decodes: [BOS, EOS], or the
     /// [0, 0] of `common_context_can_seq_rm`.
-    pub(super) fn is_warmup(&self, facts: &ModelFacts) -> bool {
+    ///
+    /// `first` says that no warm-up of the context has been seen: when no model file tells how many
+    /// experts are normal, all of them are evidence once, since a model may always choose all.
+    pub(super) fn is_warmup(&self, facts: &ModelFacts, first: bool) -> bool {
+        let all_experts = match &facts.selective {
+            Some(selective) => self
+                .blocks
+                .iter()
+                .all(|block| selective.contains(&u32::from(block.k))),
+            None => first && self.blocks.iter().all(Block::shows_all_experts),
+        };
         self.scheduler
             && self.has_rows()
             && self.token_count() <= MAX_WARMUP_TOKENS
             && (self.tokens == [0, 0]
                 || (!self.tokens.is_empty() && facts.warmup_tokens.contains(&self.tokens))
-                || self.uses_all_experts(&facts.selective))
-    }
-
-    /// Whether every layer chooses all experts of a model that normally chooses some.
-    fn uses_all_experts(&self, selective: &BTreeSet<u32>) -> bool {
-        self.blocks
-            .iter()
-            .all(|block| selective.contains(&u32::from(block.k)))
+                || all_experts)
     }
 
     /// Prefill or decode, for each token of the ubatch.

@@ -187,7 +187,7 @@ fn the_last_token_of_a_long_prompt_is_prefill() {
 fn warmup_needs_evidence_and_comes_first() {
     let facts = ModelFacts {
         warmup_tokens: vec![vec![1, 2]],
-        selective: BTreeSet::from([8]),
+        selective: Some(BTreeSet::from([8])),
         ..ModelFacts::default()
     };
     let two: &[&[i32]] = &[&[0, 1], &[2, 3]];
@@ -239,7 +239,11 @@ fn a_model_that_always_uses_all_experts_has_no_warmup_by_that() {
         layers: &[(0, all)],
         ..TestPass::default()
     };
-    let model = run(FROM_START, ModelFacts::default(), &[pass], End::Exited);
+    let facts = ModelFacts {
+        selective: Some(BTreeSet::new()),
+        ..ModelFacts::default()
+    };
+    let model = run(FROM_START, facts, &[pass], End::Exited);
     assert!(model.excluded().is_empty());
     assert_eq!(tokens(&model, 0, 0), [1, 0]);
 }
@@ -336,6 +340,31 @@ fn contexts_at_one_address_are_two() {
         .map(|context| context.passes)
         .collect();
     assert_eq!(passes, [1, 1]);
+}
+
+/// Attached in the middle of a `llama_decode`: the first passes have the scheduler's number.
+#[test]
+fn a_context_adopts_the_passes_of_its_scheduler() {
+    let mut model = Model::new(ATTACHED);
+    push(&mut model, &decode_at(5, &[(5, 0, true)]));
+    let owned = TestPass {
+        context: 0x9000,
+        ..decode_at(0, &[(6, 0, true)])
+    };
+    let owner = record(owned.header(Kind::Owner), &SCHED.to_ne_bytes());
+    model.push(decode(&owner), &mut |_| {});
+    push(&mut model, &owned);
+    push(
+        &mut model,
+        &TestPass {
+            number: 1,
+            context: 0x9000,
+            ..decode_at(1, &[(7, 0, true)])
+        },
+    );
+    model.end(End::Detached, &mut |_| {});
+    assert_eq!(model.contexts().len(), 1);
+    assert_eq!(tokens(&model, 0, 0), [0, 3]);
 }
 
 #[test]

@@ -159,6 +159,41 @@ fn parallel_sequences_are_decode() {
     assert_eq!(first["decode_tokens"], 41);
 }
 
+/// A context makes a new scheduler when its graphs change, and stays the same context.
+#[test]
+fn a_new_scheduler_is_no_new_context() {
+    let known = known_small();
+    let directory = scratch();
+    let stats = directory.path().join("stats.json");
+    let command = driver(&known.path, &["-t", "2"]);
+    let options = [
+        format!("--output={}", stats.display()),
+        "--top=0".to_owned(),
+    ];
+    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
+    let mut tokens: Vec<u32> = (100..110).collect();
+    target.command("prompt 0 10 100").unwrap();
+    for _ in 0..3 {
+        target.command("reserve").unwrap();
+        // What a warm-up would decode, from a user.
+        target.command("decode 0 0 0").unwrap();
+        target.command("decode 0 1 2").unwrap();
+        target.command("prompt 0 10 200").unwrap();
+        tokens.extend([0, 0, 1, 2]);
+        tokens.extend(200..210);
+    }
+    assert!(target.quit().unwrap().success());
+
+    let stats = Stats::read(&stats).unwrap();
+    stats.assert_complete();
+    assert_eq!(stats.0["contexts"].as_array().map(Vec::len), Some(1));
+    assert_eq!(stats.excluded("warmup"), (0, 0));
+    let rows = tokens
+        .iter()
+        .map(|token| (0, known.expected.ids(0, *token)));
+    assert_eq!(stats.counts()[&0], count(rows)[&0]);
+}
+
 /// Contexts are told apart, also when one takes the other's place in memory.
 #[test]
 fn contexts_are_never_summed() {

@@ -254,3 +254,35 @@ fn libraries_opened_late_are_probed_before_their_first_instruction() {
         assert_eq!(rows, expected(&shape));
     }
 }
+
+/// A probe that the kernel refuses is a reason to be incomplete, and no probe that was set.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_probe_that_cannot_be_set_is_no_silence() {
+    let (_directory, program) = compile("standin.c", &["-DLOCKED"]);
+    let (stats, rows) = trace(Command::new(&program), "new", &argsort(4, 3, 32), "none");
+    assert_eq!(rows, []);
+    assert_eq!(stats.0["integrity"]["complete"], false);
+    let problems = stats.0["integrity"]["problems"].to_string();
+    assert!(
+        problems.contains("cannot probe ggml_compute_forward_get_rows"),
+        "{problems}"
+    );
+    assert_eq!(stats.0["target"]["hooks"].as_array().map(Vec::len), Some(0));
+}
+
+/// The dynamic linker started as a program.
+#[test]
+fn a_program_started_by_its_linker() {
+    let shape = argsort(4, 3, 32);
+    let (_directory, program) = compile("standin.c", &[]);
+    let bytes = std::fs::read(&program).unwrap();
+    let linker = expert_trace::symbols::interpreter(bytes.as_slice())
+        .unwrap()
+        .unwrap();
+    let mut command = Command::new(linker);
+    command.arg(&program);
+    let (stats, rows) = trace(command, "new", &shape, "none");
+    stats.assert_complete();
+    assert_eq!(rows, expected(&shape));
+}

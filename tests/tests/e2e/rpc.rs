@@ -12,7 +12,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::support::{known_small, llama, llama_program, scratch};
+use crate::support::{assert_tokens_of, known_small, llama, llama_program, scratch};
 
 /// A server on a free port of the loopback interface.
 struct Server {
@@ -117,6 +117,7 @@ fn the_server_shows_the_ids_of_its_client() {
         seen.len(),
         reference.len()
     );
+    assert_tokens_of(known, &seen);
     let rows = seen.iter().map(|(layer, ids)| (*layer, ids.as_slice()));
     assert_eq!(stats.counts(), count(rows));
 }

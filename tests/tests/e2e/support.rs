@@ -33,6 +33,18 @@ pub fn known_small() -> &'static Known {
     MODEL.get_or_init(|| known("known-small.gguf", ModelSpec::SMALL))
 }
 
+/// 2 layers, 16 experts, top-2: another shape with the same vocabulary.
+pub fn known_draft() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    let spec = ModelSpec {
+        layers: 2,
+        n_expert: 16,
+        k: 2,
+        ..ModelSpec::SMALL
+    };
+    MODEL.get_or_init(|| known("known-draft.gguf", spec))
+}
+
 /// 3 layers, 512 experts, top-10.
 pub fn known_wide() -> &'static Known {
     static MODEL: OnceLock<Known> = OnceLock::new();
@@ -78,6 +90,26 @@ fn publish(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
     write(&new);
     fs::rename(&new, &path).unwrap();
     path
+}
+
+/// Fails unless every token's experts are, in all layers that have a row for it, those of one and
+/// the same token of the model.
+pub fn assert_tokens_of(known: &Known, rows: &[(u32, Vec<u32>)]) {
+    let full = 0..known.expected.layers() - 1;
+    let of_layer = |layer: u32| -> Vec<&[u32]> {
+        let of = rows.iter().filter(|(of, _)| *of == layer);
+        of.map(|(_, ids)| ids.as_slice()).collect()
+    };
+    let layers: Vec<Vec<&[u32]>> = full.map(of_layer).collect();
+    for token in 0..layers[0].len() {
+        let fits = (0..known.spec.n_embd).any(|class| {
+            layers
+                .iter()
+                .zip(0..)
+                .all(|(rows, layer)| rows[token] == known.expected.ids(layer, class))
+        });
+        assert!(fits, "token {token} has experts that no token has");
+    }
 }
 
 /// A command line of the driver, with options.

@@ -62,6 +62,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
 
     let mut stops_handled = 0;
     let mut more = false;
+    let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let status = loop {
         tokio::select! {
             biased;
@@ -71,6 +72,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 if let Some(signal) = signal {
                     let _ = kill(pid, signal);
                 }
+                continue;
+            }
+            _ = watch.tick() => {
+                capture.watch_main_thread();
                 continue;
             }
             ready = capture.events.readable_mut(), if !more => {
@@ -163,7 +168,7 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
     tokio::pin!(over);
     let mut more = false;
-    let mut watch = tokio::time::interval(Duration::from_secs(1));
+    let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let (end, why) = loop {
         tokio::select! {
             biased;
@@ -187,6 +192,8 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     Ok(0)
 }
 
+/// How often the target's main thread is looked at. Probes that have gone with it raise no event.
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// Names the model to llama.cpp's programs (common/arg.cpp).
 const MODEL_VARIABLE: &str = "LLAMA_ARG_MODEL";
 /// A target that shows no model in so many looks has none that we can read.

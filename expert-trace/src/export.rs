@@ -34,7 +34,11 @@ impl Output {
     /// When it cannot.
     pub fn create(path: &Path) -> io::Result<Self> {
         // A link is followed, so that the file it leads to is replaced and not the link.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let path = match fs::canonicalize(path) {
+            Ok(path) => path,
+            Err(error) if path.is_symlink() => return Err(error),
+            Err(_) => path.to_owned(),
+        };
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => Err(io::Error::new(
                 io::ErrorKind::IsADirectory,
@@ -107,6 +111,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert!(Output::create(directory.path()).is_err());
         assert!(Output::create(&directory.path().join("no/such/file")).is_err());
+        let dangling = directory.path().join("dangling");
+        std::os::unix::fs::symlink("nowhere", &dangling).unwrap();
+        assert!(Output::create(&dangling).is_err());
     }
 
     #[test]

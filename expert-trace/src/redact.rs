@@ -16,7 +16,11 @@ enum Takes {
     /// A number, or `on`, `off`, `auto`. Anything else is hidden: other programs give the same
     /// letters another meaning (`python3 -c`).
     Number,
-    /// A model file, a device, a type, a tensor pattern: shown when it has no blank in it.
+    /// A model file, shown when it is named like one.
+    Model,
+    /// Tensors and where they go, shown when it has the `=` between the two.
+    Pattern,
+    /// A device, a type, a mode: shown when it is short.
     Word,
     /// A text of the user's, or a secret.
     Hidden,
@@ -30,8 +34,9 @@ fn takes(option: &str) -> Option<Takes> {
         | "--parallel" | "-fa" | "--flash-attn" | "-s" | "--seed" | "--temp" | "--top-k"
         | "--top-p" | "--min-p" | "-mg" | "--main-gpu" | "-ts" | "--tensor-split" | "--chunks"
         | "--port" | "--moe-cache-mib" => Takes::Number,
-        "-m" | "--model" | "-md" | "--model-draft" | "-ot" | "--override-tensor" | "-ctk"
-        | "--cache-type-k" | "-ctv" | "--cache-type-v" | "-dev" | "--device" | "-sm"
+        "-m" | "--model" | "-md" | "--model-draft" => Takes::Model,
+        "-ot" | "--override-tensor" => Takes::Pattern,
+        "-ctk" | "--cache-type-k" | "-ctv" | "--cache-type-v" | "-dev" | "--device" | "-sm"
         | "--split-mode" | "--numa" | "-lm" | "--load-mode" => Takes::Word,
         "--no-mmap"
         | "--mlock"
@@ -103,7 +108,9 @@ fn shown(takes: Takes, value: &str) -> String {
             .all(|c| c.is_ascii_digit() || ".,-+e".contains(c));
     let shows = match takes {
         Takes::Number => is_number || ["on", "off", "auto", "all"].contains(&value),
-        Takes::Word => !value.contains(char::is_whitespace),
+        Takes::Model => value.ends_with(".gguf"),
+        Takes::Pattern => value.contains('=') && !value.contains(char::is_whitespace),
+        Takes::Word => value.len() <= 16 && !value.contains(char::is_whitespace),
         Takes::Nothing | Takes::Hidden => false,
     };
     if shows {
@@ -186,8 +193,16 @@ mod tests {
     #[test]
     fn options_that_mean_something_else_elsewhere_show_nothing() {
         assert_eq!(
-            redacted(&["python3", "-c", "ask('secret')", "-m", "a secret"]),
-            "python3 -c <redacted> -m <redacted>"
+            redacted(&[
+                "python3",
+                "-c",
+                "ask('secret')",
+                "-m",
+                "secret",
+                "-ot",
+                "secret"
+            ]),
+            "python3 -c <redacted> -m <redacted> -ot <redacted>"
         );
     }
 }

@@ -29,7 +29,7 @@ const TARGETS: [&str; 4] = [
     "ggml-rpc-server",
 ];
 
-const OPTIONS: [&str; 10] = [
+const OPTIONS: [&str; 11] = [
     "-DCMAKE_BUILD_TYPE=Release",
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",

@@ -2,29 +2,20 @@
 
 use std::path::Path;
 
-use expert_trace_tests::{
-    oracle::{Oracle, read_dump},
-    tracer::{self, Stats, read_log},
-};
+use expert_trace_tests::oracle::read_dump;
 
-use crate::support::{driver, random_small, random_wide, scratch};
+use crate::support::{Traced, random_small, random_wide, scratch};
 
 fn compare(model: &Path, threads: &str) {
     let directory = scratch();
-    let [stats, log, dump] = ["stats.json", "log", "dump"].map(|name| directory.path().join(name));
-    let options = [
-        format!("--output={}", stats.display()),
-        format!("--log={}", log.display()),
-        "--top=0".to_owned(),
-    ];
+    let dump = directory.path().join("dump");
     let dump_path = dump.to_string_lossy();
-    let command = driver(
+    let mut traced = Traced::start(
         model,
         &[
             "-t", threads, "-c", "2048", "-ub", "128", "--dump", &dump_path,
         ],
     );
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
     for command in [
         "prompt 0 300 4000",
         "generate 0 20 17",
@@ -33,11 +24,10 @@ fn compare(model: &Path, threads: &str) {
         "generate 1 10 5",
         "prompt 2 129 12000",
     ] {
-        target.command(command).unwrap();
+        traced.command(command);
     }
-    assert!(target.quit().unwrap().success());
+    let (_, seen) = traced.finish();
 
-    let seen = read_log(&log).unwrap();
     let oracle: Vec<(u32, Vec<u32>)> = read_dump(&dump)
         .unwrap()
         .into_iter()
@@ -49,7 +39,6 @@ fn compare(model: &Path, threads: &str) {
         oracle.len()
     );
     assert_eq!(seen, oracle);
-    Stats::read(&stats).unwrap().assert_complete();
 }
 
 #[test]

@@ -2,31 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use expert_trace_tests::{
-    oracle::Oracle,
-    tracer::{self, Counts, Stats, count, read_log},
-};
+use expert_trace_tests::tracer::{Counts, count};
 
-use crate::support::{Known, driver, ids, known_small, known_wide, scratch};
+use crate::support::{Known, Traced, known_small, known_wide};
 
 /// Traces a driver that decodes prompts and then generates, and compares every row.
 fn compare(known: &Known, threads: &str, ubatch: &str) {
     let prompts = [1, 7, 512, 1300, 1];
-    let directory = scratch();
-    let (stats, log) = (
-        directory.path().join("stats.json"),
-        directory.path().join("log"),
-    );
-    let options = [
-        format!("--output={}", stats.display()),
-        format!("--log={}", log.display()),
-        "--top=0".to_owned(),
-    ];
-    let command = driver(
+    let mut traced = Traced::start(
         &known.path,
         &["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch],
     );
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
 
     // The tokens that go through the model, and those whose output is wanted.
     let mut tokens: Vec<u32> = Vec::new();
@@ -35,22 +21,18 @@ fn compare(known: &Known, threads: &str, ubatch: &str) {
     let mut next = 0;
     for (sequence, length) in prompts.into_iter().enumerate() {
         let start = 1000 + 17 * sequence as u32;
-        let answer = target
-            .command(&format!("prompt {sequence} {length} {start}"))
-            .unwrap();
+        let answer = traced.command(&format!("prompt {sequence} {length} {start}"));
         tokens.extend(start..start + length);
         outputs.push(start + length - 1);
         prefill += u64::from(length);
-        next = ids(&answer)[0];
+        next = answer[0];
     }
     let last = prompts.len() - 1;
-    let generated = ids(&target
-        .command(&format!("generate {last} 40 {next}"))
-        .unwrap());
+    let generated = traced.command(&format!("generate {last} 40 {next}"));
     let decoded: Vec<u32> = [&[next], &generated[..39]].concat();
     tokens.extend(&decoded);
     outputs.extend(&decoded);
-    assert!(target.quit().unwrap().success());
+    let (stats, log) = traced.finish();
 
     let layers = known.expected.layers();
     let of_layer = |layer| {
@@ -60,11 +42,8 @@ fn compare(known: &Known, threads: &str, ubatch: &str) {
             &tokens
         }
     };
-    let stats = Stats::read(&stats).unwrap();
-    stats.assert_complete();
-
     let mut logged: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
-    for (layer, ids) in read_log(&log).unwrap() {
+    for (layer, ids) in log {
         logged.entry(layer).or_default().push(ids);
     }
     let mut expected_counts = Counts::new();
@@ -122,34 +101,23 @@ fn wide_two_threads() {
 #[test]
 fn parallel_sequences_are_decode() {
     let known = known_small();
-    let directory = scratch();
-    let stats = directory.path().join("stats.json");
-    let command = driver(&known.path, &["-t", "2"]);
-    let options = [
-        format!("--output={}", stats.display()),
-        "--top=0".to_owned(),
-    ];
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
+    let mut traced = Traced::start(&known.path, &["-t", "2"]);
     let mut tokens = Vec::new();
     for sequence in 0..4 {
-        target.command(&format!("decode {sequence} 5 6 7")).unwrap();
+        traced.command(&format!("decode {sequence} 5 6 7"));
         tokens.extend([5, 6, 7]);
     }
     for step in 0..10 {
         let batch: Vec<String> = (0..4)
             .map(|sequence| format!("{sequence}:{}", 100 + step * 4 + sequence))
             .collect();
-        target
-            .command(&format!("batch {}", batch.join(" ")))
-            .unwrap();
+        traced.command(&format!("batch {}", batch.join(" ")));
         tokens.extend((0..4).map(|sequence| 100 + step * 4 + sequence));
     }
-    target.command("thread-generate 0 1 42").unwrap();
+    traced.command("thread-generate 0 1 42");
     tokens.push(42);
-    assert!(target.quit().unwrap().success());
+    let (stats, _) = traced.finish();
 
-    let stats = Stats::read(&stats).unwrap();
-    stats.assert_complete();
     let rows = tokens
         .iter()
         .map(|token| (0, known.expected.ids(0, *token)));
@@ -163,29 +131,20 @@ fn parallel_sequences_are_decode() {
 #[test]
 fn a_new_scheduler_is_no_new_context() {
     let known = known_small();
-    let directory = scratch();
-    let stats = directory.path().join("stats.json");
-    let command = driver(&known.path, &["-t", "2"]);
-    let options = [
-        format!("--output={}", stats.display()),
-        "--top=0".to_owned(),
-    ];
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
+    let mut traced = Traced::start(&known.path, &["-t", "2"]);
     let mut tokens: Vec<u32> = (100..110).collect();
-    target.command("prompt 0 10 100").unwrap();
+    traced.command("prompt 0 10 100");
     for _ in 0..3 {
-        target.command("reserve").unwrap();
+        traced.command("reserve");
         // What a warm-up would decode, from a user.
-        target.command("decode 0 0 0").unwrap();
-        target.command("decode 0 1 2").unwrap();
-        target.command("prompt 0 10 200").unwrap();
+        traced.command("decode 0 0 0");
+        traced.command("decode 0 1 2");
+        traced.command("prompt 0 10 200");
         tokens.extend([0, 0, 1, 2]);
         tokens.extend(200..210);
     }
-    assert!(target.quit().unwrap().success());
+    let (stats, _) = traced.finish();
 
-    let stats = Stats::read(&stats).unwrap();
-    stats.assert_complete();
     assert_eq!(stats.0["contexts"].as_array().map(Vec::len), Some(1));
     assert_eq!(stats.excluded("warmup"), (0, 0));
     let rows = tokens
@@ -198,26 +157,17 @@ fn a_new_scheduler_is_no_new_context() {
 #[test]
 fn contexts_are_never_summed() {
     let known = known_small();
-    let directory = scratch();
-    let stats = directory.path().join("stats.json");
-    let command = driver(&known.path, &["-t", "2"]);
-    let options = [
-        format!("--output={}", stats.display()),
-        "--top=0".to_owned(),
-    ];
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
-    target.command("prompt 0 10 200").unwrap();
+    let mut traced = Traced::start(&known.path, &["-t", "2"]);
+    traced.command("prompt 0 10 200");
     for _ in 0..3 {
-        let index = target.command("context").unwrap();
-        target.command("prompt 0 20 300").unwrap();
-        target.command("use 0").unwrap();
-        target.command("prompt 0 1 250").unwrap();
-        target.command(&format!("free {index}")).unwrap();
+        let index = traced.command("context")[0];
+        traced.command("prompt 0 20 300");
+        traced.command("use 0");
+        traced.command("prompt 0 1 250");
+        traced.command(&format!("free {index}"));
     }
-    assert!(target.quit().unwrap().success());
+    let (stats, _) = traced.finish();
 
-    let stats = Stats::read(&stats).unwrap();
-    stats.assert_complete();
     let tokens = |id: usize| {
         stats.0["contexts"][id]["layers"][0]["total_tokens"]
             .as_u64()

@@ -11,6 +11,7 @@ use expert_trace_tests::{
     llama::LlamaCpp,
     models::{self, Expected, ModelSpec},
     oracle::Oracle,
+    tracer::{self, Stats, read_log},
 };
 use tempfile::TempDir;
 
@@ -117,6 +118,44 @@ pub fn driver(model: &Path, options: &[&str]) -> Command {
     let mut command = Oracle::command_line(&llama().oracle, model);
     command.args(options);
     command
+}
+
+/// A driver that `expert-trace run` traces from its first instruction.
+pub struct Traced {
+    /// Takes commands.
+    pub target: Oracle,
+    directory: TempDir,
+}
+
+impl Traced {
+    /// Starts it.
+    pub fn start(model: &Path, options: &[&str]) -> Self {
+        let directory = scratch();
+        let tracer_options = [
+            format!("--output={}", directory.path().join("stats.json").display()),
+            format!("--log={}", directory.path().join("log").display()),
+            "--top=0".to_owned(),
+        ];
+        let command = tracer::run(&tracer_options, &driver(model, options));
+        Self {
+            target: Oracle::spawn(&mut command.unwrap()).unwrap(),
+            directory,
+        }
+    }
+
+    /// Sends a command, and gives the ids it is answered with.
+    pub fn command(&mut self, command: &str) -> Vec<u32> {
+        ids(&self.target.command(command).unwrap())
+    }
+
+    /// Ends the target; gives the document, of which nothing may be lost, and the rows of the log.
+    pub fn finish(self) -> (Stats, Vec<(u32, Vec<u32>)>) {
+        assert!(self.target.quit().unwrap().success());
+        let stats = Stats::read(&self.directory.path().join("stats.json")).unwrap();
+        stats.assert_complete();
+        let log = read_log(&self.directory.path().join("log")).unwrap();
+        (stats, log)
+    }
 }
 
 /// A command line of one of llama.cpp's programs, with its standard input closed.

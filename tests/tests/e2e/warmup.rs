@@ -1,11 +1,8 @@
 //! Warm-up passes are left out on positive evidence alone.
 
-use expert_trace_tests::{
-    oracle::Oracle,
-    tracer::{self, Stats},
-};
+use expert_trace_tests::tracer::{self, Stats};
 
-use crate::support::{driver, known_small, llama_program, scratch};
+use crate::support::{Traced, known_small, llama_program, scratch};
 
 /// Traces a llama-completion with these options.
 fn completion(tracer_options: &[&str], options: &[&str]) -> Stats {
@@ -52,17 +49,12 @@ fn it_can_be_counted() {
 /// The same tokens as a warm-up count when they are not the first, and other short prompts always.
 #[test]
 fn tokens_of_a_user_are_not_taken_for_a_warmup() {
-    let directory = scratch();
-    let path = directory.path().join("stats.json");
-    let options = [format!("--output={}", path.display()), "--top=0".to_owned()];
-    let command = driver(&known_small().path, &["-t", "2"]);
-    let mut target = Oracle::spawn(&mut tracer::run(&options, &command).unwrap()).unwrap();
-    target.command("decode 0 5 6").unwrap();
+    let mut traced = Traced::start(&known_small().path, &["-t", "2"]);
+    traced.command("decode 0 5 6");
     // The vocabulary's [BOS, EOS].
-    target.command("decode 0 1 2").unwrap();
-    target.command("decode 0 0 0").unwrap();
-    assert!(target.quit().unwrap().success());
-    let stats = Stats::read(&path).unwrap();
+    traced.command("decode 0 1 2");
+    traced.command("decode 0 0 0");
+    let (stats, _) = traced.finish();
     assert_eq!(stats.tokens()[&0], 6);
     assert_eq!(stats.excluded("warmup"), (0, 0));
 }

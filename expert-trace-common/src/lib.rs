@@ -86,8 +86,8 @@ pub struct Header {
     pub layer: u16,
     /// Experts per row (`ne[0]` of the ids tensor).
     pub k: u16,
-    /// Address of the `llama_context` whose pass this is; of the `ggml_backend_sched` when the thread
-    /// was not seen to enter a `llama_context`; 0 when no scheduler was seen.
+    /// Address of the `llama_context` whose pass this is; of the `ggml_backend_sched` when no
+    /// `llama_context` is known to use it; 0 when no scheduler was seen.
     pub context: u64,
     /// When the record was made: `CLOCK_MONOTONIC`, ns.
     pub time_ns: u64,

@@ -6,7 +6,7 @@
 //! | `get_rows` | `ggml_compute_forward_get_rows(params, dst)` | `dst->src[1]` holds the ids, complete |
 //! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
 //! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
-//! | `enter_context` | `llama_decode(ctx, batch)`, `llama_encode(ctx, batch)` | whose passes follow |
+//! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | whose pass it is, and the same |
 //! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
 //! | `libraries` | `_dl_debug_state()` of the dynamic linker | a child of ours has mapped libraries |
 //!
@@ -81,11 +81,11 @@ fn set_inputs(ctx: ProbeContext) -> u32 {
 }
 
 #[uprobe]
-fn enter_context(ctx: ProbeContext) -> u32 {
+fn process_ubatch(ctx: ProbeContext) -> u32 {
     if active()
-        && let Some(llama_context) = ctx.arg::<u64>(0)
+        && let (Some(llama_context), Some(ubatch)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1))
     {
-        pass::on_enter_context(llama_context);
+        pass::on_process_ubatch(llama_context, ubatch);
     }
     0
 }

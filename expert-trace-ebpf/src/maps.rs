@@ -40,7 +40,7 @@ pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(40
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ThreadState {
-    /// `llama_context` the thread last entered; 0 when it has not been seen to.
+    /// `llama_context` that has begun with a ubatch which no pass has used yet; else 0.
     pub owner: u64,
     /// What the pass belongs to: the owner, or the scheduler; 0 without a scheduler.
     pub context: u64,

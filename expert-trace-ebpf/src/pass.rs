@@ -56,23 +56,15 @@ pub fn on_set_inputs(ubatch: u64) {
     }
 }
 
-/// The scheduler of a `llama_context` is made anew when its graphs change shape (`sched_reserve` in
-/// llama-context.cpp: samplers, LoRA, control vectors); the context itself stays.
+/// Every pass of a `llama_context` begins here, by whatever function of llama.cpp's API it came. The
+/// scheduler does not identify the context: it is made anew when the shape of the graphs changes
+/// (`sched_reserve` in llama-context.cpp: samplers, LoRA, control vectors).
 #[inline(always)]
-pub fn on_enter_context(llama_context: u64) {
-    let key = process_and_thread();
-    if let Some(state) = THREADS.get_ptr_mut(key) {
+pub fn on_process_ubatch(llama_context: u64, ubatch: u64) {
+    on_set_inputs(ubatch);
+    if let Some(state) = THREADS.get_ptr_mut(process_and_thread()) {
         // SAFETY: the map's value is alive during the program, and belongs to this thread.
         unsafe { (*state).owner = llama_context };
-    } else {
-        let owner = llama_context;
-        insert_thread(
-            key,
-            &ThreadState {
-                owner,
-                ..NEW_THREAD
-            },
-        );
     }
 }
 
@@ -84,7 +76,14 @@ pub fn on_graph_compute(sched: u64) {
         Some(state) => unsafe { ((*state).owner, (*state).ubatch) },
         None => (0, 0),
     };
-    let address = if owner == 0 { sched } else { owner };
+    let address = if owner != 0 {
+        owner
+    } else if let Some(known) = OWNERS.get_ptr_mut(context_key(sched)) {
+        // SAFETY: the map's value is alive during the program.
+        unsafe { *known }
+    } else {
+        sched
+    };
     let key = context_key(address);
     let (pass, generation) = if let Some(context) = CONTEXTS.get_ptr_mut(key) {
         // SAFETY: the map's value is alive during the program; one thread at a time computes with a
@@ -115,7 +114,6 @@ pub fn on_graph_compute(sched: u64) {
         ubatch => ubatch,
     };
     let state = ThreadState {
-        owner,
         context: address,
         generation,
         pass,
@@ -174,6 +172,8 @@ fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
 #[inline(always)]
 pub fn on_leave_context(address: u64) {
     let key = context_key(address);
+    // They fail only when there is no such entry.
+    let _ = OWNERS.remove(key);
     let Some(context) = CONTEXTS.get_ptr_mut(key) else {
         return;
     };
@@ -189,7 +189,6 @@ pub fn on_leave_context(address: u64) {
         kind: Kind::ContextEnd as u8,
         ..header(&state)
     });
-    // It fails only when the entry is gone already.
     let _ = CONTEXTS.remove(key);
 }
 

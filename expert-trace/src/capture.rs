@@ -25,7 +25,7 @@ use crate::{
     cli::{Attach, Recording, Run},
     decode::{Body, decode},
     export::Output,
-    launch::{self, Suspended},
+    launch::{self, Suspended, ThreadExit},
     model::{Context, End, Model, Options},
     models::{self, KnownModels},
     probes::{Plan, Probe, linker_hook},
@@ -57,12 +57,12 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     capture.target.exe = std::fs::canonicalize(&program).ok();
     capture.target.model_variable = std::env::var_os(MODEL_VARIABLE);
     capture.stop_at_library_changes(&program, linker.as_deref())?;
+    let mut main_thread = MainThread::watch(capture.pid);
     capture.start()?;
     child.release(&path)?;
 
     let mut stops_handled = 0;
     let mut more = false;
-    let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let status = loop {
         tokio::select! {
             biased;
@@ -74,8 +74,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 }
                 continue;
             }
-            _ = watch.tick() => {
-                capture.watch_main_thread();
+            () = main_thread.ended() => {
+                capture.look_at_main_thread();
                 continue;
             }
             ready = capture.events.readable_mut(), if !more => {
@@ -109,7 +109,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
             break status;
         }
     };
-    if capture.session.stops()? != stops_handled {
+    // Killed while it was stopped, it has run nothing that could be missing.
+    let killed = matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _));
+    if !killed && capture.session.stops()? != stops_handled {
         capture.problems.push(
             "somebody continued the program while its libraries were to be probed: \
              what ran before that is missing"
@@ -117,7 +119,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         );
     }
     let (end, status) = match status {
-        WaitStatus::Signaled(_, signal, _) => (End::Killed, 128 + signal as u8),
+        WaitStatus::Signaled(_, signal, _) => (End::Cut, 128 + signal as u8),
         WaitStatus::Exited(_, code) => (End::Exited, code as u8),
         _ => (End::Exited, 0),
     };
@@ -163,21 +165,21 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    let mut main_thread = MainThread::watch(pid);
     capture.start()?;
 
     let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
     tokio::pin!(over);
     let mut more = false;
-    let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let (end, why) = loop {
         tokio::select! {
             biased;
-            _ = interrupt.recv() => break (End::Detached, "interrupted"),
-            _ = terminate.recv() => break (End::Detached, "interrupted"),
-            _ = hangup.recv() => break (End::Detached, "interrupted"),
-            () = &mut over => break (End::Detached, "duration"),
-            _ = exit.readable() => break (End::Exited, "target_exited"),
-            _ = watch.tick() => capture.watch_main_thread(),
+            _ = interrupt.recv() => break (End::Cut, "interrupted"),
+            _ = terminate.recv() => break (End::Cut, "interrupted"),
+            _ = hangup.recv() => break (End::Cut, "interrupted"),
+            () = &mut over => break (End::Cut, "duration"),
+            _ = exit.readable() => break (End::Cut, "target_exited"),
+            () = main_thread.ended() => capture.look_at_main_thread(),
             ready = capture.events.readable_mut(), if !more => {
                 ready?.clear_ready();
                 more = !capture.take_events();
@@ -192,8 +194,6 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-/// How often the target's main thread is looked at. Probes that have gone with it raise no event.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// Names the model to llama.cpp's programs (common/arg.cpp).
 const MODEL_VARIABLE: &str = "LLAMA_ARG_MODEL";
 /// A target that shows no model in so many looks has none that we can read.
@@ -253,7 +253,7 @@ impl Known {
 
     fn look_for_models(&mut self, pid: u32) {
         let files: Vec<MappedFile> = target::mapped_files(pid).unwrap_or_default();
-        self.models.merge(models::mapped(pid, &files));
+        self.models.merge(models::mapped(pid, &files, &self.models));
         if self.models.is_empty() {
             let variable = self.model_variable.as_deref();
             self.models = models::named(&self.command, variable, &self.directory);
@@ -386,13 +386,14 @@ impl Capture {
         self.problems.push(problem);
     }
 
-    fn watch_main_thread(&mut self) {
-        let problem = "the target's main thread has ended, and the kernel has removed the probes \
-                       with it: what other threads did since is missing";
-        if !self.problems.iter().any(|known| known == problem)
-            && target::has_lost_its_main_thread(self.pid.get())
-        {
-            self.problem(problem.to_owned());
+    /// The main thread has ended: with the process, or before it.
+    fn look_at_main_thread(&mut self) {
+        if target::goes_on_without_its_main_thread(self.pid.get()) {
+            self.problem(
+                "the target's main thread has ended, and the kernel has removed the probes with it: \
+                 what other threads did since is missing"
+                    .to_owned(),
+            );
         }
     }
 
@@ -572,6 +573,32 @@ fn silence(stats: &Stats) -> &'static str {
         "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its router is on a GPU"
     } else {
         "nothing that the probe recognised was computed"
+    }
+}
+
+/// The target's main thread, with which the kernel removes the probes of the process.
+struct MainThread(Option<AsyncFd<ThreadExit>>);
+
+impl MainThread {
+    fn watch(pid: NonZeroU32) -> Self {
+        let thread = ThreadExit::watch(pid.get())
+            .map_err(|error| tracing::debug!("cannot watch the main thread: {error}"))
+            .ok();
+        Self(thread.and_then(|thread| {
+            // SAFETY: a `ThreadExit` keeps its descriptor for as long as it lives.
+            unsafe { AsyncFd::register_with_interest(thread, Interest::READABLE) }.ok()
+        }))
+    }
+
+    /// Waits for its end; forever after that, and where the kernel cannot tell.
+    async fn ended(&mut self) {
+        if let Some(descriptor) = &self.0
+            && descriptor.readable().await.is_ok()
+        {
+            self.0 = None;
+            return;
+        }
+        std::future::pending().await
     }
 }
 

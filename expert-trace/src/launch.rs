@@ -6,22 +6,25 @@
 
 use std::{
     env,
-    ffi::{CString, OsStr, OsString},
+    ffi::{CString, OsStr, OsString, c_void},
     fs::File,
     io::{self, Read as _, Write as _},
+    num::NonZeroUsize,
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
         unix::{
             ffi::OsStrExt as _,
             fs::{FileTypeExt as _, PermissionsExt as _},
         },
     },
     path::{Path, PathBuf},
+    ptr::NonNull,
 };
 
 use nix::{
     errno::Errno,
     fcntl::OFlag,
+    sys::mman::{MapFlags, ProtFlags, mmap, munmap},
     sys::signal::{SigHandler, Signal, signal},
     sys::wait::waitpid,
     unistd::{ForkResult, Pid, execv, fork, pipe2},
@@ -223,16 +226,107 @@ impl Suspended {
 /// # Errors
 /// When there is no such process.
 pub fn exit_descriptor(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes plain numbers and returns a new descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    // SAFETY: the call takes plain numbers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// A descriptor that hangs up when a thread ends, also while others of its process go on.
+///
+/// It is that of a perf event which counts nothing. A pidfd with PIDFD_THREAD would be the obvious
+/// one, but on Linux 6.18 that of a main thread stays silent until the last thread has ended.
+#[derive(Debug)]
+pub struct ThreadExit {
+    event: OwnedFd,
+    ring: NonNull<c_void>,
+}
+
+/// The event's header page and one of data.
+const RING_PAGES: usize = 2;
+
+impl ThreadExit {
+    /// Watches a thread.
+    ///
+    /// # Errors
+    /// When there is no such thread, or we may not look at it.
+    pub fn watch(tid: u32) -> io::Result<Self> {
+        let event = dummy_event(tid)?;
+        // Only an event with a ring buffer wakes who polls it (`ring_buffer_wakeup` in
+        // kernel/events/core.c).
+        // SAFETY: a new mapping, of the size that is unmapped.
+        let ring = unsafe {
+            mmap(
+                None,
+                ring_bytes(),
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                &event,
+                0,
+            )
+        }?;
+        Ok(Self { event, ring })
+    }
+}
+
+impl AsRawFd for ThreadExit {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
+impl Drop for ThreadExit {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing points into it.
+        let _ = unsafe { munmap(self.ring, ring_bytes().get()) };
+    }
+}
+
+fn ring_bytes() -> NonZeroUsize {
+    // SAFETY: the call takes a plain number.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    NonZeroUsize::new(RING_PAGES * page).unwrap_or(NonZeroUsize::MIN)
+}
+
+fn dummy_event(tid: u32) -> io::Result<OwnedFd> {
+    /// Start of `perf_event_attr`, as long as its first version (include/uapi/linux/perf_event.h).
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        size: u32,
+        config: u64,
+        rest: [u64; 6],
+    }
+    const PERF_TYPE_SOFTWARE: u32 = 1;
+    const PERF_COUNT_SW_DUMMY: u64 = 9;
+    const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
+    const ANY_CPU: i32 = -1;
+    const NO_GROUP: i32 = -1;
+    let attributes = Attributes {
+        kind: PERF_TYPE_SOFTWARE,
+        size: size_of::<Attributes>() as u32,
+        config: PERF_COUNT_SW_DUMMY,
+        rest: [0; 6],
+    };
+    // SAFETY: the attributes are as large as they say, and live during the call.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            tid,
+            ANY_CPU,
+            NO_GROUP,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    owned(fd)
+}
+
+/// Result of a system call that gives a new descriptor.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    use std::os::fd::FromRawFd as _;
     // SAFETY: the descriptor is new and ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    debug_assert!(fd.as_raw_fd() >= 0);
-    Ok(fd)
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ pub struct KnownModels {
     warmup_tokens: Vec<Vec<i32>>,
 }
 
-/// Reads the model files a process maps.
-pub fn mapped(pid: u32, files: &[MappedFile]) -> KnownModels {
+/// Reads the model files a process maps, but for those that are known.
+pub fn mapped(pid: u32, files: &[MappedFile], known: &KnownModels) -> KnownModels {
     let mut models = KnownModels::default();
     let mapped = target::mapped_ggufs(pid, files);
     let mut of_known: BTreeSet<PathBuf> = BTreeSet::new();
@@ -46,6 +46,10 @@ pub fn mapped(pid: u32, files: &[MappedFile]) -> KnownModels {
         };
         of_known.extend(shards.iter().cloned());
         let first = shards.first().unwrap_or(path);
+        let name = first.to_string_lossy();
+        if known.files.iter().any(|file| file.path == name) {
+            continue;
+        }
         models.add(first, &reachable_shards, "mapped");
     }
     models

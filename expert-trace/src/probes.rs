@@ -20,10 +20,8 @@ pub enum Hook {
     PassBegin,
     /// Positions and sequences of a pass' tokens.
     Ubatch,
-    /// A `llama_context` is used on the thread.
-    Decode,
-    /// The same, for encoders.
-    Encode,
+    /// Whose pass it is, and the same as `Ubatch`.
+    Context,
     /// A `llama_context` ends.
     ContextEnd,
     /// A scheduler ends, which is the context of programs that use ggml without llama.cpp.
@@ -32,12 +30,11 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 7] = [
+    pub const ALL: [Hook; 6] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
-        Hook::Decode,
-        Hook::Encode,
+        Hook::Context,
         Hook::ContextEnd,
         Hook::SchedulerEnd,
     ];
@@ -49,8 +46,13 @@ impl Hook {
             Hook::PassBegin => "ggml_backend_sched_graph_compute_async",
             // llm_graph_result::set_inputs(llama_ubatch const *), since b5922.
             Hook::Ubatch => "_ZN16llm_graph_result10set_inputsEPK12llama_ubatch",
-            Hook::Decode => "llama_decode",
-            Hook::Encode => "llama_encode",
+            // llama_context::process_ubatch(llama_ubatch const &, llm_graph_type,
+            // llama_memory_context_i *, ggml_status &): as of b11434. Where the signature differs,
+            // schedulers stand for contexts.
+            Hook::Context => {
+                "_ZN13llama_context14process_ubatchERK12llama_ubatch14llm_graph_type\
+                 P22llama_memory_context_iR11ggml_status"
+            }
             Hook::ContextEnd => "llama_free",
             Hook::SchedulerEnd => "ggml_backend_sched_free",
         }
@@ -62,7 +64,7 @@ impl Hook {
             Hook::ExpertIds => "get_rows",
             Hook::PassBegin => "graph_compute",
             Hook::Ubatch => "set_inputs",
-            Hook::Decode | Hook::Encode => "enter_context",
+            Hook::Context => "process_ubatch",
             Hook::ContextEnd | Hook::SchedulerEnd => "leave_context",
         }
     }

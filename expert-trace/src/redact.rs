@@ -18,9 +18,9 @@ enum Takes {
     Number,
     /// A model file, shown when it is named like one.
     Model,
-    /// Tensors and where they go, shown when it has the `=` between the two.
+    /// Tensors and where they go, shown when it looks so.
     Pattern,
-    /// A device, a type, a mode: shown when it is short.
+    /// A device, a type, a mode: shown when it is known.
     Word,
     /// A text of the user's, or a secret.
     Hidden,
@@ -100,17 +100,50 @@ fn takes(option: &str) -> Option<Takes> {
     })
 }
 
+/// Types of the KV cache, ways to split, NUMA strategies, ways to load.
+const KNOWN_WORDS: [&str; 18] = [
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "iq4_nl",
+    "none",
+    "layer",
+    "row",
+    "tensor",
+    "distribute",
+    "isolate",
+    "numactl",
+    "mmap",
+    "dio",
+];
+
 fn shown(takes: Takes, value: &str) -> String {
+    let digits = |text: &str| text.chars().all(|c| c.is_ascii_digit());
     let is_number = !value.is_empty()
-        && value.len() <= 64
+        && value.len() <= 10
         && value
             .chars()
-            .all(|c| c.is_ascii_digit() || ".,-+e".contains(c));
+            .all(|c| c.is_ascii_digit() || ".,-".contains(c));
+    let is_place = |text: &str| {
+        ["CPU", "CUDA", "ROCm", "Vulkan", "SYCL", "RPC", "Metal"]
+            .iter()
+            .any(|kind| text.strip_prefix(kind).is_some_and(digits))
+    };
     let shows = match takes {
         Takes::Number => is_number || ["on", "off", "auto", "all"].contains(&value),
         Takes::Model => value.ends_with(".gguf"),
-        Takes::Pattern => value.contains('=') && !value.contains(char::is_whitespace),
-        Takes::Word => value.len() <= 16 && !value.contains(char::is_whitespace),
+        Takes::Pattern => value.split_once('=').is_some_and(|(tensors, place)| {
+            is_place(place)
+                && ["blk", "ffn", "exps", "attn"]
+                    .iter()
+                    .any(|name| tensors.contains(name))
+        }),
+        Takes::Word => is_place(value) || KNOWN_WORDS.contains(&value),
         Takes::Nothing | Takes::Hidden => false,
     };
     if shows {
@@ -163,6 +196,24 @@ mod tests {
             redacted(&line.split(' ').collect::<Vec<_>>()),
             "llama-cli -m /m/a.gguf -p <redacted> -t 4 -fa on -st --api-key <redacted> <redacted> -ngl 99"
         );
+    }
+
+    #[test]
+    fn values_are_shown_by_their_form() {
+        for (line, shown) in [
+            (["x", "-ot", "exps=CPU"], true),
+            (["x", "-ot", "blk.[0-9].ffn_.*_exps.=CUDA1"], true),
+            (["x", "-ot", "password=hunter2"], false),
+            (["x", "-dev", "CUDA0"], true),
+            (["x", "-dev", "sk-abcdef"], false),
+            (["x", "-ctk", "q8_0"], true),
+            (["x", "-s", "4294967295"], true),
+            (["x", "-t", "123456789012"], false),
+            (["x", "-md", "draft.gguf"], true),
+            (["x", "-m", "secret"], false),
+        ] {
+            assert_eq!(redacted(&line) == line.join(" "), shown, "{line:?}");
+        }
     }
 
     #[test]

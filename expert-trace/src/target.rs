@@ -162,12 +162,32 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Whether the main thread of a process has ended, and others have not: the kernel removes a
-/// process' probes with the thread they were set by.
-pub fn has_lost_its_main_thread(pid: u32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-    status.contains("State:\tZ") && threads > 1
+/// Whether a process whose main thread has ended has another thread that is not ending, too.
+pub fn goes_on_without_its_main_thread(pid: u32) -> bool {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    let threads = tasks.flatten().map(|task| task.path());
+    threads
+        .filter(|task| task.file_name() != Some(pid.to_string().as_ref()))
+        .any(|task| is_going_on(&task).unwrap_or(false))
+}
+
+/// Whether a thread is neither exiting nor about to be killed, as all are when a process exits
+/// (`zap_other_threads` in kernel/signal.c).
+fn is_going_on(task: &Path) -> Option<bool> {
+    const PF_EXITING: u32 = 4;
+    const SIGKILL_PENDING: u64 = 1 << (libc::SIGKILL - 1);
+    let stat = fs::read_to_string(task.join("stat")).ok()?;
+    let status = fs::read_to_string(task.join("status")).ok()?;
+    // The name, in parentheses, can hold anything; the flags are the seventh field after it.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let flags: u32 = fields.split(' ').nth(6)?.parse().ok()?;
+    let pending = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigPnd:"))?;
+    let pending = u64::from_str_radix(pending.trim(), 16).ok()?;
+    Some(flags & PF_EXITING == 0 && pending & SIGKILL_PENDING == 0)
 }
 
 /// Whether a regular file begins as a GGUF file does.

@@ -70,12 +70,10 @@ pub struct Received {
 /// How a capture ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The target has ended by itself: nothing follows its last pass.
+    /// The target has ended by itself: its last pass is whole, and nothing follows.
     Exited,
-    /// The target was killed, perhaps in the middle of a pass.
-    Killed,
-    /// The target goes on; its last passes may have been cut.
-    Detached,
+    /// The target goes on, was killed, or has ended we know not how: its last pass may have been cut.
+    Cut,
 }
 
 /// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
@@ -125,6 +123,8 @@ pub struct Context {
     held: Option<Pass>,
     /// Whether a pass that is no warm-up has been seen.
     worked: bool,
+    /// Whether a pass has been counted that had an output, and so went through all layers.
+    knows_layers: bool,
     /// Sequences whose last token had no output: the next ones go on with the same prompt.
     in_prompt: BTreeMap<u16, bool>,
 }
@@ -199,7 +199,7 @@ impl Model {
             return;
         }
         if let Body::Owner(sched) = body {
-            self.adopt(&header, sched);
+            self.adopt(&header, sched, on_pass);
         }
         let Some(index) = self.context_index(&header) else {
             self.received.rejected += 1;
@@ -256,7 +256,7 @@ impl Model {
 
     /// Passes that were numbered by the scheduler, because we came when the thread had already
     /// entered its `llama_context`, are that context's.
-    fn adopt(&mut self, owner: &Header, sched: u64) {
+    fn adopt(&mut self, owner: &Header, sched: u64, on_pass: &mut OnPass<'_>) {
         let of_sched = |(process, address, _): &&(u32, u64, u32)| {
             *process == owner.process && *address == sched
         };
@@ -264,6 +264,8 @@ impl Model {
             return;
         };
         if let Some(index) = self.by_key.remove(&key) {
+            // The owner numbers its passes anew.
+            self.finish_pass(index, on_pass);
             self.by_key.entry(context_key(owner)).or_insert(index);
         }
     }
@@ -340,19 +342,20 @@ impl Model {
             return true;
         }
         let context = &self.contexts[index];
-        let mut expected: BTreeSet<u16> = if context.layers.is_empty() {
-            if context.layer_order && !self.options.from_start {
-                // A scheduler's pass whose beginning we missed looks the same.
-                return false;
+        if context.layer_order && !self.options.from_start && !context.worked {
+            // A scheduler's pass whose beginning we missed looks the same.
+            return false;
+        }
+        if end == End::Exited {
+            return true;
+        }
+        let mut expected: BTreeSet<u16> = context.layers.keys().copied().collect();
+        if !context.knows_layers {
+            match &self.facts.moe_layers {
+                Some(layers) => expected.extend(layers),
+                None => return false,
             }
-            if self.facts.moe_layers.is_none() {
-                return end == End::Exited && !pass.lacks_rows();
-            }
-            BTreeSet::new()
-        } else {
-            context.layers.keys().copied().collect()
-        };
-        expected.extend(self.facts.moe_layers.iter().flatten());
+        }
         if pass.has_no_output() {
             // The last layer works on output rows alone, and empty nodes are not computed.
             expected.pop_last();
@@ -381,6 +384,7 @@ impl Model {
             return;
         }
         context.passes += 1;
+        context.knows_layers |= !pass.has_no_output();
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
         for block in &pass.blocks {
             let layer = context.layers.entry(block.layer).or_default();

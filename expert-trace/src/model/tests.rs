@@ -259,11 +259,25 @@ fn a_cut_last_pass_is_left_out() {
         decode_at(1, &[(1, 0, true)]),
         cut,
     ];
-    for end in [End::Detached, End::Exited] {
-        let model = run(ATTACHED, ModelFacts::default(), &passes, end);
-        assert_eq!(tokens(&model, 0, 0), [1, 1]);
-        assert_eq!(model.excluded()[&Exclusion::Partial].passes, 1);
-    }
+    let model = run(ATTACHED, ModelFacts::default(), &passes, End::Cut);
+    assert_eq!(tokens(&model, 0, 0), [1, 1]);
+    assert_eq!(model.excluded()[&Exclusion::Partial].passes, 1);
+    // Until a pass with an output was counted, the last layer is known from the model alone.
+    let no_output = |number| TestPass {
+        layers: &[(0, &[&[1, 2]])],
+        ..decode_at(number, &[(2, 0, false)])
+    };
+    let cut = TestPass {
+        layers: &[(0, &[&[1, 2]])],
+        ..decode_at(1, &[(3, 0, true)])
+    };
+    let facts = ModelFacts {
+        moe_layers: Some(BTreeSet::from([0, 1])),
+        ..ModelFacts::default()
+    };
+    let model = run(ATTACHED, facts, &[no_output(0), cut], End::Cut);
+    assert_eq!(model.contexts()[0].passes, 1);
+    assert_eq!(model.excluded()[&Exclusion::Partial].passes, 1);
     // A pass without outputs ends before the last layer: that is all of it.
     let no_output = TestPass {
         layers: &[(0, &[&[1, 2]])],
@@ -271,7 +285,7 @@ fn a_cut_last_pass_is_left_out() {
     };
     let [first, second, _] = passes;
     let passes = [first, second, no_output];
-    let model = run(ATTACHED, ModelFacts::default(), &passes, End::Detached);
+    let model = run(ATTACHED, ModelFacts::default(), &passes, End::Cut);
     assert_eq!(tokens(&model, 0, 0), [1, 2]);
     assert!(model.excluded().is_empty());
 }
@@ -286,11 +300,11 @@ fn a_single_pass_is_whole_when_the_model_says_so() {
     let more = facts(BTreeSet::from([0, 1, 2]));
     let ubatch = [(1, 0, true)];
     let pass = || [decode_at(0, &ubatch)];
-    let model = run(ATTACHED, whole, &pass(), End::Detached);
+    let model = run(ATTACHED, whole, &pass(), End::Cut);
     assert_eq!(tokens(&model, 0, 0), [0, 1]);
-    let model = run(ATTACHED, more, &pass(), End::Detached);
+    let model = run(ATTACHED, more, &pass(), End::Cut);
     assert_eq!(model.excluded()[&Exclusion::Partial].tokens, 1);
-    let model = run(ATTACHED, ModelFacts::default(), &pass(), End::Detached);
+    let model = run(ATTACHED, ModelFacts::default(), &pass(), End::Cut);
     assert_eq!(model.excluded()[&Exclusion::Partial].tokens, 1);
 }
 
@@ -304,9 +318,8 @@ fn without_a_scheduler_the_first_pass_counts_if_it_is_like_the_second() {
     };
     let whole: &[(u16, &[&[i32]])] = &[(0, &[&[1, 2]]), (1, &[&[3, 4]])];
     let cut: &[(u16, &[&[i32]])] = &[(1, &[&[3, 4]])];
-    let run = |options, passes: &[TestPass<'_>]| {
-        run(options, ModelFacts::default(), passes, End::Detached)
-    };
+    let run =
+        |options, passes: &[TestPass<'_>]| run(options, ModelFacts::default(), passes, End::Cut);
     let model = run(ATTACHED, &[pass(0, whole), pass(1, whole), pass(2, whole)]);
     assert_eq!(tokens(&model, 0, 0), [0, 3]);
     let model = run(ATTACHED, &[pass(0, cut), pass(1, whole), pass(2, whole)]);
@@ -346,7 +359,7 @@ fn contexts_at_one_address_are_two() {
 #[test]
 fn a_context_adopts_the_passes_of_its_scheduler() {
     let mut model = Model::new(ATTACHED);
-    push(&mut model, &decode_at(5, &[(5, 0, true)]));
+    push(&mut model, &decode_at(0, &[(5, 0, true)]));
     let owned = TestPass {
         context: 0x9000,
         ..decode_at(0, &[(6, 0, true)])
@@ -362,8 +375,9 @@ fn a_context_adopts_the_passes_of_its_scheduler() {
             ..decode_at(1, &[(7, 0, true)])
         },
     );
-    model.end(End::Detached, &mut |_| {});
+    model.end(End::Cut, &mut |_| {});
     assert_eq!(model.contexts().len(), 1);
+    assert_eq!(model.contexts()[0].passes, 3);
     assert_eq!(tokens(&model, 0, 0), [0, 3]);
 }
 

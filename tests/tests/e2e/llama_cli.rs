@@ -1,6 +1,6 @@
 //! llama-cli, as a user runs it.
 
-use std::{fs, process::Stdio};
+use std::{fs, io::Write as _, process::Stdio};
 
 use expert_trace_tests::tracer::{self, Stats, read_log};
 
@@ -91,6 +91,40 @@ fn end_to_end() {
             "{layer:#}"
         );
     }
+}
+
+/// With its samplers in the graph, llama-cli makes a new scheduler for every turn of a chat. It is
+/// one context all the same, and nothing of it is a warm-up but its first two passes.
+#[test]
+fn a_chat_with_new_schedulers_is_one_context() {
+    let chat = |options: &[&str]| {
+        let directory = scratch();
+        let path = directory.path().join("stats.json");
+        let command = llama_program("llama-cli", &known_small().path, &["-n", "6", "-t", "1"]);
+        let tracer_options = ["-o", path.to_str().unwrap(), "--top=0"];
+        let mut traced = tracer::run(&tracer_options, &command).unwrap();
+        let mut child = traced
+            .args(options)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let turns = "Hello one\nHello two there\nHello three\n/exit\n";
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(turns.as_bytes())
+            .unwrap();
+        assert!(child.wait().unwrap().success());
+        let stats = Stats::read(&path).unwrap();
+        stats.assert_complete();
+        assert_eq!(stats.0["contexts"].as_array().map(Vec::len), Some(1));
+        assert_eq!(stats.excluded("warmup"), (2, 4));
+        stats.tokens()[&0]
+    };
+    assert_eq!(chat(&["--backend-sampling"]), chat(&[]));
 }
 
 /// A draft model is a context of its own, and is not taken for the main model.

@@ -26,17 +26,11 @@ mod pass;
 mod rows;
 mod target;
 
-use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::{bpf_get_attach_cookie, bpf_send_signal},
-    macros::uprobe,
-    programs::ProbeContext,
-};
+use aya_ebpf::{helpers::generated::bpf_send_signal, macros::uprobe, programs::ProbeContext};
 use expert_trace_common::{CONTROL_STOPS, CONTROL_TARGET, Counter, Header, Kind};
 
 use crate::{
     maps::{CONTROL, active, count},
-    rows::Hit,
     target::Address,
 };
 
@@ -50,13 +44,7 @@ fn get_rows(ctx: ProbeContext) -> u32 {
         count(Counter::HitUnreadable, 1);
         return 0;
     };
-    let hit = Hit {
-        params: Address(params),
-        dst: Address(dst),
-        // SAFETY: the context is the one the program was called with.
-        source: unsafe { bpf_get_attach_cookie(ctx.as_ptr()) } as u32,
-    };
-    rows::on_get_rows(&ctx, &hit);
+    rows::on_get_rows(&ctx, Address(params), Address(dst));
     0
 }
 

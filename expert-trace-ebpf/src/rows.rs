@@ -7,7 +7,11 @@
 
 use core::ptr;
 
-use aya_ebpf::{helpers::generated::bpf_loop, programs::ProbeContext};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_attach_cookie, bpf_loop},
+    programs::ProbeContext,
+};
 use aya_log_ebpf::debug;
 use expert_trace_common::{
     Counter, Header, Kind, MAX_EXPERTS, MAX_LAYERS, MAX_ROWS, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS,
@@ -30,15 +34,6 @@ const OUTPUT_ROWS: [&[u8; 7]; 2] = [b"inp_out", b"out_ids"];
 const ID_SIZE: u64 = 4;
 /// Rows one record can hold; bounds the loop that the verifier has to walk through.
 const MAX_CHUNK_ROWS: u32 = 512;
-
-/// A hit of the probe.
-pub struct Hit {
-    /// `ggml_compute_params *`.
-    pub params: Address,
-    /// `ggml_tensor *` of the GET_ROWS node.
-    pub dst: Address,
-    pub source: u32,
-}
 
 /// `data` and the start of `name`, which follow each other in `ggml_tensor`.
 #[repr(C)]
@@ -65,22 +60,25 @@ enum Known {
 }
 
 #[inline(always)]
-pub fn on_get_rows(ctx: &ProbeContext, hit: &Hit) {
+pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
     // `ith` is the first field of `ggml_compute_params` since b3209 (ggml-cpu-impl.h).
-    let Some(ith) = hit.params.read::<i32>() else {
+    let Some(ith) = params.read::<i32>() else {
         return count(Counter::HitUnreadable, 1);
     };
     if ith != 0 {
         return count(Counter::FilteredThread, 1);
     }
-    let Some(known_layout) = LAYOUT.get_ptr_mut(hit.source) else {
+    // After the filter: most hits end there.
+    // SAFETY: the context is the one the program was called with.
+    let source = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) } as u32;
+    let Some(known_layout) = LAYOUT.get_ptr_mut(source) else {
         return count(Counter::HitUnreadable, 1);
     };
     // SAFETY: the map's value is alive during the program.
     let layout_number = unsafe { ptr::read_volatile(known_layout) };
 
     let (index, tensor) = match layout_number {
-        0 => match find_layout(hit.dst) {
+        0 => match find_layout(dst) {
             Some((number, index, tensor)) => {
                 // SAFETY: as above. Racing hits of one library write the same number.
                 unsafe { ptr::write_volatile(known_layout, number) };
@@ -88,20 +86,20 @@ pub fn on_get_rows(ctx: &ProbeContext, hit: &Hit) {
             }
             None => return count(Counter::LayoutUnknown, 1),
         },
-        1 => match read_index(hit.dst, &TENSOR_LAYOUTS[0]) {
+        1 => match read_index(dst, &TENSOR_LAYOUTS[0]) {
             Some(read) => read,
             None => return count(Counter::HitUnreadable, 1),
         },
-        _ => match read_index(hit.dst, &TENSOR_LAYOUTS[1]) {
+        _ => match read_index(dst, &TENSOR_LAYOUTS[1]) {
             Some(read) => read,
             None => return count(Counter::HitUnreadable, 1),
         },
     };
     match recognise(&tensor.name) {
-        Some(Known::ExpertIds { layer }) => on_expert_ids(ctx, hit, index, tensor.data, layer),
+        Some(Known::ExpertIds { layer }) => on_expert_ids(ctx, source, index, tensor.data, layer),
         Some(Known::Tokens) => {
             count(Counter::TokenLookup, 1);
-            on_tokens(index, tensor.data, hit.source);
+            on_tokens(index, tensor.data, source);
         }
         Some(Known::OutputRows) | None => count(Counter::FilteredTensor, 1),
     }
@@ -181,7 +179,7 @@ fn layer_number(name: &[u8; 24]) -> Option<u16> {
 }
 
 #[inline(always)]
-fn on_expert_ids(ctx: &ProbeContext, hit: &Hit, ids: Address, data: u64, layer: u16) {
+fn on_expert_ids(ctx: &ProbeContext, source: u32, ids: Address, data: u64, layer: u16) {
     count(Counter::Routed, 1);
     let Some(shape) = ids.read::<Shape>() else {
         count(Counter::RoutedUnreadable, 1);
@@ -229,7 +227,7 @@ fn on_expert_ids(ctx: &ProbeContext, hit: &Hit, ids: Address, data: u64, layer: 
             } else {
                 0
             },
-            source: hit.source,
+            source,
             ..header(&state)
         },
         data: Address(data),

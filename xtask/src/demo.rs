@@ -23,7 +23,7 @@ pub struct Arguments {
 pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     ensure!(
         system::is_root(),
-        "tracing another process needs root: run `sudo -E env PATH=\"$PATH\" cargo xtask demo`"
+        "tracing another process needs root: run `sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask demo`"
     );
     command::run(&mut workspace::release_build(root))?;
     let llama_cli = match &arguments.llama_cli {

@@ -41,7 +41,9 @@ use crate::{
 /// When the tracer fails before the program has started. Later failures are reported and cost no
 /// data already collected.
 pub async fn run(arguments: Run) -> anyhow::Result<u8> {
-    let Run { recording, command } = arguments;
+    let Run {
+        recording, command, ..
+    } = arguments;
     check_privileges()?;
     let path = launch::find(&command[0])?;
     let program = launch::loaded_program(&path);

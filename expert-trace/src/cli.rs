@@ -1,8 +1,17 @@
 //! The command line: definitions and help, no logic.
 
-use std::{ffi::OsString, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    num::NonZeroU32,
+    os::unix::ffi::OsStrExt as _,
+    path::PathBuf,
+    time::Duration,
+};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{
+    Args, Parser, Subcommand,
+    builder::{OsStringValueParser, TypedValueParser as _},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -52,6 +61,15 @@ pub struct Run {
     /// How to record.
     #[command(flatten)]
     pub recording: Recording,
+    /// Run the program as this user (default: who called sudo, else who calls)
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+    /// Set a variable of the program's environment; can be given several times
+    #[arg(long = "env", value_name = "K=V", value_parser = OsStringValueParser::new().try_map(variable))]
+    pub variables: Vec<(OsString, OsString)>,
+    /// Trace the program's first process alone, not those it forks
+    #[arg(long)]
+    pub no_follow: bool,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
@@ -83,12 +101,26 @@ pub struct Recording {
     /// List at most so many experts per layer in the summary
     #[arg(long, value_name = "N")]
     pub top: Option<usize>,
+    /// Exit with status 3 when the program succeeded but the capture is incomplete
+    #[arg(long)]
+    pub strict: bool,
     /// Count warm-up passes too
     #[arg(long)]
     pub include_warmup: bool,
     /// Size of the kernel's ring buffer (K, M, G; rounded up to a power of two)
     #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_buffer_bytes)]
     pub buffer_size: u32,
+}
+
+fn variable(text: OsString) -> Result<(OsString, OsString), &'static str> {
+    let bytes = text.as_bytes();
+    match bytes.iter().position(|byte| *byte == b'=') {
+        Some(end @ 1..) => Ok((
+            OsStr::from_bytes(&bytes[..end]).into(),
+            OsStr::from_bytes(&bytes[end + 1..]).into(),
+        )),
+        _ => Err("a name and a value are needed, such as OMP_NUM_THREADS=4"),
+    }
 }
 
 /// Largest ring buffer: larger powers of two do not fit the kernel's interface.
@@ -132,6 +164,16 @@ mod tests {
     #[test]
     fn definitions_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn variables() {
+        let pair = |name: &str, value: &str| Ok((name.into(), value.into()));
+        assert_eq!(variable("A=b=c".into()), pair("A", "b=c"));
+        assert_eq!(variable("A=".into()), pair("A", ""));
+        for text in ["", "A", "=b"] {
+            assert!(variable(text.into()).is_err(), "{text}");
+        }
     }
 
     #[test]

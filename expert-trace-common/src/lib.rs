@@ -23,8 +23,7 @@ pub enum Kind {
     Tokens = 3,
     /// The context is being freed: no pass of it follows.
     ContextEnd = 4,
-    /// The dynamic linker of a process we launched has changed its list of libraries, and the
-    /// process has been sent SIGSTOP.
+    /// The target's dynamic linker has changed its list of libraries.
     Libraries = 5,
     /// The context uses this `ggml_backend_sched`. Payload: its address, `u64`.
     Owner = 6,
@@ -245,13 +244,21 @@ pub const COUNTERS: usize = Counter::ALL.len();
 
 /// Whether the probes do anything; index 0 of the map `CONTROL`.
 pub const CONTROL_ACTIVE: u32 = 0;
-/// SIGSTOPs sent at changes of the library list; index 1 of the map `CONTROL`.
-pub const CONTROL_STOPS: u32 = 1;
-/// Process that may be stopped, as the initial PID namespace numbers it, once it is known; index 2 of
+/// Whose hits count; index 1 of the map `CONTROL`: 0 for all (the kernel lets only those of one
+/// process through), 1 for those of processes in the map `FOLLOWED`.
+pub const CONTROL_FOLLOW: u32 = 1;
+/// Offset of `tgid` in the running kernel's `task_struct`, in bytes; index 2 of the map `CONTROL`.
+pub const CONTROL_TGID_OFFSET: u32 = 2;
+/// The tracer's process id in its own PID namespace; index 3 of the map `CONTROL`.
+pub const CONTROL_TRACER: u32 = 3;
+/// Device and inode number of the tracer's PID namespace (`/proc/self/ns/pid`); indices 4 and 5 of
 /// the map `CONTROL`.
-pub const CONTROL_TARGET: u32 = 2;
+pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
+/// First process that the tracer has forked since it follows, as the initial PID namespace numbers
+/// it; index 6 of the map `CONTROL`.
+pub const CONTROL_FIRST_CHILD: u32 = 6;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 3;
+pub const CONTROL_ENTRIES: u32 = 7;
 
 /// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
 pub const MAX_SOURCES: u32 = 64;

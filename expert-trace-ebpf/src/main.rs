@@ -8,7 +8,8 @@
 //! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
 //! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | whose pass it is, and the same |
 //! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
-//! | `libraries` | `_dl_debug_state()` of the dynamic linker | a child of ours has mapped libraries |
+//! | `libraries` | `_dl_debug_state()` of the dynamic linker | the target has mapped libraries |
+//! | `new_task` | tracepoint `task_newtask` | a process that is followed forks |
 //!
 //! Memory is never shared between two hits: since Linux 6.0 a uprobe program can be preempted by
 //! another hit on the same CPU (`bpf_prog_run_array_uprobe`, include/linux/bpf.h), which rules out
@@ -21,16 +22,21 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod follow;
 mod maps;
 mod pass;
 mod rows;
 mod target;
 
-use aya_ebpf::{helpers::generated::bpf_send_signal, macros::uprobe, programs::ProbeContext};
-use expert_trace_common::{CONTROL_STOPS, CONTROL_TARGET, Counter, Header, Kind};
+use aya_ebpf::{
+    helpers::bpf_ktime_get_ns,
+    macros::{raw_tracepoint, uprobe},
+    programs::{ProbeContext, RawTracePointContext},
+};
+use expert_trace_common::{Counter, Header, Kind};
 
 use crate::{
-    maps::{CONTROL, active, count},
+    maps::{active, count},
     target::Address,
 };
 
@@ -88,39 +94,26 @@ fn leave_context(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// SIGSTOP, the same number on all architectures that Linux' BPF JITs support.
-const SIGSTOP: u32 = 19;
-
 #[uprobe]
 fn libraries(_ctx: ProbeContext) -> u32 {
-    // A child of the target that shares its memory (vfork) would stop, and nobody continue it.
-    let Some(target) = CONTROL.get_ptr_mut(CONTROL_TARGET) else {
-        return 0;
-    };
-    let process = target::process();
-    // SAFETY: the map's value is alive during the program. The first hit is of the target itself,
-    // before it runs any code of its own.
-    let target = unsafe { &mut *target };
-    if *target == 0 {
-        *target = process;
-    }
-    if *target != process {
-        return 0;
-    }
-    // The signal is delivered on the way back to user space, so that the process stops before it
-    // runs a single instruction of a library that has just been mapped.
-    // SAFETY: the helper takes a plain number.
-    if unsafe { bpf_send_signal(SIGSTOP) } == 0 {
-        if let Some(stops) = CONTROL.get_ptr_mut(CONTROL_STOPS) {
-            maps::add(stops.cast(), 1);
-        }
+    if active() {
         maps::emit_header(Header {
             kind: Kind::Libraries as u8,
-            process,
+            process: target::process(),
             thread: target::thread(),
+            // SAFETY: the helper takes no argument.
+            time_ns: unsafe { bpf_ktime_get_ns() },
             ..Header::default()
         });
     }
+    0
+}
+
+/// Arguments of the tracepoint: `task_struct *task, unsigned long clone_flags`
+/// (include/trace/events/task.h). It is hit by the parent, before the child can run.
+#[raw_tracepoint(tracepoint = "task_newtask")]
+fn new_task(ctx: RawTracePointContext) -> i32 {
+    follow::on_new_task(ctx.arg(0), ctx.arg(1));
     0
 }
 
@@ -130,7 +123,7 @@ fn panic(_info: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-// `bpf_probe_read_user` and `bpf_send_signal` are open to GPL-compatible programs only.
+// `bpf_probe_read_user` and `bpf_probe_read_kernel` are open to GPL-compatible programs only.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -6,9 +6,13 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, COUNTERS, Counter, Header, MAX_SOURCES, payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, Header, MAX_SOURCES,
+    payload,
 };
+
+use crate::target::process;
 
 /// The loader sets the size.
 #[map]
@@ -19,6 +23,11 @@ static COUNTS: PerCpuArray<[u64; COUNTERS]> = PerCpuArray::with_max_entries(1, 0
 
 #[map]
 pub static CONTROL: Array<u32> = Array::with_max_entries(CONTROL_ENTRIES, 0);
+
+/// Processes whose hits count: the one the tracer has started, and those it forked. Room for one in
+/// four process ids that 64-bit Linux has; entries take memory when they are made.
+#[map]
+pub static FOLLOWED: HashMap<u32, u8> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
 
 /// By attach cookie: 1 + index in `TENSOR_LAYOUTS`, 0 while it is not known.
 #[map]
@@ -71,10 +80,21 @@ pub struct ContextState {
     pub generation: u32,
 }
 
-/// Whether tracing is on. All probes are switched at once, whenever each was attached.
+/// Whether tracing is on, and for the current process. All probes are switched at once, whenever each
+/// was attached.
 #[inline(always)]
 pub fn active() -> bool {
-    CONTROL.get(CONTROL_ACTIVE).is_some_and(|on| *on != 0)
+    control(CONTROL_ACTIVE) != 0 && (control(CONTROL_FOLLOW) == 0 || is_followed(process()))
+}
+
+#[inline(always)]
+pub fn control(index: u32) -> u32 {
+    CONTROL.get(index).copied().unwrap_or(0)
+}
+
+#[inline(always)]
+pub fn is_followed(process: u32) -> bool {
+    FOLLOWED.get_ptr(process).is_some()
 }
 
 #[inline(always)]
@@ -86,13 +106,6 @@ pub fn count(counter: Counter, n: u64) {
         // preempt this one on the same CPU.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, n) };
     }
-}
-
-/// Adds to a map's value that other CPUs add to as well.
-#[inline(always)]
-pub fn add(value: *mut u32, n: u32) {
-    // SAFETY: callers pass a pointer that a map lookup has just returned.
-    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(value, n) };
 }
 
 /// Record with a payload of `N` bytes, as it lies in the ring buffer.

@@ -3,7 +3,10 @@
 use std::{
     io,
     num::NonZeroU32,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        linux::fs::MetadataExt as _,
+    },
     path::Path,
 };
 
@@ -11,16 +14,20 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, MapData, PerCpuArray, RingBuf},
     programs::{
-        UProbe,
+        RawTracePoint, UProbe,
+        raw_trace_point::RawTracePointLink,
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
     },
 };
-use expert_trace_common::{CONTROL_ACTIVE, CONTROL_STOPS, COUNTERS, Counter, TENSOR_LAYOUT_BUILDS};
+use btf_rs::{Btf, Type};
+use expert_trace_common::{
+    CONTROL_ACTIVE, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE, CONTROL_TGID_OFFSET,
+    CONTROL_TRACER, COUNTERS, Counter, TENSOR_LAYOUT_BUILDS,
+};
 use thiserror::Error;
 
 use crate::{
     probes::{Hook, Probe},
-    symbols::Definition,
     target::printable,
 };
 
@@ -51,6 +58,9 @@ pub enum AttachError {
         /// The kernel's answer.
         reason: String,
     },
+    /// Forks cannot be seen.
+    #[error("cannot follow forks (--no-follow does without): {0}")]
+    Follow(String),
     /// A map could not be read or written.
     #[error("cannot access a BPF map: {0}")]
     Map(String),
@@ -74,13 +84,27 @@ fn map_error(error: impl std::error::Error) -> AttachError {
     AttachError::Map(chain(&error))
 }
 
+/// Whose hits are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those of one process, which must exist when a probe is attached. The kernel sets breakpoints in
+    /// its memory alone, and takes them away when its main thread ends.
+    Process(NonZeroU32),
+    /// Those of the first process that we fork from now on, and of all that it forks. Breakpoints are
+    /// in all processes that map the file; the BPF programs return at once in others.
+    FirstChild,
+}
+
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
     ebpf: Ebpf,
+    scope: Scope,
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
     links: Vec<UProbeLink>,
+    /// Keeps the tracepoint's program attached.
+    forks: Option<RawTracePointLink>,
 }
 
 impl Session {
@@ -89,13 +113,12 @@ impl Session {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn load(ring_bytes: u32) -> Result<(Self, Events), AttachError> {
+    pub fn load(ring_bytes: u32, scope: Scope) -> Result<(Self, Events), AttachError> {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("EVENTS", ring_bytes)
             .load(&OBJECT.0)
             .map_err(load_error)?;
         let mut programs = Hook::ALL.map(Hook::program).to_vec();
-        programs.push(LIBRARIES);
         programs.sort_unstable();
         programs.dedup();
         for program in programs {
@@ -109,14 +132,57 @@ impl Session {
         let control = Array::try_from(take("CONTROL")?).map_err(map_error)?;
         let counts = PerCpuArray::try_from(take("COUNTS")?).map_err(map_error)?;
         let layouts = Array::try_from(take("LAYOUT")?).map_err(map_error)?;
-        let session = Self {
+        let mut session = Self {
             ebpf,
+            scope,
             control,
             counts,
             layouts,
             links: Vec::new(),
+            forks: None,
         };
+        if scope == Scope::FirstChild {
+            session.follow_forks()?;
+        }
         Ok((session, Events(ring)))
+    }
+
+    fn follow_forks(&mut self) -> Result<(), AttachError> {
+        let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
+        let namespace =
+            std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
+        let [device, inode] = CONTROL_NAMESPACE;
+        // The kernel's numbers, as the helper compares them, fit in 32 bits.
+        let settings = [
+            (CONTROL_TGID_OFFSET, tgid_offset().map_err(AttachError::Follow)?),
+            (CONTROL_TRACER, std::process::id()),
+            (device, namespace.st_dev() as u32),
+            (inode, namespace.st_ino() as u32),
+            (CONTROL_FOLLOW, 1),
+        ];
+        for (index, value) in settings {
+            self.control.set(index, value, 0).map_err(map_error)?;
+        }
+        let program: &mut RawTracePoint = self
+            .ebpf
+            .program_mut("new_task")
+            .ok_or_else(|| AttachError::Load("the BPF object has no program new_task".to_owned()))?
+            .try_into()
+            .map_err(load_error)?;
+        program.load().map_err(load_error)?;
+        let link = program
+            .attach("task_newtask")
+            .map_err(|error| failed(&error))?;
+        self.forks = Some(program.take_link(link).map_err(|error| failed(&error))?);
+        Ok(())
+    }
+
+    /// The first child, as the initial PID namespace numbers it: 0 before there is one.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn first_child(&self) -> Result<u32, AttachError> {
+        self.control.get(&CONTROL_FIRST_CHILD, 0).map_err(map_error)
     }
 
     /// Starts forwarding what the BPF programs log. Needs a tokio runtime.
@@ -139,11 +205,11 @@ impl Session {
         }
     }
 
-    /// Attaches a probe for all threads of a process, present and future.
+    /// Attaches a probe.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn attach(&mut self, probe: &Probe, pid: NonZeroU32) -> Result<(), AttachError> {
+    pub fn attach(&mut self, probe: &Probe) -> Result<(), AttachError> {
         let Probe {
             hook,
             symbol,
@@ -153,51 +219,25 @@ impl Session {
             file,
             ..
         } = probe;
-        self.attach_at(hook.program(), attach_path, definition, *source, pid)
-            .map_err(|reason| AttachError::Probe {
-                symbol: (*symbol).to_owned(),
-                file: printable(Path::new(file)),
-                offset: definition.file_offset,
-                reason,
-            })
-    }
-
-    /// Makes the process stop, with SIGSTOP, whenever its dynamic linker has mapped libraries.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn stop_at_library_changes(
-        &mut self,
-        linker: &Path,
-        definition: &Definition,
-        pid: NonZeroU32,
-    ) -> Result<(), AttachError> {
-        self.attach_at(LIBRARIES, linker, definition, 0, pid)
-            .map_err(|reason| AttachError::Probe {
-                symbol: "_dl_debug_state".to_owned(),
-                file: printable(linker),
-                offset: definition.file_offset,
-                reason,
-            })
-    }
-
-    fn attach_at(
-        &mut self,
-        program: &str,
-        path: &Path,
-        definition: &Definition,
-        cookie: u32,
-        pid: NonZeroU32,
-    ) -> Result<(), String> {
-        let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
+        let refused = |reason| AttachError::Probe {
+            symbol: (*symbol).to_owned(),
+            file: printable(Path::new(file)),
+            offset: definition.file_offset,
+            reason,
+        };
+        let program = uprobe(&mut self.ebpf, hook.program())?;
         let point = UProbeAttachPoint {
             location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
-            cookie: Some(u64::from(cookie)),
+            cookie: Some(u64::from(*source)),
+        };
+        let scope = match self.scope {
+            Scope::Process(pid) => UProbeScope::OneProcess(pid),
+            Scope::FirstChild => UProbeScope::AllProcesses,
         };
         let link = program
-            .attach(point, path, UProbeScope::OneProcess(pid))
-            .map_err(|error| chain(&error))?;
-        let link = program.take_link(link).map_err(|error| chain(&error))?;
+            .attach(point, attach_path, scope)
+            .and_then(|link| program.take_link(link))
+            .map_err(|error| refused(chain(&error)))?;
         self.links.push(link);
         Ok(())
     }
@@ -210,14 +250,6 @@ impl Session {
         self.control
             .set(CONTROL_ACTIVE, u32::from(active), 0)
             .map_err(map_error)
-    }
-
-    /// How often the process has been stopped because of new libraries.
-    ///
-    /// # Errors
-    /// When the map cannot be read.
-    pub fn stops(&self) -> Result<u32, AttachError> {
-        self.control.get(&CONTROL_STOPS, 0).map_err(map_error)
     }
 
     /// The kernel's counters, over all CPUs.
@@ -251,7 +283,21 @@ impl Session {
     }
 }
 
-const LIBRARIES: &str = "libraries";
+/// Offset of `tgid` in the running kernel's `task_struct`, in bytes.
+fn tgid_offset() -> Result<u32, String> {
+    const BTF: &str = "/sys/kernel/btf/vmlinux";
+    let failed = |error: btf_rs::Error| format!("{BTF}: {error}");
+    let btf = Btf::from_file(BTF).map_err(failed)?;
+    for kind in btf.resolve_types_by_name("task_struct").map_err(failed)? {
+        let Type::Struct(task) = kind else { continue };
+        for member in &task.members {
+            if btf.resolve_name(member).map_err(failed)? == "tgid" {
+                return Ok(member.bit_offset() / 8);
+            }
+        }
+    }
+    Err(format!("{BTF}: task_struct has no tgid"))
+}
 
 fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {
     ebpf.program_mut(name)

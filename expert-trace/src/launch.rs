@@ -1,8 +1,8 @@
 //! Starting a program that waits: probes are in place before its first instruction.
 //!
-//! The child is forked, waits on a pipe, and execs when told to. A second pipe, closed by a
-//! successful exec, carries the error of a failed one. If the tracer dies first, the child reads the
-//! end of the pipe and exits.
+//! The child is forked, installs the filter of the [`crate::gate`], waits on a pipe, and execs when
+//! told to, as the user it is to run as. A second pipe, closed by a successful exec, carries the error
+//! of a failed one. If the tracer dies first, the child reads the end of the pipe and exits.
 
 use std::{
     env,
@@ -11,7 +11,7 @@ use std::{
     io::{self, Read as _, Write as _},
     num::NonZeroUsize,
     os::{
-        fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
         unix::{
             ffi::OsStrExt as _,
             fs::{FileTypeExt as _, PermissionsExt as _},
@@ -24,18 +24,23 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::mman::{MapFlags, ProtFlags, mmap, munmap},
     sys::signal::{SigHandler, Signal, signal},
     sys::wait::waitpid,
-    unistd::{ForkResult, Pid, execv, fork, pipe2},
+    unistd::{
+        ForkResult, Pid, execve, fork, geteuid, pipe2, setgroups, setresgid, setresuid,
+    },
 };
 use thiserror::Error;
 
 use object::read::ReadCache;
 
 use crate::{
+    caller::{Account, Environment},
+    gate::{self, Gate},
     symbols::{self, Bounded},
-    target::{open_regular, printable},
+    target::{open_regular, printable, script_interpreter},
 };
 
 /// Why a program could not be started.
@@ -58,6 +63,20 @@ pub enum LaunchError {
     /// The system refused a pipe or a process.
     #[error("cannot start a process: {0}")]
     System(#[from] Errno),
+    /// The kernel refused the filter.
+    #[error(
+        "the kernel refused a seccomp filter ({0}), by which new libraries of the program are seen; \
+         it takes CONFIG_SECCOMP_FILTER and CAP_SYS_ADMIN. Start the program, and attach to it"
+    )]
+    Gate(Errno),
+    /// The program cannot be run as the user it is to run as.
+    #[error("cannot become user {user}: {errno}")]
+    User {
+        /// The user.
+        user: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
 }
 
 impl LaunchError {
@@ -66,9 +85,22 @@ impl LaunchError {
         match self {
             LaunchError::NotFound(_) => 127,
             LaunchError::NotExecutable { .. } | LaunchError::Argument(_) => 126,
-            LaunchError::System(_) => 125,
+            LaunchError::System(_) | LaunchError::Gate(_) | LaunchError::User { .. } => 125,
         }
     }
+}
+
+/// What is to be started.
+#[derive(Clone, Copy, Debug)]
+pub struct Program<'a> {
+    /// Its file.
+    pub path: &'a Path,
+    /// Its arguments, the first one being its name.
+    pub arguments: &'a [OsString],
+    /// Its environment.
+    pub environment: &'a Environment,
+    /// Who runs it.
+    pub account: &'a Account,
 }
 
 /// A forked child that has not exec'd yet.
@@ -76,14 +108,15 @@ impl LaunchError {
 pub struct Suspended {
     pid: Pid,
     release: OwnedFd,
-    exec_error: OwnedFd,
+    report: OwnedFd,
+    gate: Gate,
 }
 
-/// Finds a command the way `execvp` does.
+/// Finds a command the way `execvp` does, in the directories of `path`.
 ///
 /// # Errors
 /// When there is no such file, or it is not executable.
-pub fn find(command: &OsStr) -> Result<PathBuf, LaunchError> {
+pub fn find(command: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, LaunchError> {
     let shown = command.to_string_lossy().into_owned();
     if command.as_bytes().contains(&b'/') {
         let path = PathBuf::from(command);
@@ -104,8 +137,9 @@ pub fn find(command: &OsStr) -> Result<PathBuf, LaunchError> {
         }
         return Ok(path);
     }
-    let path = env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
-    env::split_paths(&path)
+    // What execvp takes without PATH.
+    let path = path.unwrap_or(OsStr::new("/bin:/usr/bin"));
+    env::split_paths(path)
         .map(|directory| directory.join(command))
         .find(|path| {
             path.metadata().is_ok_and(|metadata| {
@@ -115,83 +149,175 @@ pub fn find(command: &OsStr) -> Result<PathBuf, LaunchError> {
         .ok_or(LaunchError::NotFound(shown))
 }
 
-/// The ELF file that the kernel will really load for a command: a script's interpreter, or the
-/// command itself (fs/binfmt_script.c follows at most five levels).
-pub fn loaded_program(command: &Path) -> PathBuf {
-    let mut program = command.to_owned();
-    for _ in 0..5 {
-        let mut start = Vec::new();
-        let read = open_regular(&program).and_then(|file| file.take(256).read_to_end(&mut start));
-        let Some(line) = start.strip_prefix(b"#!").filter(|_| read.is_ok()) else {
-            break;
-        };
-        let interpreter = line
-            .split(|byte| *byte == b'\n')
-            .next()
-            .unwrap_or_default()
-            .trim_ascii_start()
-            .split(|byte| byte.is_ascii_whitespace())
-            .next()
-            .unwrap_or_default();
-        program = OsStr::from_bytes(interpreter).into();
-    }
-    program
-}
-
-/// The dynamic linker that will load a program; `None` when it is static.
+/// Makes sure that the kernel can load a command: it, or the interpreter that it names as a script,
+/// is an ELF file for this machine.
 ///
 /// # Errors
-/// When the file cannot be read, or is no ELF file for this machine.
-pub fn dynamic_linker(program: &Path) -> Result<Option<PathBuf>, LaunchError> {
-    let refused = |reason: String| LaunchError::NotExecutable {
-        path: printable(program),
+/// When it is not, or cannot be read.
+pub fn check(command: &Path) -> Result<(), LaunchError> {
+    let mut path = command.to_owned();
+    let refused = |path: &Path, reason: String| LaunchError::NotExecutable {
+        path: printable(path),
         reason,
     };
-    let file = open_regular(program).map_err(|error| refused(error.to_string()))?;
-    let cache = ReadCache::new(file);
-    symbols::interpreter(Bounded(&cache)).map_err(|error| refused(error.to_string()))
+    // fs/exec.c follows so many scripts.
+    for _ in 0..5 {
+        let file = open_regular(&path).map_err(|error| refused(&path, error.to_string()))?;
+        let Some(interpreter) = script_interpreter(&file) else {
+            let cache = ReadCache::new(file);
+            return symbols::check_executable(Bounded(&cache))
+                .map_err(|error| refused(&path, error.to_string()));
+        };
+        path = interpreter;
+    }
+    Err(refused(command, "too many scripts name each other".to_owned()))
 }
 
-impl Suspended {
-    /// Forks a child that will run `path` with these arguments (the first one being its name).
-    ///
-    /// # Errors
-    /// When an argument holds a NUL byte or the system refuses.
-    pub fn spawn(path: &Path, arguments: &[OsString]) -> Result<Self, LaunchError> {
+/// Replaces us by the program.
+///
+/// # Errors
+/// When that fails; else it does not return.
+pub fn replace(program: &Program<'_>) -> Result<std::convert::Infallible, LaunchError> {
+    let prepared = Prepared::new(program)?;
+    prepared.become_user().map_err(|errno| prepared.refused(errno))?;
+    let errno = prepared.exec();
+    Err(prepared.failed(errno))
+}
+
+/// All that a forked child needs: it must not allocate.
+struct Prepared<'a> {
+    program: Program<'a>,
+    path: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+    changes_user: bool,
+}
+
+impl<'a> Prepared<'a> {
+    fn new(program: &Program<'a>) -> Result<Self, LaunchError> {
         let c_string = |text: &OsStr| {
             CString::new(text.as_bytes()).map_err(|_| LaunchError::Argument(text.to_owned()))
         };
-        let c_path = c_string(path.as_os_str())?;
-        let c_arguments = arguments
-            .iter()
-            .map(|argument| c_string(argument))
-            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            program: *program,
+            path: c_string(program.path.as_os_str())?,
+            arguments: program
+                .arguments
+                .iter()
+                .map(|argument| c_string(argument))
+                .collect::<Result<_, _>>()?,
+            environment: program
+                .environment
+                .pairs()
+                .map(|pair| c_string(&pair))
+                .collect::<Result<_, _>>()?,
+            changes_user: geteuid().is_root() && !program.account.uid.is_root(),
+        })
+    }
+
+    fn become_user(&self) -> Result<(), Errno> {
+        if !self.changes_user {
+            return Ok(());
+        }
+        let Account {
+            uid, gid, groups, ..
+        } = self.program.account;
+        setgroups(groups)?;
+        setresgid(*gid, *gid, *gid)?;
+        setresuid(*uid, *uid, *uid)
+    }
+
+    fn exec(&self) -> Errno {
+        // Rust ignores SIGPIPE, and ignored signals survive exec.
+        // SAFETY: restores the default, installs no handler.
+        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+        execve(&self.path, &self.arguments, &self.environment).unwrap_err()
+    }
+
+    fn refused(&self, errno: Errno) -> LaunchError {
+        LaunchError::User {
+            user: self.program.account.name.clone(),
+            errno,
+        }
+    }
+
+    fn failed(&self, errno: Errno) -> LaunchError {
+        let shown = printable(self.program.path);
+        LaunchError::NotExecutable {
+            reason: io::Error::from(errno).to_string(),
+            path: shown,
+        }
+    }
+}
+
+/// What a child that fails to exec tells: at which step, and the error.
+#[repr(i32)]
+#[derive(Clone, Copy)]
+enum Step {
+    User = 1,
+    Exec = 2,
+}
+
+impl Suspended {
+    /// Forks a child that will run the program.
+    ///
+    /// # Errors
+    /// When an argument holds a NUL byte or the system refuses.
+    pub fn spawn(program: &Program<'_>) -> Result<Self, LaunchError> {
+        let prepared = Prepared::new(program)?;
         let (wait, release) = pipe2(OFlag::O_CLOEXEC)?;
-        let (exec_error, report) = pipe2(OFlag::O_CLOEXEC)?;
+        let (report, reporter) = pipe2(OFlag::O_CLOEXEC)?;
 
         // SAFETY: the child calls async-signal-safe functions alone until it execs or exits; all
         // memory it needs has been allocated above.
         match unsafe { fork() }? {
-            ForkResult::Parent { child } => Ok(Self {
-                pid: child,
-                release,
-                exec_error,
-            }),
+            ForkResult::Parent { child } => {
+                drop((wait, reporter));
+                let listener = numbers(&report).map_err(|_| LaunchError::System(Errno::EIO));
+                let gate = listener.and_then(|[listener, errno]| {
+                    if errno != 0 {
+                        return Err(LaunchError::Gate(Errno::from_raw(errno)));
+                    }
+                    Ok(Gate::open(child, listener)?)
+                });
+                match gate {
+                    Ok(gate) => Ok(Self {
+                        pid: child,
+                        release,
+                        report,
+                        gate,
+                    }),
+                    Err(error) => {
+                        // The child exits when nobody can release it any more.
+                        drop(release);
+                        waitpid(child, None)?;
+                        Err(error)
+                    }
+                }
+            }
             ForkResult::Child => {
-                drop((release, exec_error));
+                drop((release, report));
+                let mut reporter = File::from(reporter);
+                let mut tell = |numbers: [i32; 2]| {
+                    let [[a, b, c, d], [e, f, g, h]] = numbers.map(i32::to_ne_bytes);
+                    let _ = reporter.write_all(&[a, b, c, d, e, f, g, h]);
+                };
+                match gate::install() {
+                    Ok(listener) => tell([listener, 0]),
+                    Err(errno) => tell([-1, errno as i32]),
+                }
                 let mut go = [0];
                 let mut wait = File::from(wait);
                 if !matches!(wait.read(&mut go), Ok(1)) {
                     // SAFETY: ends the process without running the parent's handlers.
                     unsafe { libc::_exit(125) };
                 }
-                // Rust ignores SIGPIPE, and ignored signals survive exec.
-                // SAFETY: restores the default, installs no handler.
-                let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
-                let error = execv(&c_path, &c_arguments).unwrap_err();
-                let _ = File::from(report).write_all(&(error as i32).to_ne_bytes());
+                match prepared.become_user() {
+                    Err(errno) => tell([Step::User as i32, errno as i32]),
+                    Ok(()) => tell([Step::Exec as i32, prepared.exec() as i32]),
+                }
                 // SAFETY: as above.
-                unsafe { libc::_exit(127) }
+                unsafe { libc::_exit(125) }
             }
         }
     }
@@ -201,24 +327,57 @@ impl Suspended {
         self.pid
     }
 
-    /// Lets the child exec, and waits until it has.
+    /// Lets the child exec, and waits until it has. It comes to the gate on its way, where `serve` has
+    /// to look after it.
     ///
     /// # Errors
     /// The error of exec; the child has then exited and been waited for.
-    pub fn release(self, path: &Path) -> Result<Pid, LaunchError> {
-        let released = File::from(self.release).write_all(b"g");
-        let mut errno = [0; 4];
-        let failed = File::from(self.exec_error).read_exact(&mut errno);
-        if failed.is_err() && released.is_ok() {
-            return Ok(self.pid);
+    pub fn release(
+        self,
+        program: &Program<'_>,
+        mut serve: impl FnMut(&Gate),
+    ) -> Result<Gate, LaunchError> {
+        let Self {
+            pid,
+            release,
+            report,
+            gate,
+        } = self;
+        // It fails when the child has been killed, which its end will tell.
+        let _ = File::from(release).write_all(b"g");
+        loop {
+            let mut fds = [
+                PollFd::new(report.as_fd(), PollFlags::POLLIN),
+                PollFd::new(gate.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                result => result?,
+            };
+            if fds[0].any() == Some(true) {
+                break;
+            }
+            serve(&gate);
         }
-        waitpid(self.pid, None)?;
-        let reason = io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
-        Err(LaunchError::NotExecutable {
-            path: printable(path),
-            reason: reason.to_string(),
+        let Ok([step, errno]) = numbers(&report) else {
+            return Ok(gate);
+        };
+        waitpid(pid, None)?;
+        let prepared = Prepared::new(program)?;
+        let errno = Errno::from_raw(errno);
+        Err(if step == Step::User as i32 {
+            prepared.refused(errno)
+        } else {
+            prepared.failed(errno)
         })
     }
+}
+
+fn numbers(pipe: &OwnedFd) -> io::Result<[i32; 2]> {
+    let mut bytes = [0; 8];
+    File::from(pipe.try_clone()?).read_exact(&mut bytes)?;
+    let [a, b, c, d, e, f, g, h] = bytes;
+    Ok([[a, b, c, d], [e, f, g, h]].map(i32::from_ne_bytes))
 }
 
 /// A descriptor that becomes readable when a process ends.

@@ -22,6 +22,7 @@ pub mod capture;
 pub mod cli;
 pub mod decode;
 pub mod export;
+pub mod gate;
 pub mod gguf;
 pub mod launch;
 pub mod model;

@@ -1,13 +1,18 @@
 //! Which functions answer for the routing of a process, and where they are in the files it maps.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    fs::{File, Metadata},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use object::read::ReadCache;
 use serde::Serialize;
 
 use crate::{
     symbols::{self, Bounded, Definition, SymbolError},
-    target::{FileId, MappedFile, open_regular, printable},
+    target::{MappedFile, open_regular, printable},
 };
 
 /// A function to probe, and what its probe is for.
@@ -26,17 +31,20 @@ pub enum Hook {
     ContextEnd,
     /// A scheduler ends, which is the context of programs that use ggml without llama.cpp.
     SchedulerEnd,
+    /// The list of loaded libraries changes.
+    Libraries,
 }
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 6] = [
+    pub const ALL: [Hook; 7] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
         Hook::Context,
         Hook::ContextEnd,
         Hook::SchedulerEnd,
+        Hook::Libraries,
     ];
 
     /// Symbol of the function.
@@ -55,6 +63,9 @@ impl Hook {
             }
             Hook::ContextEnd => "llama_free",
             Hook::SchedulerEnd => "ggml_backend_sched_free",
+            // What glibc's and musl's dynamic linkers call whenever their list has changed, before
+            // any code of a new library runs (elf/dl-debug.c, ldso/dynlink.c).
+            Hook::Libraries => "_dl_debug_state",
         }
     }
 
@@ -66,6 +77,7 @@ impl Hook {
             Hook::Ubatch => "set_inputs",
             Hook::Context => "process_ubatch",
             Hook::ContextEnd | Hook::SchedulerEnd => "leave_context",
+            Hook::Libraries => "libraries",
         }
     }
 }
@@ -92,21 +104,54 @@ pub struct Probe {
     pub attach_path: PathBuf,
 }
 
-/// The probes of one process. It grows as the process maps more libraries.
+/// The probes of a capture. It grows as processes map more files.
 #[derive(Debug, Default)]
 pub struct Plan {
     /// The probes, in the order they are to be attached.
     pub probes: Vec<Probe>,
-    looked_at: Vec<FileId>,
+    looked_at: HashSet<FileVersion>,
     sources: u32,
+    /// Something else than a probe tells when libraries are loaded.
+    gated: bool,
+}
+
+/// A file in a state: one that is written anew can show other functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct FileVersion {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl FileVersion {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
 }
 
 impl Plan {
+    /// A plan for processes that wait at the [`crate::gate`] with each file they map.
+    pub fn gated() -> Self {
+        Self {
+            gated: true,
+            ..Self::default()
+        }
+    }
+
     /// Whether there is a function that shows expert ids.
     pub fn can_see_experts(&self) -> bool {
-        self.probes
-            .iter()
-            .any(|probe| probe.hook == Hook::ExpertIds)
+        self.has(Hook::ExpertIds)
+    }
+
+    /// Whether there is a probe for this.
+    pub fn has(&self, hook: Hook) -> bool {
+        self.probes.iter().any(|probe| probe.hook == hook)
     }
 
     /// Libraries that show expert ids: their probes have the cookies 0 to this.
@@ -121,32 +166,39 @@ impl Plan {
     pub fn extend(&mut self, pid: u32, files: &[MappedFile]) -> &[Probe] {
         let known = self.probes.len();
         for file in files.iter().filter(|file| file.executable) {
-            if self.looked_at.contains(&file.id) {
-                continue;
-            }
-            self.looked_at.push(file.id.clone());
             let attach_path = file.reachable_path(pid);
-            match look_up(&attach_path) {
-                Ok(elf) => self.add(elf, &file.path, &attach_path),
-                Err(error) => tracing::debug!("{}: {error}", printable(&file.path)),
+            let added = open_regular(&attach_path)
+                .map_err(LookUpError::from)
+                .and_then(|open| self.add_file(open, &file.path, &attach_path).map(drop));
+            if let Err(error) = added {
+                tracing::debug!("{}: {error}", printable(&file.path));
             }
         }
         &self.probes[known..]
     }
 
-    /// Adds the probes of an executable that nobody has mapped yet.
+    /// Adds the probes of a file, unless it has been looked at before, and returns them.
     ///
     /// # Errors
-    /// When the file cannot be opened or is no ELF file for this machine.
-    pub fn extend_from_file(&mut self, path: &Path) -> Result<&[Probe], LookUpError> {
+    /// When it is no ELF file for this machine.
+    pub fn add_file(
+        &mut self,
+        file: File,
+        shown: &Path,
+        attach_path: &Path,
+    ) -> Result<&[Probe], LookUpError> {
         let known = self.probes.len();
-        let elf = look_up(path)?;
-        self.add(elf, path, path);
+        let version = FileVersion::of(&file.metadata()?);
+        if self.looked_at.insert(version) {
+            let elf = look_up(file)?;
+            self.add(elf, shown, attach_path);
+        }
         Ok(&self.probes[known..])
     }
 
     fn add(&mut self, mut elf: symbols::Elf, file: &Path, attach_path: &Path) {
-        for hook in Hook::ALL {
+        let hooks = Hook::ALL.into_iter();
+        for hook in hooks.filter(|hook| !(self.gated && *hook == Hook::Libraries)) {
             let definitions = elf.definitions.remove(hook.symbol()).unwrap_or_default();
             for definition in definitions {
                 self.probes.push(Probe {
@@ -177,29 +229,14 @@ pub enum LookUpError {
     Symbols(#[from] SymbolError),
 }
 
-fn look_up(path: &Path) -> Result<symbols::Elf, LookUpError> {
+fn look_up(file: File) -> Result<symbols::Elf, LookUpError> {
     let names = Hook::ALL.map(Hook::symbol);
     // Read on demand: the file can be large, and can be truncated under us.
-    let cache = ReadCache::new(open_regular(path)?);
+    let cache = ReadCache::new(file);
     Ok(symbols::resolve(Bounded(&cache), &names)?)
 }
 
 /// Build id of an ELF file, in hex.
 pub fn build_id(path: &Path) -> Option<String> {
-    look_up(path).ok()?.build_id
-}
-
-/// Offset of the function that glibc's and musl's dynamic linkers call whenever the list of loaded
-/// libraries changes, before any code of a new library runs (elf/dl-debug.c).
-///
-/// # Errors
-/// When the file cannot be opened or is no ELF file for this machine.
-pub fn linker_hook(linker: &Path) -> Result<Option<Definition>, LookUpError> {
-    let name = "_dl_debug_state";
-    let cache = ReadCache::new(open_regular(linker)?);
-    let mut elf = symbols::resolve(Bounded(&cache), &[name])?;
-    Ok(elf
-        .definitions
-        .remove(name)
-        .and_then(|mut found| found.pop()))
+    look_up(open_regular(path).ok()?).ok()?.build_id
 }

@@ -1,10 +1,13 @@
 //! A process as seen from outside: what it maps, what it runs, how it was started.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
+    os::unix::{
+        ffi::{OsStrExt as _, OsStringExt as _},
+        fs::{FileExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -160,6 +163,20 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
             "is no regular file",
         ))
     }
+}
+
+/// The interpreter that a script names in its first line (fs/binfmt_script.c).
+pub fn script_interpreter(file: &File) -> Option<PathBuf> {
+    let mut start = [0; 256];
+    let length = file.read_at(&mut start, 0).ok()?;
+    let line = start[..length].strip_prefix(b"#!")?;
+    let interpreter = line
+        .split(|byte| *byte == b'\n')
+        .next()?
+        .trim_ascii_start()
+        .split(|byte| byte.is_ascii_whitespace())
+        .next()?;
+    Some(OsStr::from_bytes(interpreter).into())
 }
 
 /// Whether a process whose main thread has ended has another thread that is not ending, too.

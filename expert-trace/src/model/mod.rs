@@ -76,6 +76,25 @@ pub enum End {
     Cut,
 }
 
+/// A time in which code of new libraries could run before it was probed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlindTime {
+    /// When the target's list of libraries had changed: `CLOCK_MONOTONIC`, ns.
+    pub from_ns: u64,
+    /// When their probes were in place; `None` while it lasts.
+    pub until_ns: Option<u64>,
+    /// The libraries.
+    pub files: Vec<String>,
+    /// Passes that began in it.
+    pub passes: u64,
+}
+
+impl BlindTime {
+    fn contains(&self, time_ns: u64) -> bool {
+        self.from_ns <= time_ns && self.until_ns.is_none_or(|until| time_ns < until)
+    }
+}
+
 /// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layer {
@@ -151,6 +170,7 @@ pub struct Model {
     contexts: Vec<Context>,
     by_key: HashMap<(u32, u64, u32), usize>,
     received: Received,
+    blind: Vec<BlindTime>,
 }
 
 impl Model {
@@ -188,6 +208,29 @@ impl Model {
         sums
     }
 
+    /// Times in which new libraries were not probed yet.
+    pub fn blind_times(&self) -> &[BlindTime] {
+        &self.blind
+    }
+
+    /// Whether the target's libraries have changed and nobody has looked at them since.
+    pub fn libraries_changed(&self) -> bool {
+        self.blind.last().is_some_and(|time| time.until_ns.is_none())
+    }
+
+    /// Tells that the target's libraries have been looked at, and these probed by now.
+    pub fn libraries_probed(&mut self, files: Vec<String>, now_ns: u64) {
+        let Some(time) = self.blind.last_mut() else {
+            return;
+        };
+        if files.is_empty() {
+            self.blind.pop();
+        } else {
+            time.files = files;
+            time.until_ns = Some(now_ns);
+        }
+    }
+
     /// Takes in a record of the ring buffer, decoded or not.
     pub fn push(&mut self, event: Result<Event<'_>, Malformed>, on_pass: &mut OnPass<'_>) {
         self.received.events += 1;
@@ -196,6 +239,12 @@ impl Model {
             return;
         };
         if let Body::Libraries = body {
+            if !self.libraries_changed() {
+                self.blind.push(BlindTime {
+                    from_ns: header.time_ns,
+                    ..BlindTime::default()
+                });
+            }
             return;
         }
         if let Body::Owner(sched) = body {
@@ -219,6 +268,10 @@ impl Model {
             .is_none_or(|pass| pass.number != header.pass);
         if begins {
             self.finish_pass(index, on_pass);
+            let mut blind = self.blind.iter_mut();
+            if let Some(time) = blind.find(|time| time.contains(header.time_ns)) {
+                time.passes += 1;
+            }
         }
         let context = &mut self.contexts[index];
         let pass = context
@@ -238,9 +291,11 @@ impl Model {
         }
     }
 
-    /// Ends the capture: what is still open is counted if it is whole.
-    pub fn end(&mut self, end: End, on_pass: &mut OnPass<'_>) {
+    /// Ends the capture: what is still open is counted if it is whole. `end_of` tells how a process
+    /// ended, by the number that the initial PID namespace has for it.
+    pub fn end(&mut self, end_of: &dyn Fn(u32) -> End, on_pass: &mut OnPass<'_>) {
         for index in 0..self.contexts.len() {
+            let end = end_of(self.contexts[index].process);
             let Some(pass) = self.contexts[index].current.take() else {
                 self.settle_held(index, None, on_pass);
                 continue;
@@ -319,6 +374,11 @@ impl Model {
     }
 
     fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
+        let mut blind = self.blind.iter().filter(|time| time.until_ns.is_some());
+        if blind.any(|time| time.contains(pass.began_ns)) {
+            self.exclude(index, &pass, Exclusion::Partial);
+            return;
+        }
         let context = &self.contexts[index];
         let warmups = context.excluded.get(&Exclusion::Warmup);
         let first = warmups.is_none_or(|warmups| warmups.passes == 0);

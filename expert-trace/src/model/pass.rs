@@ -58,6 +58,8 @@ pub struct Pass {
     pub context: usize,
     /// Number within the context, from 0.
     pub number: u32,
+    /// When its first record was made: `CLOCK_MONOTONIC`, ns.
+    pub began_ns: u64,
     /// What has been seen of it, in the order it was computed.
     pub blocks: Vec<Block>,
     /// Its tokens, when it is short enough to be a warm-up; else empty.
@@ -73,6 +75,7 @@ impl Pass {
         Self {
             context,
             number: header.pass,
+            began_ns: header.time_ns,
             blocks: Vec::new(),
             tokens: Vec::new(),
             ids: Vec::new(),

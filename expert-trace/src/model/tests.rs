@@ -112,7 +112,7 @@ fn run(options: Options, facts: ModelFacts, passes: &[TestPass<'_>], end: End) -
     for pass in passes {
         push(&mut model, pass);
     }
-    model.end(end, &mut |_| {});
+    model.end(&|_| end, &mut |_| {});
     model
 }
 
@@ -346,7 +346,7 @@ fn contexts_at_one_address_are_two() {
         "the end of a context is the end of its last pass"
     );
     push(&mut model, &decode_at(0, &[(0, 0, true)]));
-    model.end(End::Exited, &mut |_| {});
+    model.end(&|_| End::Exited, &mut |_| {});
     let passes: Vec<u64> = model
         .contexts()
         .iter()
@@ -375,7 +375,7 @@ fn a_context_adopts_the_passes_of_its_scheduler() {
             ..decode_at(1, &[(7, 0, true)])
         },
     );
-    model.end(End::Cut, &mut |_| {});
+    model.end(&|_| End::Cut, &mut |_| {});
     assert_eq!(model.contexts().len(), 1);
     assert_eq!(model.contexts()[0].passes, 3);
     assert_eq!(tokens(&model, 0, 0), [0, 3]);
@@ -393,7 +393,7 @@ fn what_is_rejected_is_counted_and_nowhere_else() {
         model.push(decode(record), &mut |_| {});
     }
     model.push(decode(&[]), &mut |_| {});
-    model.end(End::Exited, &mut |_| {});
+    model.end(&|_| End::Exited, &mut |_| {});
     let received = model.received();
     assert_eq!(
         (received.events, received.rows, received.rejected),

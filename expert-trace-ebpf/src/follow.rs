@@ -1,0 +1,73 @@
+//! Following forks: which processes are traced.
+//!
+//! A process is in `FOLLOWED` if, and only if, the one that forked it is. No entry is removed when a
+//! process ends, since its id comes back by a fork alone, which is seen.
+
+use aya_ebpf::{
+    bindings::bpf_pidns_info,
+    helpers::{bpf_probe_read_kernel, generated::bpf_get_ns_current_pid_tgid},
+};
+use expert_trace_common::{
+    CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER,
+    Counter,
+};
+
+use crate::{
+    maps::{CONTROL, FOLLOWED, control, count, is_followed},
+    target::process,
+};
+
+/// include/uapi/linux/sched.h
+const CLONE_THREAD: u64 = 0x10000;
+
+#[inline(always)]
+pub fn on_new_task(task: u64, clone_flags: u64) {
+    if control(CONTROL_FOLLOW) == 0 || clone_flags & CLONE_THREAD != 0 {
+        return;
+    }
+    let tgid = task.wrapping_add(u64::from(control(CONTROL_TGID_OFFSET))) as *const u32;
+    // SAFETY: the helper checks the address, which the kernel and its own type information gave.
+    let Ok(child) = (unsafe { bpf_probe_read_kernel(tgid) }) else {
+        count(Counter::StateLost, 1);
+        return;
+    };
+    if is_followed(process()) || is_first_child_of_the_tracer(child) {
+        if FOLLOWED.insert(child, 1, 0).is_err() {
+            count(Counter::StateLost, 1);
+        }
+    } else {
+        // It fails only when there is no such entry.
+        let _ = FOLLOWED.remove(child);
+    }
+}
+
+#[inline(always)]
+fn is_first_child_of_the_tracer(child: u32) -> bool {
+    let Some(first_child) = CONTROL.get_ptr_mut(CONTROL_FIRST_CHILD) else {
+        return false;
+    };
+    // SAFETY: the map's value is alive during the program.
+    let first_child = unsafe { &mut *first_child };
+    if *first_child != 0 || process_in_tracers_namespace() != control(CONTROL_TRACER) {
+        return false;
+    }
+    *first_child = child;
+    true
+}
+
+/// The current process as the tracer would name it; 0 in another PID namespace than the tracer's.
+#[inline(always)]
+fn process_in_tracers_namespace() -> u32 {
+    let [device, inode] = CONTROL_NAMESPACE.map(|index| u64::from(control(index)));
+    let mut ids = bpf_pidns_info { pid: 0, tgid: 0 };
+    // SAFETY: the destination is as large as the size says.
+    let result = unsafe {
+        bpf_get_ns_current_pid_tgid(
+            device,
+            inode,
+            &raw mut ids,
+            size_of::<bpf_pidns_info>() as u32,
+        )
+    };
+    if result == 0 { ids.tgid } else { 0 }
+}

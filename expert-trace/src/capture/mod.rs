@@ -1,0 +1,452 @@
+//! A capture from start to end: the one place where probes, events, the clock, signals and files
+//! meet.
+
+mod attach;
+mod run;
+mod sinks;
+mod targets;
+
+use std::{
+    io::{self, Write as _},
+    num::NonZeroU32,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::Signal,
+};
+
+pub use self::{attach::attach, run::run};
+use self::{
+    sinks::{Sinks, Wanted},
+    targets::Targets,
+};
+use crate::{
+    attach::{Events, Session},
+    cli::Recording,
+    decode::{Body, decode},
+    launch::ThreadExit,
+    model::{BlindTime, Context, End, Model, Options},
+    probes::{Hook, Plan, Probe},
+    stats::{self, Capture as CaptureStats, Integrity, Stats},
+    summary, target,
+};
+
+/// Names the model to llama.cpp's programs (common/arg.cpp).
+const MODEL_VARIABLE: &str = "LLAMA_ARG_MODEL";
+
+/// How a capture begins.
+struct Start {
+    pid: NonZeroU32,
+    /// The same process as the initial PID namespace numbers it, if events can come from others, too.
+    first_process: Option<u32>,
+    plan: Plan,
+    from_start: bool,
+    recording: Recording,
+}
+
+struct Capture {
+    pid: NonZeroU32,
+    first_process: Option<u32>,
+    session: Session,
+    events: AsyncFd<Events>,
+    plan: Plan,
+    /// Probes that are in place.
+    hooks: Vec<Probe>,
+    /// What went wrong, and costs completeness.
+    problems: Vec<String>,
+    model: Model,
+    targets: Targets,
+    sinks: Sinks,
+    /// Contexts for which the targets have been looked at.
+    contexts_known: usize,
+    from_start: bool,
+    started: Option<(SystemTime, Instant)>,
+    recording: Recording,
+}
+
+impl Capture {
+    fn new(
+        (mut session, events): (Session, Events),
+        start: Start,
+        sinks: Sinks,
+    ) -> anyhow::Result<Self> {
+        let Start {
+            pid,
+            first_process,
+            plan,
+            from_start,
+            recording,
+        } = start;
+        session.forward_log();
+        // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
+        let mut targets = Targets::default();
+        targets.main.directory = std::env::current_dir().unwrap_or_default();
+        Ok(Self {
+            pid,
+            first_process,
+            session,
+            events,
+            plan,
+            hooks: Vec::new(),
+            problems: Vec::new(),
+            model: Model::new(Options {
+                include_warmup: recording.include_warmup,
+                from_start,
+            }),
+            targets,
+            sinks,
+            contexts_known: 0,
+            from_start,
+            started: None,
+            recording,
+        })
+    }
+
+    /// Switches the probes on.
+    fn start(&mut self) -> anyhow::Result<()> {
+        self.session.set_active(true)?;
+        self.started = Some((SystemTime::now(), Instant::now()));
+        eprintln!(
+            "Expert tracing enabled (stats={}, logging={})",
+            u8::from(self.sinks.stats),
+            u8::from(self.sinks.log.is_some())
+        );
+        Ok(())
+    }
+
+    /// Attaches probes. A failure is reported, and the target goes on: it is the user's program.
+    fn probe(&mut self, probes: Vec<Probe>) {
+        for probe in probes {
+            match self.session.attach(&probe) {
+                Ok(()) => self.hooks.push(probe),
+                Err(error) => self.problem(error.to_string()),
+            }
+        }
+    }
+
+    fn problem(&mut self, problem: String) {
+        eprintln!("expert-trace: {problem}");
+        self.problems.push(problem);
+    }
+
+    /// The main thread has ended: with the process, or before it.
+    fn look_at_main_thread(&mut self) {
+        if target::goes_on_without_its_main_thread(self.pid.get()) {
+            self.problem(
+                "the target's main thread has ended, and the kernel has removed the probes with it: \
+                 what other threads did since is missing"
+                    .to_owned(),
+            );
+        }
+    }
+
+    /// Takes some of the events that are there. Gives whether those were all.
+    fn take_events(&mut self) -> bool {
+        let Self {
+            events,
+            model,
+            sinks,
+            targets,
+            contexts_known,
+            pid,
+            first_process,
+            ..
+        } = self;
+        let mut looked_at = Vec::new();
+        let mut log_error = None;
+        let emptied = events.get_mut().drain(|bytes| {
+            let event = decode(bytes);
+            let process = event
+                .as_ref()
+                .ok()
+                .filter(|event| !matches!(event.body, Body::Libraries))
+                .map(|event| event.header.process);
+            model.push(event, &mut |pass| {
+                if let Some(log) = &mut sinks.log
+                    && let Err(error) = log.pass(pass)
+                {
+                    log_error = Some(error);
+                }
+            });
+            // A pass is judged when the next one begins, so that this is in time.
+            let new_context = model.contexts().len() > *contexts_known;
+            if let Some(process) = process
+                && (new_context || !looked_at.contains(&process))
+            {
+                looked_at.push(process);
+                *contexts_known = model.contexts().len();
+                let is_main = first_process.is_none_or(|first| first == process);
+                let known_by = if is_main {
+                    Some(pid.get())
+                } else {
+                    // The same numbers, unless we are in a PID namespace of our own.
+                    (*first_process == Some(pid.get())).then_some(process)
+                };
+                if known_by.is_some_and(|pid| targets.computes(pid, is_main, new_context)) {
+                    model.set_facts(targets.models.facts());
+                }
+            }
+        });
+        if let Some(log) = &mut sinks.log
+            && let Err(error) = log.flush()
+        {
+            log_error = Some(error);
+        }
+        if let Some(error) = log_error {
+            self.sinks.log = None;
+            self.problem(format!("the log ends here: {error}"));
+        }
+        emptied
+    }
+
+    /// Waits until what the probes have begun has arrived: they can be running on other CPUs.
+    fn settle(&mut self) -> anyhow::Result<Integrity> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        loop {
+            while !self.take_events() {}
+            let counters = self.session.counters()?;
+            let integrity = Integrity::new(
+                &counters,
+                self.model.received(),
+                self.recording.buffer_size,
+            );
+            if integrity.adds_up() || Instant::now() > deadline {
+                self.report_blind_times();
+                return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends the capture: writes the document, then the summary, which a Ctrl-C cuts short. Gives
+    /// whether all that was seen is counted.
+    async fn finish(
+        mut self,
+        end: End,
+        why: &'static str,
+        interrupt: &mut Signal,
+    ) -> anyhow::Result<bool> {
+        let duration = self
+            .started
+            .map_or(Duration::ZERO, |(_, began)| began.elapsed());
+        self.session.set_active(false)?;
+        let integrity = self.settle()?;
+        let first_process = self.first_process;
+        // How others than the one we know ended was not seen.
+        let end_of = |process| match first_process {
+            Some(first) if first != process => End::Cut,
+            _ => end,
+        };
+        let sinks = &mut self.sinks;
+        self.model.end(&end_of, &mut |pass| {
+            if let Some(log) = &mut sinks.log {
+                let _ = log.pass(pass);
+            }
+        });
+        if let Some(mut log) = sinks.log.take() {
+            let _ = log.flush();
+        }
+        let output = sinks.output.take();
+        let wants_summary = sinks.stats;
+        let stats = self.stats(integrity, why, duration)?;
+        let complete = stats.integrity.complete;
+
+        let mut text = Vec::new();
+        // Writing to memory does not fail.
+        if wants_summary {
+            let _ = summary::write(&mut text, &stats, self.recording.top);
+            if stats.layers_context.is_none() {
+                let _ = writeln!(text, "No expert routing was seen: {}.", silence(&stats));
+            }
+        } else if !complete {
+            let _ = writeln!(text, "{}", summary::integrity_line(&stats));
+        }
+        let written = output.map(|(path, output)| {
+            let written = output.write_json(&stats);
+            if written.is_ok() {
+                let _ = writeln!(text, "Statistics exported to: {}", path.display());
+            }
+            written.with_context(|| format!("Failed to write output file: {}", path.display()))
+        });
+        print(text, interrupt).await;
+        self.session.detach();
+        written.transpose()?;
+        Ok(complete)
+    }
+
+    fn stats(
+        &mut self,
+        integrity: Integrity,
+        why: &'static str,
+        duration: Duration,
+    ) -> anyhow::Result<Stats> {
+        let counted = |context: &&Context| context.passes > 0;
+        let contexts: Vec<&Context> = self.model.contexts().iter().filter(counted).collect();
+        let main = stats::main_context(&contexts);
+        let sources = self.plan.sources();
+        let tensor_layouts = (0..sources)
+            .map(|source| self.session.layout(source))
+            .collect::<Result<_, _>>()?;
+        let (started, _) = self.started.context("the capture has not started")?;
+        let processes = self.targets.describe(self.pid.get());
+        let models = std::mem::take(&mut self.targets.models).into_files();
+        let main_target = self.targets.main.describe(self.pid.get());
+        Ok(Stats {
+            schema: stats::Schema {
+                name: stats::SCHEMA_NAME,
+                version: stats::SCHEMA_VERSION,
+            },
+            tool: stats::Tool {
+                name: env!("CARGO_PKG_NAME"),
+                version: env!("CARGO_PKG_VERSION"),
+            },
+            target: stats::Target {
+                process: main_target,
+                hooks: self.hooks.clone(),
+                tensor_layouts,
+            },
+            capture: CaptureStats {
+                mode: if self.from_start { "run" } else { "attach" },
+                started: humantime::format_rfc3339_millis(started).to_string(),
+                duration_s: duration.as_secs_f64(),
+                ended: why,
+                include_warmup: self.recording.include_warmup,
+                late_libraries: self.late_libraries(),
+            },
+            processes,
+            layers_context: main,
+            layers: main.map_or_else(Vec::new, |main| stats::specified_layers(contexts[main])),
+            contexts: contexts
+                .iter()
+                .enumerate()
+                .map(|(id, context)| stats::context_stats(id, context, &models, self.pid_of(context)))
+                .collect(),
+            excluded: stats::excluded_list(&self.model.excluded()),
+            models,
+            integrity,
+        })
+    }
+
+    /// Process of a context, in our PID namespace where that is known.
+    fn pid_of(&self, context: &Context) -> u32 {
+        match self.first_process {
+            Some(first) if first != context.process => context.process,
+            _ => self.pid.get(),
+        }
+    }
+
+    fn late_libraries(&self) -> Vec<stats::LateLibraries> {
+        let times = self.model.blind_times().iter();
+        times
+            .filter_map(|time| {
+                let blind_ns = time.until_ns?.saturating_sub(time.from_ns);
+                Some(stats::LateLibraries {
+                    files: time.files.clone(),
+                    blind_ms: blind_ns as f64 / 1e6,
+                    passes: self.saw_passes_before(time).then_some(time.passes),
+                })
+            })
+            .collect()
+    }
+
+    /// Whether passes could be seen when these libraries came.
+    fn saw_passes_before(&self, time: &BlindTime) -> bool {
+        let mut hooks = self.hooks.iter();
+        hooks.any(|probe| probe.hook == Hook::PassBegin && !time.files.contains(&probe.file))
+    }
+
+    /// What may have run between the loading of libraries and their probing costs completeness.
+    fn report_blind_times(&mut self) {
+        for late in self.late_libraries() {
+            let files = late.files.join(", ");
+            let ms = late.blind_ms;
+            match late.passes {
+                Some(0) => {}
+                Some(passes) => self.problems.push(format!(
+                    "{passes} passes began in the {ms:.1} ms between the loading of {files} and its \
+                     probing: their routing is missing"
+                )),
+                None => self.problems.push(format!(
+                    "whether tokens were routed in the {ms:.1} ms between the loading of {files} and \
+                     its probing is not known"
+                )),
+            }
+        }
+    }
+}
+
+/// Now, by the clock of the events.
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    now.as_nanos() as u64
+}
+
+/// Prints to stderr, until done or interrupted: a terminal can be stopped, and a pager not be read.
+async fn print(text: Vec<u8>, interrupt: &mut Signal) {
+    let (done, printed) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        // A closed terminal is no reason to fail.
+        let _ = io::stderr().lock().write_all(&text);
+        let _ = done.send(());
+    });
+    tokio::select! {
+        _ = printed => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Why nothing was seen, as far as the counters tell.
+fn silence(stats: &Stats) -> &'static str {
+    let hits = &stats.integrity.hits;
+    if !stats.excluded.is_empty() {
+        "all passes were left out"
+    } else if stats.target.tensor_layouts.is_empty() {
+        "the process loaded no library that defines ggml_compute_forward_get_rows"
+    } else if hits.entered == 0 {
+        "no token was decoded on the CPU backend"
+    } else if hits.routed > 0 && stats.integrity.rows.seen == 0 && stats.integrity.complete {
+        "MoE layers ran, and routed no row"
+    } else if hits.routed > 0 {
+        "expert ids were there, and could not be read"
+    } else if hits.token_lookup > 0 {
+        "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its router is on a GPU"
+    } else {
+        "nothing that the probe recognised was computed"
+    }
+}
+
+/// The target's main thread, with which the kernel removes the probes of the process.
+struct MainThread(Option<AsyncFd<ThreadExit>>);
+
+impl MainThread {
+    /// Never ends: the probes do not hang on it.
+    fn unwatched() -> Self {
+        Self(None)
+    }
+
+    fn watch(pid: NonZeroU32) -> Self {
+        let thread = ThreadExit::watch(pid.get())
+            .map_err(|error| tracing::debug!("cannot watch the main thread: {error}"))
+            .ok();
+        Self(thread.and_then(|thread| {
+            // SAFETY: a `ThreadExit` keeps its descriptor for as long as it lives.
+            unsafe { AsyncFd::register_with_interest(thread, Interest::READABLE) }.ok()
+        }))
+    }
+
+    /// Waits for its end; forever after that, and where the kernel cannot tell.
+    async fn ended(&mut self) {
+        if let Some(descriptor) = &self.0
+            && descriptor.readable().await.is_ok()
+        {
+            self.0 = None;
+            return;
+        }
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,110 @@
+//! What is known of the traced processes, beside their events.
+
+use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
+
+use crate::{
+    models::{self, KnownModels},
+    probes::build_id,
+    redact, stats, target,
+};
+
+/// A target that shows no model in so many looks has none that we can read.
+const MODEL_LOOKS: u32 = 20;
+
+/// The processes, and the models they map.
+#[derive(Debug, Default)]
+pub struct Targets {
+    /// The one that was started or attached to.
+    pub main: Target,
+    /// Others that have shown events, by their ids.
+    others: BTreeMap<u32, Target>,
+    /// Model files.
+    pub models: KnownModels,
+}
+
+/// A process.
+#[derive(Debug, Default)]
+pub struct Target {
+    /// Its arguments.
+    pub command: Vec<OsString>,
+    /// `LLAMA_ARG_MODEL` of its environment.
+    pub model_variable: Option<OsString>,
+    /// Its working directory.
+    pub directory: PathBuf,
+    exe: Option<PathBuf>,
+    build_id: Option<String>,
+    /// How often its models have been looked for in vain.
+    looks: u32,
+    computes: bool,
+}
+
+impl Target {
+    /// Looks at the process while it lives. What is known already is kept.
+    pub fn look(&mut self, pid: u32) {
+        if let Ok(exe) = target::executable(pid) {
+            self.build_id = build_id(format!("/proc/{pid}/exe").as_ref());
+            self.exe = Some(exe);
+        }
+        if let Ok(directory) = std::fs::read_link(format!("/proc/{pid}/cwd")) {
+            self.directory = directory;
+        }
+    }
+
+    /// Its executable, as it sees it.
+    pub fn exe(&self) -> Option<String> {
+        let exe = self.exe.as_deref()?;
+        Some(exe.to_string_lossy().into_owned())
+    }
+
+    /// For the document.
+    pub fn describe(&self, pid: u32) -> stats::Process {
+        stats::Process {
+            pid,
+            exe: self.exe(),
+            build_id: self.build_id.clone(),
+            command: redact::command(&self.command),
+        }
+    }
+}
+
+impl Targets {
+    /// The process has shown an event: looks at it and its models, as long as that can bring
+    /// something. A target that computes has mapped its model, and with a new context perhaps another.
+    ///
+    /// Gives whether the models were looked for.
+    pub fn computes(&mut self, pid: u32, is_main: bool, new_context: bool) -> bool {
+        let target = if is_main {
+            &mut self.main
+        } else {
+            self.others.entry(pid).or_default()
+        };
+        target.computes = true;
+        if !new_context && target.looks >= MODEL_LOOKS {
+            return false;
+        }
+        target.looks += 1;
+        target.look(pid);
+        if !is_main && target.command.is_empty() {
+            target.command = target::command_line(pid).unwrap_or_default();
+            target.model_variable = target::variable(pid, super::MODEL_VARIABLE);
+        }
+        let files = target::mapped_files(pid).unwrap_or_default();
+        let mut found = models::mapped(pid, &files, &self.models);
+        if found.is_empty() && self.models.is_empty() {
+            let variable = target.model_variable.as_deref();
+            found = models::named(&target.command, variable, &target.directory);
+        }
+        if !found.is_empty() {
+            target.looks = MODEL_LOOKS;
+        }
+        self.models.merge(found);
+        true
+    }
+
+    /// Processes that have shown events, for the document.
+    pub fn describe(&self, main: u32) -> Vec<stats::Process> {
+        let main = self.main.computes.then(|| self.main.describe(main));
+        let others = self.others.iter().map(|(pid, target)| target.describe(*pid));
+        main.into_iter().chain(others).collect()
+    }
+}

@@ -9,6 +9,7 @@
 //! target, launch ─▶ symbols ─▶ probes (Plan) ─▶ attach (Session)          gguf
 //! ```
 //!
+//! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`symbols`]: ELF bytes to file offsets. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session.
@@ -18,6 +19,7 @@
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
 pub mod attach;
+pub mod caller;
 pub mod capture;
 pub mod cli;
 pub mod decode;
@@ -33,3 +35,4 @@ pub mod stats;
 pub mod summary;
 pub mod symbols;
 pub mod target;
+pub mod variables;

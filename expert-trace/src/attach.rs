@@ -149,12 +149,14 @@ impl Session {
 
     fn follow_forks(&mut self) -> Result<(), AttachError> {
         let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
-        let namespace =
-            std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
+        let namespace = std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
         let [device, inode] = CONTROL_NAMESPACE;
         // The kernel's numbers, as the helper compares them, fit in 32 bits.
         let settings = [
-            (CONTROL_TGID_OFFSET, tgid_offset().map_err(AttachError::Follow)?),
+            (
+                CONTROL_TGID_OFFSET,
+                tgid_offset().map_err(AttachError::Follow)?,
+            ),
             (CONTROL_TRACER, std::process::id()),
             (device, namespace.st_dev() as u32),
             (inode, namespace.st_ino() as u32),

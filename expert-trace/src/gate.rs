@@ -14,7 +14,7 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io::{self, Read as _},
+    io,
     mem::zeroed,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
@@ -24,11 +24,11 @@ use std::{
 };
 
 use libc::{
-    AT_FDCWD, BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W,
-    MAP_ANONYMOUS, PROT_EXEC, SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+    AT_FDCWD, BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, MAP_ANONYMOUS,
+    PROT_EXEC, SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_FILTER_FLAG_SPEC_ALLOW,
     SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND,
     SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, SECCOMP_SET_MODE_FILTER,
-    SECCOMP_USER_NOTIF_FLAG_CONTINUE, SYS_execve, SYS_execveat, SYS_mmap, c_int, c_long,
+    SECCOMP_USER_NOTIF_FLAG_CONTINUE, SYS_execve, SYS_execveat, SYS_mmap, c_int, c_long, c_ulong,
     seccomp_notif, seccomp_notif_resp, sock_filter, sock_fprog,
 };
 use nix::{
@@ -105,7 +105,7 @@ pub fn install() -> Result<RawFd, Errno> {
         len: filter.len() as u16,
         filter: filter.as_mut_ptr(),
     };
-    let seccomp = |flags| {
+    let seccomp = |flags: c_ulong| {
         // SAFETY: the program and its instructions live during the call.
         let result = unsafe {
             libc::syscall(
@@ -224,16 +224,19 @@ impl Gate {
             return Ok(Next::Nobody);
         };
         let arguments = arrival.data.args;
-        let call = match c_long::from(arrival.data.nr) {
-            SYS_mmap => Call::Map(arguments[4] as RawFd),
-            SYS_execveat => Call::Exec {
+        let number = c_long::from(arrival.data.nr);
+        let call = if number == SYS_mmap {
+            Call::Map(arguments[4] as RawFd)
+        } else if number == SYS_execveat {
+            Call::Exec {
                 directory: arguments[0] as RawFd,
                 path: arguments[1],
-            },
-            _ => Call::Exec {
+            }
+        } else {
+            Call::Exec {
                 directory: AT_FDCWD,
                 path: arguments[0],
-            },
+            }
         };
         Ok(Next::Arrival(Arrival {
             thread: arrival.pid,

@@ -28,9 +28,7 @@ use nix::{
     sys::mman::{MapFlags, ProtFlags, mmap, munmap},
     sys::signal::{SigHandler, Signal, signal},
     sys::wait::waitpid,
-    unistd::{
-        ForkResult, Pid, execve, fork, geteuid, pipe2, setgroups, setresgid, setresuid,
-    },
+    unistd::{ForkResult, Pid, execve, fork, geteuid, pipe2, setgroups, setresgid, setresuid},
 };
 use thiserror::Error;
 
@@ -170,7 +168,10 @@ pub fn check(command: &Path) -> Result<(), LaunchError> {
         };
         path = interpreter;
     }
-    Err(refused(command, "too many scripts name each other".to_owned()))
+    Err(refused(
+        command,
+        "too many scripts name each other".to_owned(),
+    ))
 }
 
 /// Replaces us by the program.
@@ -179,7 +180,9 @@ pub fn check(command: &Path) -> Result<(), LaunchError> {
 /// When that fails; else it does not return.
 pub fn replace(program: &Program<'_>) -> Result<std::convert::Infallible, LaunchError> {
     let prepared = Prepared::new(program)?;
-    prepared.become_user().map_err(|errno| prepared.refused(errno))?;
+    prepared
+        .become_user()
+        .map_err(|errno| prepared.refused(errno))?;
     let errno = prepared.exec();
     Err(prepared.failed(errno))
 }
@@ -208,8 +211,8 @@ impl<'a> Prepared<'a> {
                 .collect::<Result<_, _>>()?,
             environment: program
                 .environment
-                .pairs()
-                .map(|pair| c_string(&pair))
+                .entries()
+                .map(|entry| c_string(OsStr::from_bytes(&entry)))
                 .collect::<Result<_, _>>()?,
             changes_user: geteuid().is_root() && !program.account.uid.is_root(),
         })
@@ -236,7 +239,7 @@ impl<'a> Prepared<'a> {
 
     fn refused(&self, errno: Errno) -> LaunchError {
         LaunchError::User {
-            user: self.program.account.name.clone(),
+            user: self.program.account.uid.to_string(),
             errno,
         }
     }

@@ -169,7 +169,7 @@ impl Plan {
             let attach_path = file.reachable_path(pid);
             let added = open_regular(&attach_path)
                 .map_err(LookUpError::from)
-                .and_then(|open| self.add_file(open, &file.path, &attach_path).map(drop));
+                .and_then(|open| self.add_file(&open, &file.path, &attach_path).map(drop));
             if let Err(error) = added {
                 tracing::debug!("{}: {error}", printable(&file.path));
             }
@@ -183,7 +183,7 @@ impl Plan {
     /// When it is no ELF file for this machine.
     pub fn add_file(
         &mut self,
-        file: File,
+        file: &File,
         shown: &Path,
         attach_path: &Path,
     ) -> Result<&[Probe], LookUpError> {
@@ -229,7 +229,7 @@ pub enum LookUpError {
     Symbols(#[from] SymbolError),
 }
 
-fn look_up(file: File) -> Result<symbols::Elf, LookUpError> {
+fn look_up(file: &File) -> Result<symbols::Elf, LookUpError> {
     let names = Hook::ALL.map(Hook::symbol);
     // Read on demand: the file can be large, and can be truncated under us.
     let cache = ReadCache::new(file);
@@ -238,5 +238,5 @@ fn look_up(file: File) -> Result<symbols::Elf, LookUpError> {
 
 /// Build id of an ELF file, in hex.
 pub fn build_id(path: &Path) -> Option<String> {
-    look_up(open_regular(path).ok()?).ok()?.build_id
+    look_up(&open_regular(path).ok()?).ok()?.build_id
 }

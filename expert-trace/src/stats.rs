@@ -31,6 +31,8 @@ pub struct Stats {
     pub models: Vec<ModelFile>,
     /// When, and how it ended.
     pub capture: Capture,
+    /// Processes that have computed something.
+    pub processes: Vec<Process>,
     /// Index in `contexts` of the one that `layers` shows; `null` when none routed anything.
     pub layers_context: Option<usize>,
     /// Counts of one context, as the original specification has them.
@@ -61,9 +63,9 @@ pub struct Tool {
     pub version: &'static str,
 }
 
-/// The traced process.
+/// A process.
 #[derive(Debug, Serialize)]
-pub struct Target {
+pub struct Process {
     /// Process id, in our PID namespace.
     pub pid: u32,
     /// Its executable.
@@ -72,6 +74,14 @@ pub struct Target {
     pub build_id: Option<String>,
     /// Command line, redacted.
     pub command: Vec<String>,
+}
+
+/// What was started or attached to.
+#[derive(Debug, Serialize)]
+pub struct Target {
+    /// Its first process.
+    #[serde(flatten)]
+    pub process: Process,
     /// Probes that were set.
     pub hooks: Vec<Probe>,
     /// Layout of `ggml_tensor` in each library that showed expert ids, by the builds that have it;
@@ -105,6 +115,19 @@ pub struct Capture {
     pub ended: &'static str,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
+    /// Libraries that a process we attached to has loaded since.
+    pub late_libraries: Vec<LateLibraries>,
+}
+
+/// Libraries that were probed some time after they were loaded.
+#[derive(Debug, Serialize)]
+pub struct LateLibraries {
+    /// The files.
+    pub files: Vec<String>,
+    /// How long they were not probed, in milliseconds.
+    pub blind_ms: f64,
+    /// Passes that began in this time; `null` when passes could not be seen yet.
+    pub passes: Option<u64>,
 }
 
 /// A layer as the original specification has it.
@@ -134,6 +157,8 @@ pub struct SpecifiedExpert {
 pub struct ContextStats {
     /// Its index.
     pub id: usize,
+    /// Its process.
+    pub pid: u32,
     /// Index in `models`; `null` when more than one fits, or none.
     pub model: Option<usize>,
     /// Passes counted.
@@ -458,11 +483,12 @@ pub fn excluded_list<'a>(
 }
 
 /// Counts of a context, with the model it runs where that is known.
-pub fn context_stats(id: usize, context: &Context, models: &[ModelFile]) -> ContextStats {
+pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u32) -> ContextStats {
     let model = matching_model(context, models);
     let n_expert = model.map(|model| models[model].shape.n_expert);
     ContextStats {
         id,
+        pid,
         model,
         passes: context.passes,
         pass_source: if context.layer_order {

@@ -4,15 +4,11 @@
 //! same name. `.symtab` is looked at first, since until b5066 the function of interest was local;
 //! `.dynsym` survives stripping.
 
-use std::{
-    collections::BTreeMap, ffi::OsStr, ops::Range, os::unix::ffi::OsStrExt as _, path::PathBuf,
-};
+use std::{collections::BTreeMap, ops::Range};
 
 use object::{
     Architecture, Endianness, Object as _, ObjectSegment as _, ObjectSymbol as _, ReadRef,
-    SegmentFlags, SymbolKind,
-    elf::PF_X,
-    read::elf::ElfFile64,
+    SegmentFlags, SymbolKind, elf::PF_X, read::elf::ElfFile64,
 };
 use serde::Serialize;
 use thiserror::Error;

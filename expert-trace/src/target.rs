@@ -179,6 +179,21 @@ pub fn script_interpreter(file: &File) -> Option<PathBuf> {
     Some(OsStr::from_bytes(interpreter).into())
 }
 
+/// The process that a thread belongs to, in our PID namespace.
+pub fn process_of(thread: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?;
+    process.trim().parse().ok()
+}
+
+/// Whether a process is stopped by a signal (`T` in `/proc/PID/stat`).
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in parentheses, can hold anything.
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, fields)| fields.starts_with('T'))
+}
+
 /// Whether a process whose main thread has ended has another thread that is not ending, too.
 pub fn goes_on_without_its_main_thread(pid: u32) -> bool {
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {

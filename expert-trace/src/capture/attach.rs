@@ -1,6 +1,6 @@
 //! Attaching to a running process.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -8,7 +8,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, MODEL_VARIABLE, MainThread, Sinks, Start, Wanted};
+use super::{Capture, MODEL_VARIABLE, MainThread, Sinks, Start, Wanted, monotonic_ns};
 use crate::{
     attach::{Scope, Session, check_privileges},
     caller::Caller,
@@ -16,8 +16,11 @@ use crate::{
     launch,
     model::End,
     probes::Plan,
-    target::{self, printable},
+    target,
 };
+
+/// What `--strict` makes of an incomplete capture.
+const INCOMPLETE: u8 = 3;
 
 /// Traces a running process until Ctrl-C, the end of the duration, or its own end.
 ///
@@ -30,27 +33,40 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         recording,
     } = arguments;
     check_privileges()?;
-    let sinks = Sinks::open(&recording)?;
+    let wanted = Wanted {
+        stats: true,
+        log: recording.log.is_some(),
+        output: recording.output.clone(),
+    };
+    let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
     let exit = launch::exit_descriptor(pid.get())
         .with_context(|| format!("cannot attach to process {pid}"))?;
+    let strict = recording.strict;
+    let start = Start {
+        pid,
+        first_process: None,
+        plan: Plan::default(),
+        from_start: false,
+        recording,
+    };
+    let session = Session::load(start.recording.buffer_size, Scope::Process(pid))?;
+    let mut capture = Capture::new(session, start, sinks)?;
+    let main = &mut capture.targets.main;
+    main.command = target::command_line(pid.get()).unwrap_or_default();
+    main.model_variable = target::variable(pid.get(), MODEL_VARIABLE);
+    main.look(pid.get());
     let files = target::mapped_files(pid.get())
         .with_context(|| format!("cannot read what process {pid} maps"))?;
-
-    let mut capture = Capture::new(&recording, sinks, pid.get() as i32, false)?;
-    capture.target.command = target::command_line(pid.get()).unwrap_or_default();
-    capture.target.model_variable = target::variable(pid.get(), MODEL_VARIABLE);
-    capture.target.look(pid.get());
-    let probes = capture.plan.extend(pid.get(), &files).to_vec();
+    for probe in capture.plan.extend(pid.get(), &files).to_vec() {
+        capture.session.attach(&probe)?;
+        capture.hooks.push(probe);
+    }
     if !capture.plan.can_see_experts() {
         bail!(
             "process {pid} ({}) maps no file that defines ggml_compute_forward_get_rows, the function that shows expert ids\n  \
              It is no llama.cpp, has not loaded its CPU backend yet, or its static executable has been stripped of symbols",
-            printable(capture.target.exe.as_deref().unwrap_or(Path::new("?")))
+            capture.targets.main.exe().unwrap_or_default()
         );
-    }
-    for probe in probes {
-        capture.session.attach(&probe, capture.pid)?;
-        capture.hooks.push(probe);
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
     let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
@@ -63,14 +79,14 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
     tokio::pin!(over);
     let mut more = false;
-    let (end, why) = loop {
+    let why = loop {
         tokio::select! {
             biased;
-            _ = interrupt.recv() => break (End::Cut, "interrupted"),
-            _ = terminate.recv() => break (End::Cut, "interrupted"),
-            _ = hangup.recv() => break (End::Cut, "interrupted"),
-            () = &mut over => break (End::Cut, "duration"),
-            _ = exit.readable() => break (End::Cut, "target_exited"),
+            _ = interrupt.recv() => break "interrupted",
+            _ = terminate.recv() => break "interrupted",
+            _ = hangup.recv() => break "interrupted",
+            () = &mut over => break "duration",
+            _ = exit.readable() => break "target_exited",
             () = main_thread.ended() => capture.look_at_main_thread(),
             ready = capture.events.readable_mut(), if !more => {
                 ready?.clear_ready();
@@ -81,8 +97,29 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
                 more = !capture.take_events();
             }
         }
+        if capture.model.libraries_changed() {
+            capture.probe_new_libraries();
+        }
     };
-    capture.finish(end, why, &recording)?;
-    Ok(0)
+    let complete = capture.finish(End::Cut, why, &mut interrupt).await?;
+    Ok(if strict && !complete { INCOMPLETE } else { 0 })
 }
 
+impl Capture {
+    /// Probes what the target has mapped since the last time.
+    fn probe_new_libraries(&mut self) {
+        let pid = self.pid.get();
+        let files = match target::mapped_files(pid) {
+            Ok(files) => files,
+            Err(error) => {
+                self.problem(format!("cannot read what process {pid} maps: {error}"));
+                Vec::new()
+            }
+        };
+        let probes = self.plan.extend(pid, &files).to_vec();
+        let mut names: Vec<String> = probes.iter().map(|probe| probe.file.clone()).collect();
+        names.dedup();
+        self.probe(probes);
+        self.model.libraries_probed(names, monotonic_ns());
+    }
+}

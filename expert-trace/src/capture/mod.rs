@@ -210,11 +210,8 @@ impl Capture {
         loop {
             while !self.take_events() {}
             let counters = self.session.counters()?;
-            let integrity = Integrity::new(
-                &counters,
-                self.model.received(),
-                self.recording.buffer_size,
-            );
+            let integrity =
+                Integrity::new(&counters, self.model.received(), self.recording.buffer_size);
             if integrity.adds_up() || Instant::now() > deadline {
                 self.report_blind_times();
                 return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
@@ -324,7 +321,9 @@ impl Capture {
             contexts: contexts
                 .iter()
                 .enumerate()
-                .map(|(id, context)| stats::context_stats(id, context, &models, self.pid_of(context)))
+                .map(|(id, context)| {
+                    stats::context_stats(id, context, &models, self.pid_of(context))
+                })
                 .collect(),
             excluded: stats::excluded_list(&self.model.excluded()),
             models,

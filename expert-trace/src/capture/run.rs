@@ -40,13 +40,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     if let Some(notice) = &caller.notice {
         eprintln!("expert-trace: {notice}");
     }
-    let (account, environment) =
-        caller.program(arguments.user.as_deref(), &arguments.variables)?;
+    let (account, environment) = caller.program(arguments.user.as_deref(), &arguments.variables)?;
     let path = account.with_rights(|| {
-        Ok(
-            launch::find(&arguments.command[0], environment.get("PATH"))
-                .and_then(|path| launch::check(&path).map(|()| path)),
-        )
+        Ok(launch::find(&arguments.command[0], environment.get("PATH"))
+            .and_then(|path| launch::check(&path).map(|()| path)))
     })??;
     let program = Program {
         path: &path,
@@ -86,9 +83,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     };
     let pid = child.pid();
     let main_process = process_id(pid)?;
-    let first_process = follow
-        .then(|| session.0.first_child())
-        .transpose()?;
+    let first_process = follow.then(|| session.0.first_child()).transpose()?;
     let start = Start {
         pid: main_process,
         first_process,
@@ -199,7 +194,9 @@ fn look_at_child(pid: Pid, capture: &mut Capture) -> nix::Result<Option<WaitStat
     loop {
         match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED))? {
             WaitStatus::StillAlive => return Ok(None),
-            status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => return Ok(Some(status)),
+            status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => {
+                return Ok(Some(status));
+            }
             WaitStatus::Stopped(_, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU) => {
                 while !capture.take_events() {}
                 stop_with(pid);

@@ -104,7 +104,10 @@ impl Targets {
     /// Processes that have shown events, for the document.
     pub fn describe(&self, main: u32) -> Vec<stats::Process> {
         let main = self.main.computes.then(|| self.main.describe(main));
-        let others = self.others.iter().map(|(pid, target)| target.describe(*pid));
+        let others = self
+            .others
+            .iter()
+            .map(|(pid, target)| target.describe(*pid));
         main.into_iter().chain(others).collect()
     }
 }

@@ -215,7 +215,9 @@ impl Model {
 
     /// Whether the target's libraries have changed and nobody has looked at them since.
     pub fn libraries_changed(&self) -> bool {
-        self.blind.last().is_some_and(|time| time.until_ns.is_none())
+        self.blind
+            .last()
+            .is_some_and(|time| time.until_ns.is_none())
     }
 
     /// Tells that the target's libraries have been looked at, and these probed by now.

@@ -3,7 +3,6 @@
 
 use std::{
     ffi::OsString,
-    fs::File,
     io::{self, BufWriter, Write},
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -22,9 +21,10 @@ use tokio::{
 
 use crate::{
     attach::{Events, Session, check_privileges},
+    caller::Account,
     cli::{Attach, Recording, Run},
     decode::{Body, decode},
-    export::Output,
+    export::{self, Output},
     launch::{self, Suspended, ThreadExit},
     model::{Context, End, Model, Options},
     models::{self, KnownModels},
@@ -210,15 +210,16 @@ struct Sinks {
 impl Sinks {
     fn open(recording: &Recording) -> anyhow::Result<Self> {
         let failed = |path: &Path| format!("Failed to open output file: {}", path.display());
+        let account = Account::current()?;
         let output = match &recording.output {
-            Some(path) => Some(Output::create(path).with_context(|| failed(path))?),
+            Some(path) => Some(Output::create(path, &account).with_context(|| failed(path))?),
             None => None,
         };
         let log: Option<Box<dyn Write>> = match &recording.log {
             None => None,
             Some(None) => Some(Box::new(BufWriter::new(io::stderr()))),
             Some(Some(path)) => {
-                let file = File::create(path).with_context(|| failed(path))?;
+                let file = export::open_log(path, &account).with_context(|| failed(path))?;
                 Some(Box::new(BufWriter::new(file)))
             }
         };

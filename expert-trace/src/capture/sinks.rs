@@ -44,14 +44,14 @@ impl Sinks {
         let failed = |path: &Path| format!("Failed to open output file: {}", path.display());
         let output = match wanted.output {
             Some(path) => {
-                let output = Output::create(&path).with_context(|| failed(&path))?;
+                let output = Output::create(&path, account).with_context(|| failed(&path))?;
                 Some((path, output))
             }
             None => None,
         };
         let log: Option<Box<dyn Write>> = match &recording.log {
             Some(Some(path)) => {
-                let file = std::fs::File::create(path).with_context(|| failed(path))?;
+                let file = export::open_log(path, account).with_context(|| failed(path))?;
                 Some(Box::new(BufWriter::new(file)))
             }
             _ if wanted.log => Some(Box::new(BufWriter::new(io::stderr()))),

@@ -27,6 +27,9 @@ pub enum Kind {
     Libraries = 5,
     /// The context uses this `ggml_backend_sched`. Payload: its address, `u64`.
     Owner = 6,
+    /// The main thread of a process that is followed ends. Payload: `exit_code` of its `task_struct`,
+    /// `u32`, which is what waitpid tells as the process' status.
+    ProcessEnd = 7,
 }
 
 impl Kind {
@@ -39,6 +42,7 @@ impl Kind {
             4 => Self::ContextEnd,
             5 => Self::Libraries,
             6 => Self::Owner,
+            7 => Self::ProcessEnd,
             _ => return None,
         })
     }
@@ -249,6 +253,8 @@ pub const CONTROL_ACTIVE: u32 = 0;
 pub const CONTROL_FOLLOW: u32 = 1;
 /// Offset of `tgid` in the running kernel's `task_struct`, in bytes; index 2 of the map `CONTROL`.
 pub const CONTROL_TGID_OFFSET: u32 = 2;
+/// Offset of `exit_code` there; index 7 of the map `CONTROL`.
+pub const CONTROL_EXIT_CODE_OFFSET: u32 = 7;
 /// The tracer's process id in its own PID namespace; index 3 of the map `CONTROL`.
 pub const CONTROL_TRACER: u32 = 3;
 /// Device and inode number of the tracer's PID namespace (`/proc/self/ns/pid`); indices 4 and 5 of
@@ -258,7 +264,7 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 /// it; index 6 of the map `CONTROL`.
 pub const CONTROL_FIRST_CHILD: u32 = 6;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 7;
+pub const CONTROL_ENTRIES: u32 = 8;
 
 /// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
 pub const MAX_SOURCES: u32 = 64;

@@ -8,13 +8,13 @@ use aya_ebpf::{
     helpers::{bpf_probe_read_kernel, generated::bpf_get_ns_current_pid_tgid},
 };
 use expert_trace_common::{
-    CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER,
-    Counter,
+    CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE,
+    CONTROL_TGID_OFFSET, CONTROL_TRACER, Counter, Header, Kind,
 };
 
 use crate::{
-    maps::{CONTROL, FOLLOWED, control, count, is_followed},
-    target::process,
+    maps::{CONTROL, FOLLOWED, active, control, count, emit, is_followed},
+    target::{process, thread},
 };
 
 /// include/uapi/linux/sched.h
@@ -39,6 +39,27 @@ pub fn on_new_task(task: u64, clone_flags: u64) {
         // It fails only when there is no such entry.
         let _ = FOLLOWED.remove(child);
     }
+}
+
+#[inline(always)]
+pub fn on_end_task(task: u64) {
+    if !active() || control(CONTROL_FOLLOW) == 0 || process() != thread() {
+        return;
+    }
+    let exit_code = task.wrapping_add(u64::from(control(CONTROL_EXIT_CODE_OFFSET))) as *const u32;
+    // SAFETY: as above.
+    let Ok(exit_code) = (unsafe { bpf_probe_read_kernel(exit_code) }) else {
+        return;
+    };
+    emit(
+        Header {
+            kind: Kind::ProcessEnd as u8,
+            process: process(),
+            thread: thread(),
+            ..Header::default()
+        },
+        exit_code,
+    );
 }
 
 #[inline(always)]

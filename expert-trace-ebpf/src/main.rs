@@ -10,6 +10,7 @@
 //! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
 //! | `libraries` | `_dl_debug_state()` of the dynamic linker | the target has mapped libraries |
 //! | `new_task` | tracepoint `task_newtask` | a process that is followed forks |
+//! | `end_task` | tracepoint `sched_process_exit` | a process that is followed ends |
 //!
 //! Memory is never shared between two hits: since Linux 6.0 a uprobe program can be preempted by
 //! another hit on the same CPU (`bpf_prog_run_array_uprobe`, include/linux/bpf.h), which rules out
@@ -114,6 +115,14 @@ fn libraries(_ctx: ProbeContext) -> u32 {
 #[raw_tracepoint(tracepoint = "task_newtask")]
 fn new_task(ctx: RawTracePointContext) -> i32 {
     follow::on_new_task(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+/// First argument of the tracepoint: `task_struct *task`, the current one
+/// (include/trace/events/sched.h).
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+fn end_task(ctx: RawTracePointContext) -> i32 {
+    follow::on_end_task(ctx.arg(0));
     0
 }
 

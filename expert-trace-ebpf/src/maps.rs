@@ -118,13 +118,25 @@ pub struct Record<const N: usize> {
 /// Emits a record that has no payload.
 #[inline(always)]
 pub fn emit_header(header: Header) {
+    emit(header, ());
+}
+
+/// Emits a record with a small value as its payload.
+#[inline(always)]
+pub fn emit<T: Copy>(header: Header, value: T) {
+    const { assert!(size_of::<T>() <= payload::SMALL && align_of::<T>() <= 8) };
     count(Counter::EventsSeen, 1);
     let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
         count(Counter::EventsRingFull, 1);
         return;
     };
-    // SAFETY: the entry is as large as the record.
-    unsafe { (&raw mut (*entry.as_mut_ptr()).header).write(header) };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record, and its payload, which is aligned to 8 bytes, as
+    // large as the value.
+    unsafe {
+        (&raw mut (*record).header).write(header);
+        (&raw mut (*record).payload).cast::<T>().write(value);
+    }
     entry.submit(0);
     count(Counter::EventsEmitted, 1);
 }

@@ -8,7 +8,7 @@ use expert_trace_common::{
 use crate::{
     maps::{
         CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS, ThreadState, count,
-        emit_header,
+        emit, emit_header,
     },
     rows::run_chunks,
     target::{Address, process, process_and_thread, thread},
@@ -151,22 +151,13 @@ fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
     if OWNERS.insert(key, owner, 0).is_err() {
         count(Counter::StateLost, 1);
     }
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
-        count(Counter::EventsRingFull, 1);
-        return;
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record, and its payload larger than a number.
-    unsafe {
-        (&raw mut (*record).header).write(Header {
+    emit(
+        Header {
             kind: Kind::Owner as u8,
             ..header(state)
-        });
-        (&raw mut (*record).payload).cast::<u64>().write(sched);
-    }
-    entry.submit(0);
-    count(Counter::EventsEmitted, 1);
+        },
+        sched,
+    );
 }
 
 #[inline(always)]

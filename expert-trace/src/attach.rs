@@ -21,8 +21,9 @@ use aya::{
 };
 use btf_rs::{Btf, Type};
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE, CONTROL_TGID_OFFSET,
-    CONTROL_TRACER, COUNTERS, Counter, TENSOR_LAYOUT_BUILDS,
+    CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
+    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
+    TENSOR_LAYOUT_BUILDS,
 };
 use thiserror::Error;
 
@@ -103,8 +104,8 @@ pub struct Session {
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
     links: Vec<UProbeLink>,
-    /// Keeps the tracepoint's program attached.
-    forks: Option<RawTracePointLink>,
+    /// Keep the tracepoints' programs attached.
+    tracepoints: Vec<RawTracePointLink>,
 }
 
 impl Session {
@@ -139,7 +140,7 @@ impl Session {
             counts,
             layouts,
             links: Vec::new(),
-            forks: None,
+            tracepoints: Vec::new(),
         };
         if scope == Scope::FirstChild {
             session.follow_forks()?;
@@ -151,12 +152,11 @@ impl Session {
         let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
         let namespace = std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
         let [device, inode] = CONTROL_NAMESPACE;
+        let [tgid, exit_code] = task_offsets(["tgid", "exit_code"]).map_err(AttachError::Follow)?;
         // The kernel's numbers, as the helper compares them, fit in 32 bits.
         let settings = [
-            (
-                CONTROL_TGID_OFFSET,
-                tgid_offset().map_err(AttachError::Follow)?,
-            ),
+            (CONTROL_TGID_OFFSET, tgid),
+            (CONTROL_EXIT_CODE_OFFSET, exit_code),
             (CONTROL_TRACER, std::process::id()),
             (device, namespace.st_dev() as u32),
             (inode, namespace.st_ino() as u32),
@@ -165,17 +165,22 @@ impl Session {
         for (index, value) in settings {
             self.control.set(index, value, 0).map_err(map_error)?;
         }
-        let program: &mut RawTracePoint = self
-            .ebpf
-            .program_mut("new_task")
-            .ok_or_else(|| AttachError::Load("the BPF object has no program new_task".to_owned()))?
-            .try_into()
-            .map_err(load_error)?;
-        program.load().map_err(load_error)?;
-        let link = program
-            .attach("task_newtask")
-            .map_err(|error| failed(&error))?;
-        self.forks = Some(program.take_link(link).map_err(|error| failed(&error))?);
+        for (program, tracepoint) in [
+            ("new_task", "task_newtask"),
+            ("end_task", "sched_process_exit"),
+        ] {
+            let missing = || AttachError::Load(format!("the BPF object has no program {program}"));
+            let program: &mut RawTracePoint = self
+                .ebpf
+                .program_mut(program)
+                .ok_or_else(missing)?
+                .try_into()
+                .map_err(load_error)?;
+            program.load().map_err(load_error)?;
+            let link = program.attach(tracepoint).map_err(|error| failed(&error))?;
+            self.tracepoints
+                .push(program.take_link(link).map_err(|error| failed(&error))?);
+        }
         Ok(())
     }
 
@@ -285,20 +290,27 @@ impl Session {
     }
 }
 
-/// Offset of `tgid` in the running kernel's `task_struct`, in bytes.
-fn tgid_offset() -> Result<u32, String> {
+/// Offsets of members of the running kernel's `task_struct`, in bytes.
+fn task_offsets<const N: usize>(names: [&str; N]) -> Result<[u32; N], String> {
     const BTF: &str = "/sys/kernel/btf/vmlinux";
     let failed = |error: btf_rs::Error| format!("{BTF}: {error}");
     let btf = Btf::from_file(BTF).map_err(failed)?;
+    let mut offsets = [None; N];
     for kind in btf.resolve_types_by_name("task_struct").map_err(failed)? {
         let Type::Struct(task) = kind else { continue };
         for member in &task.members {
-            if btf.resolve_name(member).map_err(failed)? == "tgid" {
-                return Ok(member.bit_offset() / 8);
+            let member_name = btf.resolve_name(member).map_err(failed)?;
+            for (name, offset) in names.iter().zip(&mut offsets) {
+                if *name == member_name {
+                    *offset = Some(member.bit_offset() / 8);
+                }
             }
         }
     }
-    Err(format!("{BTF}: task_struct has no tgid"))
+    for (name, offset) in names.iter().zip(offsets) {
+        offset.ok_or_else(|| format!("{BTF}: task_struct has no {name}"))?;
+    }
+    Ok(offsets.map(Option::unwrap_or_default))
 }
 
 fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {

@@ -30,8 +30,10 @@ pub enum Body<'a> {
     ContextEnd,
     /// The context uses the scheduler at this address.
     Owner(u64),
-    /// A child of ours has stopped with new libraries mapped.
+    /// The target's list of loaded libraries has changed.
     Libraries,
+    /// A process has ended, with this status as waitpid tells it.
+    ProcessEnd(u32),
 }
 
 /// Why bytes are no event.
@@ -123,6 +125,10 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
         Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
         Kind::ContextEnd => Body::ContextEnd,
         Kind::Libraries => Body::Libraries,
+        Kind::ProcessEnd => {
+            let status = payload.first_chunk().ok_or(Malformed::Short)?;
+            Body::ProcessEnd(u32::from_ne_bytes(*status))
+        }
         Kind::Owner => {
             let address = payload.first_chunk().ok_or(Malformed::Short)?;
             Body::Owner(u64::from_ne_bytes(*address))
@@ -222,7 +228,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=7 {
+        for kind in 0..=8 {
             let record = bytes(
                 Header {
                     kind,

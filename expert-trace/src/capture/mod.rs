@@ -7,6 +7,7 @@ mod sinks;
 mod targets;
 
 use std::{
+    collections::HashMap,
     io::{self, Write as _},
     num::NonZeroU32,
     time::{Duration, Instant, SystemTime},
@@ -164,7 +165,7 @@ impl Capture {
             let process = event
                 .as_ref()
                 .ok()
-                .filter(|event| !matches!(event.body, Body::Libraries))
+                .filter(|event| !matches!(event.body, Body::Libraries | Body::ProcessEnd(_)))
                 .map(|event| event.header.process);
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
@@ -234,9 +235,17 @@ impl Capture {
         self.session.set_active(false)?;
         let integrity = self.settle()?;
         let first_process = self.first_process;
-        // How others than the one we know ended was not seen.
+        let ended: HashMap<u32, u32> = self
+            .model
+            .contexts()
+            .iter()
+            .filter_map(|context| Some((context.process, self.model.status(context.process)?)))
+            .collect();
         let end_of = |process| match first_process {
-            Some(first) if first != process => End::Cut,
+            Some(first) if first != process => match ended.get(&process) {
+                Some(status) if libc::WIFEXITED(*status as i32) => End::Exited,
+                _ => End::Cut,
+            },
             _ => end,
         };
         let sinks = &mut self.sinks;

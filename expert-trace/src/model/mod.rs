@@ -171,6 +171,8 @@ pub struct Model {
     by_key: HashMap<(u32, u64, u32), usize>,
     received: Received,
     blind: Vec<BlindTime>,
+    /// Status, as waitpid tells it, of processes that have ended.
+    ended: HashMap<u32, u32>,
 }
 
 impl Model {
@@ -233,6 +235,11 @@ impl Model {
         }
     }
 
+    /// How a process ended, as waitpid tells it, if that was seen.
+    pub fn status(&self, process: u32) -> Option<u32> {
+        self.ended.get(&process).copied()
+    }
+
     /// Takes in a record of the ring buffer, decoded or not.
     pub fn push(&mut self, event: Result<Event<'_>, Malformed>, on_pass: &mut OnPass<'_>) {
         self.received.events += 1;
@@ -248,6 +255,14 @@ impl Model {
                 });
             }
             return;
+        }
+        if let Body::ProcessEnd(status) = body {
+            self.ended.insert(header.process, status);
+            return;
+        }
+        if !self.ended.is_empty() {
+            // Its number has come back, or it goes on without its main thread.
+            self.ended.remove(&header.process);
         }
         if let Body::Owner(sched) = body {
             self.adopt(&header, sched, on_pass);
@@ -289,7 +304,7 @@ impl Model {
             }
             Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
             Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
-            Body::ContextEnd | Body::Owner(_) | Body::Libraries => {}
+            Body::ContextEnd | Body::Owner(_) | Body::Libraries | Body::ProcessEnd(_) => {}
         }
     }
 

@@ -99,19 +99,33 @@ impl Terminal {
     /// If it is not shown within a minute, or all programs in the terminal end before. The error holds
     /// all that was shown.
     pub fn expect(&mut self, text: &str) -> Result<String> {
+        Ok(self.expect_either(&[text])?.1)
+    }
+
+    /// As [`Terminal::expect`], for the first of several texts to be shown; also gives its index.
+    ///
+    /// # Errors
+    ///
+    /// As [`Terminal::expect`].
+    pub fn expect_either(&mut self, texts: &[&str]) -> Result<(usize, String)> {
         let deadline = Instant::now() + LIMIT;
         loop {
-            if let Some(at) = find(&self.shown[self.expected..], text.as_bytes()) {
-                let from = self.expected;
-                self.expected += at + text.len();
-                return Ok(lossy(&self.shown[from..self.expected]));
+            let new = &self.shown[self.expected..];
+            let ends = texts.iter().enumerate().filter_map(|(index, text)| {
+                let at = find(new, text.as_bytes())?;
+                Some((at + text.len(), index))
+            });
+            if let Some((end, index)) = ends.min() {
+                let shown = lossy(&new[..end]);
+                self.expected += end;
+                return Ok((index, shown));
             }
             if self.closed {
-                bail!("{text:?} was not shown before the end: {}", self.all());
+                bail!("{texts:?} was not shown before the end: {}", self.all());
             }
             let mut fds = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
             if poll(&mut fds, left(deadline)?)? == 0 {
-                bail!("{text:?} was not shown within {LIMIT:?}: {}", self.all());
+                bail!("{texts:?} was not shown within {LIMIT:?}: {}", self.all());
             }
             self.receive()?;
         }
@@ -268,11 +282,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_of_several_texts_counts() {
+        let mut shell = terminal("sh", &["-c", "echo one two"]);
+        let (index, shown) = shell.expect_either(&["two", "no", "one"]).unwrap();
+        assert_eq!((index, shown.as_str()), (2, "one"));
+        assert_eq!(shell.expect("two").unwrap(), " two");
+    }
+
+    #[test]
     fn an_early_end_is_an_error_that_shows_the_output() {
         let mut shell = terminal("sh", &["-c", "echo something else"]);
         let error = shell.expect("this").unwrap_err().to_string();
         assert!(
-            error.contains(r#""this" was not shown before the end"#),
+            error.contains(r#"["this"] was not shown before the end"#),
             "{error}"
         );
         assert!(error.contains("something else"), "{error}");

@@ -26,16 +26,21 @@ pub fn program() -> Result<PathBuf> {
     Ok(path.into())
 }
 
-/// A command line of it without arguments, that does not pass for one that `sudo` started even if it
-/// was `sudo` that started the tests.
+/// A command line of it without arguments, as it is called without `sudo`.
 pub fn command() -> Result<Command> {
     let mut tracer = Command::new(program()?);
+    without_sudo(&mut tracer);
+    Ok(tracer)
+}
+
+/// Takes the traces of a `sudo` that started the tests from a command's environment: the tracer acts
+/// on them.
+pub fn without_sudo(command: &mut Command) {
     for (name, _) in env::vars_os() {
         if name.as_encoded_bytes().starts_with(b"SUDO_") {
-            tracer.env_remove(name);
+            command.env_remove(name);
         }
     }
-    Ok(tracer)
 }
 
 /// `expert-trace run OPTIONS -- COMMAND`.

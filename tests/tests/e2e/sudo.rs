@@ -12,7 +12,7 @@ use std::{
         fs::{MetadataExt as _, PermissionsExt as _, symlink},
         process::CommandExt as _,
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output, Stdio},
 };
 
@@ -28,6 +28,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, Uid, setsid},
 };
+use tempfile::TempDir;
 
 use crate::support::{Known, driver, ids, known_small, llama, scratch};
 
@@ -142,10 +143,11 @@ impl Shell {
         Self::start(user.command("bash"), user.uid())
     }
 
-    /// Starts a command that goes on; `shown` is what shows that it has got somewhere.
-    fn start_command(&mut self, command: &str, shown: &str) {
+    /// Starts a command that goes on; `sign` is what shows that it has got somewhere.
+    fn start_command(&mut self, command: &str, sign: &str) {
         self.0.send(&format!("{command}\n")).unwrap();
-        self.0.expect(shown).unwrap();
+        let (which, shown) = self.0.expect_either(&[sign, PROMPT]).unwrap();
+        assert_eq!(which, 0, "{command} ended without a {sign:?}: {shown}");
     }
 
     fn await_prompt(&mut self) -> String {
@@ -601,118 +603,160 @@ fn a_trace_under_sudo_is_exact() {
     assert_eq!(count(logged), expected);
 }
 
-/// Runs a test in the shell of a user, with `sudo`, and in that of root, without.
-fn with_and_without_sudo(test: impl Fn(&Stage, &mut Shell, &str, &Path)) {
-    let stage = Stage::new();
-    let sudo_run = format!("sudo {} run", stage.tracer());
-    test(
-        &stage,
-        &mut Shell::of(&stage.user),
-        &sudo_run,
-        stage.user.home(),
-    );
+/// An interactive shell in which `expert-trace run` is tested.
+struct Scene {
+    stage: Stage,
+    shell: Shell,
+    /// How it is called there.
+    run: String,
+    /// Where the shell is.
+    directory: PathBuf,
+    /// That directory, if it is not the user's home.
+    _scratch: Option<TempDir>,
+}
 
-    let directory = scratch();
-    let mut bash = Command::new("bash");
-    bash.current_dir(directory.path());
-    for (name, _) in std::env::vars_os() {
-        if name.as_encoded_bytes().starts_with(b"SUDO_") {
-            bash.env_remove(name);
+impl Scene {
+    /// The user's shell.
+    fn with_sudo() -> Self {
+        let stage = Stage::new();
+        Self {
+            shell: Shell::of(&stage.user),
+            run: format!("sudo {} run", stage.tracer()),
+            directory: stage.user.home().to_owned(),
+            stage,
+            _scratch: None,
         }
     }
-    let run = format!("{} run", stage.tracer());
-    let mut shell = Shell::start(bash, Uid::current());
-    test(&stage, &mut shell, &run, directory.path());
+
+    /// Root's own shell, without `sudo`.
+    fn as_root() -> Self {
+        let stage = Stage::new();
+        let directory = scratch();
+        let mut bash = Command::new("bash");
+        bash.current_dir(directory.path());
+        tracer::without_sudo(&mut bash);
+        Self {
+            shell: Shell::start(bash, Uid::current()),
+            run: format!("{} run", stage.tracer()),
+            directory: directory.path().to_owned(),
+            stage,
+            _scratch: Some(directory),
+        }
+    }
+
+    /// Starts a driver under the tracer, in the foreground, and gives its process id.
+    fn start_traced_driver(&mut self, known: &Known) -> u32 {
+        let reached = Reached::in_stage(&self.stage, known);
+        self.shell
+            .command(&format!("export LD_LIBRARY_PATH={}", reached.libraries));
+        let driver = reached.command_line().join(" ");
+        let run = &self.run;
+        self.shell
+            .start_driver(&format!("{run} -o stats.json -- {driver}"))
+    }
+
+    fn stats(&self) -> Stats {
+        Stats::read(&self.directory.join("stats.json")).unwrap()
+    }
 }
 
-#[test]
-fn control_c_ends_the_child_and_not_the_trace() {
+fn control_c_ends_the_child_and_not_the_trace(mut scene: Scene) {
     let known = known_small();
-    with_and_without_sudo(|stage, shell, run, directory| {
-        let reached = Reached::in_stage(stage, known);
-        shell.command(&format!("export LD_LIBRARY_PATH={}", reached.libraries));
-        shell.start_driver(&format!(
-            "{run} -o stats.json -- {}",
-            reached.command_line().join(" ")
-        ));
-        shell.ask_driver("decode 0 5 6 7 8");
-        shell.0.send_control('c').unwrap();
-        let shown = shell.await_prompt();
-        assert_eq!(shell.status(), 130, "{shown}");
-        assert!(shown.contains("=== Expert Usage Statistics ==="), "{shown}");
-        assert!(
-            shown.contains("Statistics exported to: stats.json"),
-            "{shown}"
-        );
-        let stats = Stats::read(&directory.join("stats.json")).unwrap();
-        stats.assert_complete();
-        let expected = known_counts(&known.expected, &[5, 6, 7, 8], &[8]);
-        assert_eq!(stats.counts(), expected);
-    });
+    scene.start_traced_driver(known);
+    let shell = &mut scene.shell;
+    shell.ask_driver("decode 0 5 6 7 8");
+    shell.0.send_control('c').unwrap();
+    let shown = shell.await_prompt();
+    assert_eq!(shell.status(), 130, "{shown}");
+    for line in [
+        "=== Expert Usage Statistics ===",
+        "Statistics exported to: stats.json",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    let stats = scene.stats();
+    stats.assert_complete();
+    let expected = known_counts(&known.expected, &[5, 6, 7, 8], &[8]);
+    assert_eq!(stats.counts(), expected);
 }
 
 #[test]
-fn a_child_may_handle_control_c() {
-    with_and_without_sudo(|_, shell, run, directory| {
-        fs::write(
-            directory.join("handler"),
-            "trap 'echo caught; exit 5' INT; echo started; cat\n",
-        )
-        .unwrap();
-        shell.start_command(&format!("{run} -o stats.json -- sh handler"), "started");
-        // What `cat` shows, it is there to receive the signal.
-        shell.start_command("typed", "typed");
-        shell.0.send_control('c').unwrap();
-        let shown = shell.await_prompt();
-        assert_eq!(shell.status(), 5, "{shown}");
-        assert_eq!(shown.matches("caught").count(), 1, "{shown}");
-        Stats::read(&directory.join("stats.json")).unwrap();
-    });
+fn control_c_ends_the_child_and_not_the_trace_with_sudo() {
+    control_c_ends_the_child_and_not_the_trace(Scene::with_sudo());
+}
+
+#[test]
+fn control_c_ends_the_child_and_not_the_trace_as_root() {
+    control_c_ends_the_child_and_not_the_trace(Scene::as_root());
+}
+
+fn a_child_may_handle_control_c(mut scene: Scene) {
+    let script = "trap 'echo caught; exit 5' INT; echo started; cat\n";
+    fs::write(scene.directory.join("handler"), script).unwrap();
+    let run = format!("{} -o stats.json -- sh handler", scene.run);
+    let shell = &mut scene.shell;
+    shell.start_command(&run, "started");
+    // What `cat` shows, it is there to receive the signal.
+    shell.start_command("typed", "typed");
+    shell.0.send_control('c').unwrap();
+    let shown = shell.await_prompt();
+    assert_eq!(shell.status(), 5, "{shown}");
+    assert_eq!(shown.matches("caught").count(), 1, "{shown}");
+    assert_eq!(scene.stats().0["integrity"]["complete"], true);
+}
+
+#[test]
+fn a_child_may_handle_control_c_with_sudo() {
+    a_child_may_handle_control_c(Scene::with_sudo());
+}
+
+#[test]
+fn a_child_may_handle_control_c_as_root() {
+    a_child_may_handle_control_c(Scene::as_root());
 }
 
 /// Twice, in the middle of decoding; the shell has its prompt meanwhile.
-#[test]
-fn control_z_stops_the_job_and_fg_continues_it() {
-    const TOKENS: u32 = 2000;
+fn control_z_stops_the_job_and_fg_continues_it(mut scene: Scene) {
+    const TOKENS: usize = 2000;
     let known = known_small();
-    with_and_without_sudo(|stage, shell, run, directory| {
-        let reached = Reached::in_stage(stage, known);
-        shell.command(&format!("export LD_LIBRARY_PATH={}", reached.libraries));
-        let pid = shell.start_driver(&format!(
-            "{run} -o stats.json -- {}",
-            reached.command_line().join(" ")
-        ));
-        shell.start_command(&format!("stream 0 {TOKENS} 21"), "\n");
-        for _ in 0..2 {
-            shell.0.send_control('z').unwrap();
-            let shown = shell.await_prompt();
-            assert!(shown.contains("Stopped"), "{shown}");
-            assert!(!shown.contains("ok"), "it was done before: {shown}");
-            shell.assert_stopped(pid);
-            // Tokens appear again. Before, nothing may be typed: `sudo` discards it when it takes
-            // the terminal.
-            shell.start_command("fg", "run -o stats.json");
-            for _ in 0..10 {
-                shell.0.expect("\n").unwrap();
-            }
-        }
-        shell.0.expect("ok\r\n").unwrap();
-        shell.ask_driver("quit");
+    let pid = scene.start_traced_driver(known);
+    let shell = &mut scene.shell;
+    shell.start_command(&format!("stream 0 {TOKENS} 21"), "\n");
+    for _ in 0..2 {
+        shell.0.send_control('z').unwrap();
         let shown = shell.await_prompt();
-        assert_eq!(shell.status(), 0, "{shown}");
+        assert!(shown.contains("Stopped"), "{shown}");
+        assert!(!shown.contains("ok"), "it was done before: {shown}");
+        shell.assert_stopped(pid);
+        // Tokens appear again. Before, nothing may be typed: `sudo` discards it when it takes the
+        // terminal.
+        shell.start_command("fg", "run -o stats.json");
+        for _ in 0..10 {
+            shell.0.expect("\n").unwrap();
+        }
+    }
+    shell.0.expect("ok\r\n").unwrap();
+    shell.ask_driver("quit");
+    let shown = shell.await_prompt();
+    assert_eq!(shell.status(), 0, "{shown}");
 
-        // The terminal throws output away when a key stops the program, so what was generated comes
-        // from the same program, asked again.
-        let mut again = Oracle::spawn(&mut driver(&known.path, &["-c", "4096"]));
-        let answer = again
-            .as_mut()
-            .unwrap()
-            .command(&format!("generate 0 {TOKENS} 21"));
-        let generated = ids(&answer.unwrap());
-        let tokens = [&[21], &generated[..TOKENS as usize - 1]].concat();
-        let stats = Stats::read(&directory.join("stats.json")).unwrap();
-        stats.assert_complete();
-        let expected = known_counts(&known.expected, &tokens, &tokens);
-        assert_eq!(stats.counts(), expected);
-    });
+    // The terminal throws output away when a key stops the program, so what was generated comes from
+    // the same program, asked again.
+    let mut again = Oracle::spawn(&mut driver(&known.path, &["-c", "4096"])).unwrap();
+    let answer = again.command(&format!("generate 0 {TOKENS} 21")).unwrap();
+    let tokens = [&[21], &ids(&answer)[..TOKENS - 1]].concat();
+    let stats = scene.stats();
+    stats.assert_complete();
+    let expected = known_counts(&known.expected, &tokens, &tokens);
+    assert_eq!(stats.counts(), expected);
+}
+
+#[test]
+fn control_z_stops_the_job_and_fg_continues_it_with_sudo() {
+    control_z_stops_the_job_and_fg_continues_it(Scene::with_sudo());
+}
+
+#[test]
+fn control_z_stops_the_job_and_fg_continues_it_as_root() {
+    control_z_stops_the_job_and_fg_continues_it(Scene::as_root());
 }

@@ -381,18 +381,12 @@ fn another_user_can_be_asked_for() {
     assert_eq!(printed(&detached(root)), user);
 }
 
-#[test]
-fn without_sudo_root_is_root() {
+/// Runs a program as root without `sudo`, with these variables, and fails unless it is root's.
+fn assert_roots(variables: &[(&str, &str)]) {
     let directory = scratch();
     let path = directory.path().join("stats.json");
     let mut command = tracer::command().unwrap();
-    // Nobody's claim to have come through sudo.
-    let nobody = [
-        ("SUDO_UID", "65534"),
-        ("SUDO_GID", "65534"),
-        ("SUDO_USER", "nobody"),
-    ];
-    command.envs(nobody).env("OWN", "1");
+    command.envs(variables.iter().copied()).env("OWN", "1");
     command.args(["run", "-o", path.to_str().unwrap(), "--"]);
     command.args(["sh", "-c", "id -u; id -g; echo $HOME $PATH $OWN"]);
     let environment = |name: &str| std::env::var(name).unwrap_or_default();
@@ -401,6 +395,20 @@ fn without_sudo_root_is_root() {
         format!("0\n0\n{} {} 1\n", environment("HOME"), environment("PATH"))
     );
     assert_eq!(fs::metadata(&path).unwrap().uid(), 0);
+}
+
+#[test]
+fn without_sudo_root_is_root() {
+    assert_roots(&[]);
+}
+
+#[test]
+fn variables_of_sudo_that_are_not_from_sudo_mean_nothing() {
+    assert_roots(&[
+        ("SUDO_UID", "65534"),
+        ("SUDO_GID", "65534"),
+        ("SUDO_USER", "nobody"),
+    ]);
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! Models with known routing, oracles, and helpers for end-to-end tests.
 
+pub mod account;
 pub mod imatrix;
 pub mod llama;
 pub mod models;
 pub mod oracle;
+pub mod reachable;
+pub mod terminal;
 pub mod tracer;

@@ -95,6 +95,11 @@ impl Oracle {
     /// Ends the oracle, and waits for the command that started it.
     pub fn quit(mut self) -> Result<ExitStatus> {
         self.command("quit")?;
+        self.wait()
+    }
+
+    /// Waits for the end of the command that started the oracle, which something else brings about.
+    pub fn wait(mut self) -> Result<ExitStatus> {
         Ok(self.child.wait()?)
     }
 

@@ -26,9 +26,26 @@ pub fn program() -> Result<PathBuf> {
     Ok(path.into())
 }
 
+/// A command line of it without arguments, as it is called without `sudo`.
+pub fn command() -> Result<Command> {
+    let mut tracer = Command::new(program()?);
+    without_sudo(&mut tracer);
+    Ok(tracer)
+}
+
+/// Takes the traces of a `sudo` that started the tests from a command's environment: the tracer acts
+/// on them.
+pub fn without_sudo(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"SUDO_") {
+            command.env_remove(name);
+        }
+    }
+}
+
 /// `expert-trace run OPTIONS -- COMMAND`.
 pub fn run<S: AsRef<OsStr>>(options: &[S], command: &Command) -> Result<Command> {
-    let mut tracer = Command::new(program()?);
+    let mut tracer = self::command()?;
     tracer.arg("run").args(options).arg("--");
     tracer.arg(command.get_program()).args(command.get_args());
     Ok(tracer)
@@ -47,7 +64,7 @@ impl Attached {
     ///
     /// If it cannot attach; the error holds what it said.
     pub fn to<S: AsRef<OsStr>>(pid: u32, options: &[S]) -> Result<Attached> {
-        let mut child = Command::new(program()?)
+        let mut child = command()?
             .args(["attach", "--pid", &pid.to_string()])
             .args(options)
             .stderr(Stdio::piped())

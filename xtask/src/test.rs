@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use expert_trace_tests::llama::LlamaCpp;
 
-use crate::{command, ebpf, llama, system, workspace};
+use crate::{command, ebpf, llama, packages, system, workspace};
 use steps::{Results, Steps};
 
 #[derive(clap::Args)]
@@ -85,6 +85,7 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
         steps.skip(STEP, "there is no llama.cpp to trace");
         return;
     };
+    steps.run("sudo", |_| ensure_sudo());
     steps.run(STEP, |results| {
         end_to_end_with(root, filter, &llama, None, results)
     });
@@ -93,6 +94,16 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
             end_to_end_with(root, filter, &llama, Some(fresh), results)
         });
     }
+}
+
+/// Some tests are those of a user who comes through `sudo`. They make the user and its rules.
+fn ensure_sudo() -> Result<()> {
+    let needed: Vec<&str> = [("sudo", "sudo"), ("useradd", "passwd")]
+        .into_iter()
+        .filter(|(program, _)| !packages::on_path(program))
+        .map(|(_, package)| package)
+        .collect();
+    packages::ensure(&needed, "testing with an ordinary user's rights")
 }
 
 /// Runs the end-to-end tests with the committed BPF objects, or with those in the directory

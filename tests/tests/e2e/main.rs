@@ -11,5 +11,6 @@ mod llama_cli;
 mod loss;
 mod rpc;
 mod shell;
+mod sudo;
 mod support;
 mod warmup;

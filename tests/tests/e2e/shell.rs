@@ -1,19 +1,13 @@
 //! Exit statuses and errors of the command line.
 
-use std::{
-    ffi::OsStr,
-    process::{Command, Output},
-};
+use std::{ffi::OsStr, process::Output};
 
 use expert_trace_tests::tracer;
 
 use crate::support::scratch;
 
 fn expert_trace<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
-    Command::new(tracer::program().unwrap())
-        .args(arguments)
-        .output()
-        .unwrap()
+    tracer::command().unwrap().args(arguments).output().unwrap()
 }
 
 fn said(output: &Output) -> String {

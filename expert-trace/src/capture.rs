@@ -21,15 +21,18 @@ use tokio::{
 };
 
 use crate::{
-    attach::{Events, Session, check_privileges},
+    attach::{Events, Session},
     cli::{Attach, Recording, Run},
     decode::{Body, decode},
+    diagnosis,
     export::Output,
     launch::{self, Suspended, ThreadExit},
     model::{Context, End, Model, Options},
     models::{self, KnownModels},
     probes::{Plan, Probe, linker_hook},
     redact,
+    requirements::{self, Purpose},
+    silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary::{self, Log},
     target::{self, MappedFile, printable},
@@ -44,7 +47,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let Run {
         recording, command, ..
     } = arguments;
-    check_privileges()?;
+    requirements::check(Purpose::Run)?;
     let path = launch::find(&command[0])?;
     let program = launch::loaded_program(&path);
     let linker = launch::dynamic_linker(&program)?;
@@ -139,12 +142,15 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         duration,
         recording,
     } = arguments;
-    check_privileges()?;
+    requirements::check(Purpose::Attach)?;
+    diagnosis::check_process(pid.get())?;
     let sinks = Sinks::open(&recording)?;
     let exit = launch::exit_descriptor(pid.get())
-        .with_context(|| format!("cannot attach to process {pid}"))?;
+        .with_context(|| format!("cannot attach to process {pid}"));
+    let exit = diagnosis::unless_ended(pid.get(), exit)?;
     let files = target::mapped_files(pid.get())
-        .with_context(|| format!("cannot read what process {pid} maps"))?;
+        .with_context(|| format!("cannot read what process {pid} maps"));
+    let files = diagnosis::unless_ended(pid.get(), files)?;
 
     let mut capture = Capture::new(&recording, sinks, pid.get() as i32, false)?;
     capture.target.command = target::command_line(pid.get()).unwrap_or_default();
@@ -152,14 +158,11 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     capture.target.look(pid.get());
     let probes = capture.plan.extend(pid.get(), &files).to_vec();
     if !capture.plan.can_see_experts() {
-        bail!(
-            "process {pid} ({}) maps no file that defines ggml_compute_forward_get_rows, the function that shows expert ids\n  \
-             It is no llama.cpp, has not loaded its CPU backend yet, or its static executable has been stripped of symbols",
-            printable(capture.target.exe.as_deref().unwrap_or(Path::new("?")))
-        );
+        bail!(diagnosis::no_expert_ids(pid.get(), &files, &capture.plan));
     }
     for probe in probes {
-        capture.session.attach(&probe, capture.pid)?;
+        let attached = capture.session.attach(&probe, capture.pid);
+        diagnosis::unless_ended(pid.get(), attached)?;
         capture.hooks.push(probe);
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
@@ -488,7 +491,11 @@ impl Capture {
         // A closed terminal must not cost the file.
         let _ = summary::write(&mut stderr, &stats, recording.top);
         if stats.layers_context.is_none() {
-            let _ = writeln!(stderr, "No expert routing was seen: {}.", silence(&stats));
+            let _ = writeln!(
+                stderr,
+                "No expert routing was seen: {}.",
+                silence::reason(&stats)
+            );
         }
         if let (Some(output), Some(path)) = (output, &recording.output) {
             output
@@ -555,26 +562,6 @@ impl Capture {
             models,
             integrity,
         })
-    }
-}
-
-/// Why nothing was seen, as far as the counters tell.
-fn silence(stats: &Stats) -> &'static str {
-    let hits = &stats.integrity.hits;
-    if !stats.excluded.is_empty() {
-        "all passes were left out"
-    } else if stats.target.tensor_layouts.is_empty() {
-        "the process loaded no library that defines ggml_compute_forward_get_rows"
-    } else if hits.entered == 0 {
-        "no token was decoded on the CPU backend"
-    } else if hits.routed > 0 && stats.integrity.rows.seen == 0 && stats.integrity.complete {
-        "MoE layers ran, and routed no row"
-    } else if hits.routed > 0 {
-        "expert ids were there, and could not be read"
-    } else if hits.token_lookup > 0 {
-        "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its router is on a GPU"
-    } else {
-        "nothing that the probe recognised was computed"
     }
 }
 

@@ -196,14 +196,16 @@ pub fn check_process(pid: u32) -> Result<(), Untraceable> {
     if status::is_kernel_thread(pid) {
         return Err(Untraceable::Kernel { pid, command });
     }
-    match target::mapped_files(pid) {
+    // Not by its maps: those are also shown to CAP_PERFMON, which may not open what is mapped
+    // (`proc_mem_open` in fs/proc/base.c).
+    match target::executable(pid) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let who = format!(" ({command}, of user {})", user(status.uid));
             return Err(forbidden(pid, who));
         }
         Err(_) if has_ended(pid) => return Err(Untraceable::Ended { pid }),
-        // Whoever wants the files will say what is wrong with them.
+        // Whoever wants more will say what is wrong with it.
         Err(_) => {}
     }
     let exe = PathBuf::from(format!("/proc/{pid}/exe"));
@@ -288,8 +290,8 @@ fn no_process(pid: u32) -> Untraceable {
     Untraceable::NoProcess { pid, namesakes }
 }
 
-/// `/proc/PID/maps` is shown to who could trace the process (`ptrace_may_access` in
-/// kernel/ptrace.c): its own user, unless it has capabilities that we lack; or CAP_SYS_PTRACE.
+/// A process is open to who could trace it (`ptrace_may_access` in kernel/ptrace.c): its own user,
+/// unless it has capabilities that we lack; or CAP_SYS_PTRACE.
 fn forbidden(pid: u32, who: String) -> Untraceable {
     let why = if requirements::has(Capability::SysPtrace) {
         "a security module or a user namespace forbids it in spite of CAP_SYS_PTRACE; \

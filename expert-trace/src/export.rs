@@ -55,7 +55,8 @@ impl Output {
                 let file = tempfile::Builder::new()
                     .prefix(".expert-trace-")
                     .permissions(fs::Permissions::from_mode(0o644))
-                    .tempfile_in(directory)?;
+                    .tempfile_in(directory)
+                    .map_err(|error| no_file_in(directory, &error))?;
                 Ok(Self::Atomic { path, file })
             }
         }
@@ -82,6 +83,18 @@ impl Output {
             }
         }
     }
+}
+
+/// The error says nothing of the file that the user named, and is about one that he did not name.
+fn no_file_in(directory: &Path, error: &io::Error) -> io::Error {
+    let kind = error.kind();
+    let shown = directory.display();
+    let text = if directory.is_dir() {
+        format!("no file can be created in {shown} ({kind}); name another place")
+    } else {
+        format!("there is no directory {shown}; create it first")
+    };
+    io::Error::new(kind, text)
 }
 
 #[cfg(test)]

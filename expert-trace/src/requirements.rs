@@ -242,6 +242,9 @@ struct Refusal {
     map: Option<Errno>,
     /// Why it makes no ring buffer.
     ring: Option<Errno>,
+    /// Why it loads no program that does nothing. aya's own error does not tell: it takes a refusal
+    /// for a missing feature, and then fails for lack of that.
+    program: Option<Errno>,
     /// An error for want of permission is behind it.
     forbidden: bool,
     lockdown: String,
@@ -254,6 +257,7 @@ pub fn behind(refusal: &(dyn std::error::Error + 'static)) -> Option<Unmet> {
     cause(&Refusal {
         map: map_error(BPF_MAP_TYPE_ARRAY),
         ring: map_error(BPF_MAP_TYPE_RINGBUF),
+        program: program_error(),
         forbidden: is_forbidden(refusal),
         lockdown: fs::read_to_string(LOCKDOWN).unwrap_or_default(),
         user_namespace: in_user_namespace(),
@@ -267,12 +271,16 @@ fn cause(refusal: &Refusal) -> Option<Unmet> {
     let Refusal {
         map,
         ring,
+        program,
         forbidden,
         lockdown,
         user_namespace,
         release,
     } = refusal;
-    let is_forbidden = *forbidden || matches!(map, Some(Errno::EPERM | Errno::EACCES));
+    let is_forbidden = *forbidden
+        || [map, program]
+            .iter()
+            .any(|error| matches!(error, Some(Errno::EPERM | Errno::EACCES)));
     match (map, ring) {
         (Some(Errno::ENOSYS), _) => Some(Unmet::Bpf),
         _ if is_forbidden && *user_namespace => Some(Unmet::UserNamespace),
@@ -308,6 +316,11 @@ fn version(release: &str) -> Option<(u32, u32)> {
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_RINGBUF: u32 = 27;
 
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_PROG_LOAD: libc::c_long = 5;
+/// The type of programs that uprobes run.
+const BPF_PROG_TYPE_KPROBE: u32 = 2;
+
 /// Tries to make a map, and gives the error.
 fn map_error(kind: u32) -> Option<Errno> {
     /// Start of `bpf_attr` for BPF_MAP_CREATE.
@@ -318,33 +331,45 @@ fn map_error(kind: u32) -> Option<Errno> {
         value_size: u32,
         max_entries: u32,
     }
-    const BPF_MAP_CREATE: libc::c_long = 0;
-    const PAGES: u32 = 64 << 10;
-    let attributes = if kind == BPF_MAP_TYPE_RINGBUF {
-        // Its size is a power of two and whole pages, of any size that a machine has.
-        Attributes {
-            kind,
-            key_size: 0,
-            value_size: 0,
-            max_entries: PAGES,
-        }
-    } else {
-        Attributes {
-            kind,
-            key_size: 4,
-            value_size: 4,
-            max_entries: 1,
-        }
+    // A ring buffer has no keys; its size is a power of two, and whole pages of any size that there is.
+    let (key_size, value_size, max_entries) = match kind {
+        BPF_MAP_TYPE_RINGBUF => (0, 0, 64 << 10),
+        _ => (4, 4, 1),
     };
-    // SAFETY: the attributes are as large as is said, and live during the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_MAP_CREATE,
-            &raw const attributes,
-            size_of::<Attributes>(),
-        )
+    let attributes = Attributes {
+        kind,
+        key_size,
+        value_size,
+        max_entries,
     };
+    bpf_error(BPF_MAP_CREATE, &attributes)
+}
+
+/// Tries to load a program that does nothing, and gives the error.
+fn program_error() -> Option<Errno> {
+    /// Start of `bpf_attr` for BPF_PROG_LOAD.
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        instructions: u32,
+        code: *const u8,
+        license: *const libc::c_char,
+    }
+    // r0 = 0; exit
+    let code = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+    let attributes = Attributes {
+        kind: BPF_PROG_TYPE_KPROBE,
+        instructions: 2,
+        code: code.as_ptr(),
+        license: c"GPL".as_ptr(),
+    };
+    bpf_error(BPF_PROG_LOAD, &attributes)
+}
+
+/// Calls bpf(2) for a new descriptor, closes it, and gives the error where there is none.
+fn bpf_error<T>(command: libc::c_long, attributes: &T) -> Option<Errno> {
+    // SAFETY: the attributes are as large as is said, and live during the call with all they point to.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
     if fd < 0 {
         return Some(Errno::last());
     }
@@ -416,6 +441,7 @@ mod tests {
         let plain = || Refusal {
             map: None,
             ring: None,
+            program: None,
             forbidden: false,
             lockdown: "none [integrity] confidentiality".to_owned(),
             user_namespace: false,
@@ -431,6 +457,8 @@ mod tests {
         refusal.ring = Some(Errno::EINVAL);
         assert_eq!(cause(&refusal), Some(Unmet::RingBuffer(Errno::EINVAL)));
         refusal.forbidden = true;
+        assert_eq!(cause(&refusal), Some(Unmet::Forbidden));
+        (refusal.forbidden, refusal.program) = (false, Some(Errno::EPERM));
         assert_eq!(cause(&refusal), Some(Unmet::Forbidden));
         refusal.lockdown = "none integrity [confidentiality]".to_owned();
         assert_eq!(cause(&refusal), Some(Unmet::Lockdown));

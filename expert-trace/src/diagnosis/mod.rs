@@ -44,7 +44,7 @@ pub enum Untraceable {
         namesakes: Namesakes,
     },
     /// The number is a thread's.
-    #[error("{tid} is a thread of process {process} ({command}): use --pid {process}")]
+    #[error("{tid} is a thread of process {process} ({command}): use --pid {process}{namesakes}")]
     Thread {
         /// The number.
         tid: u32,
@@ -52,6 +52,8 @@ pub enum Untraceable {
         process: u32,
         /// The process' name.
         command: String,
+        /// Other processes that the number could have meant.
+        namesakes: Namesakes,
     },
     /// Only its exit status is left.
     #[error(
@@ -76,12 +78,16 @@ pub enum Untraceable {
         command: String,
     },
     /// A thread of the kernel's own.
-    #[error("process {pid} ({command}) is a thread of the kernel: it has no program to trace")]
+    #[error(
+        "process {pid} ({command}) is a thread of the kernel: it has no program to trace{namesakes}"
+    )]
     Kernel {
         /// The process.
         pid: u32,
         /// Its name.
         command: String,
+        /// Other processes that the number could have meant.
+        namesakes: Namesakes,
     },
     /// It was there, and is no more.
     #[error("process {pid} ended while it was being attached to")]
@@ -90,7 +96,7 @@ pub enum Untraceable {
         pid: u32,
     },
     /// We may not look at it.
-    #[error("process {pid}{who} may not be looked at: {why}")]
+    #[error("process {pid}{who} may not be looked at: {why}{namesakes}")]
     Forbidden {
         /// The process.
         pid: u32,
@@ -98,6 +104,8 @@ pub enum Untraceable {
         who: String,
         /// What is missing.
         why: &'static str,
+        /// Other processes that the number could have meant.
+        namesakes: Namesakes,
     },
     /// Its code is not this machine's.
     #[error(
@@ -184,6 +192,7 @@ pub fn check_process(pid: u32) -> Result<(), Untraceable> {
             tid: pid,
             process,
             command,
+            namesakes: Namesakes::of(pid),
         });
     }
     if status.ended {
@@ -194,7 +203,12 @@ pub fn check_process(pid: u32) -> Result<(), Untraceable> {
         });
     }
     if status::is_kernel_thread(pid) {
-        return Err(Untraceable::Kernel { pid, command });
+        let namesakes = Namesakes::of(pid);
+        return Err(Untraceable::Kernel {
+            pid,
+            command,
+            namesakes,
+        });
     }
     // Not by its maps: those are also shown to CAP_PERFMON, which may not open what is mapped
     // (`proc_mem_open` in fs/proc/base.c).
@@ -299,7 +313,12 @@ fn forbidden(pid: u32, who: String) -> Untraceable {
     } else {
         "the capability CAP_SYS_PTRACE is missing; run expert-trace with sudo"
     };
-    Untraceable::Forbidden { pid, who, why }
+    Untraceable::Forbidden {
+        pid,
+        who,
+        why,
+        namesakes: Namesakes::of(pid),
+    }
 }
 
 fn foreign_machine(path: &Path) -> Option<u16> {

@@ -16,7 +16,7 @@ use nix::{
         stat::Mode,
         wait::{Id, WaitPidFlag, waitid},
     },
-    unistd::{Pid, mkfifo},
+    unistd::{Pid, User, mkfifo},
 };
 use tempfile::TempDir;
 
@@ -120,7 +120,11 @@ fn refused(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap();
     let said = said(&output);
     assert_eq!(output.status.code(), Some(TRACER_FAILED), "{said}");
-    assert_eq!(said.matches("error").count(), 1, "one message: {said}");
+    assert_eq!(
+        said.matches("expert-trace: error: ").count(),
+        1,
+        "one message: {said}"
+    );
     said
 }
 
@@ -170,8 +174,9 @@ fn a_number_of_another_pid_namespace() {
 fn a_number_that_only_another_pid_namespace_has() {
     let number = (30_000..).find(|n| !Path::new(&format!("/proc/{n}")).exists());
     let number = number.unwrap();
+    // A command that is not the last one is a process of its own.
     let script = format!(
-        "echo {} > /proc/sys/kernel/ns_last_pid; \"$0\" & wait",
+        "echo {} > /proc/sys/kernel/ns_last_pid; \"$0\"; true",
         number - 1
     );
     let mut unshare = Command::new("unshare");
@@ -364,15 +369,25 @@ fn a_command_that_is_not_there() {
 fn outputs_that_cannot_be_written() {
     let directory = scratch();
     let path = directory.path().to_str().unwrap();
-    for (path, words) in [
-        (path, "is a directory; name a file in it"),
-        ("/proc/stats.json", ""),
-        ("/no/such/directory/stats.json", "No such file or directory"),
-    ] {
-        let said = refused(expert_trace().args(["run", "-o", path, "--", "true"]));
+    let refused_at = |path: &str, words: &str| {
+        // Root without the right to pass over permissions.
+        let mut tracer = with_capabilities(",+sys_admin");
+        let said = refused(tracer.args(["run", "-o", path, "--", "true"]));
         let failed = format!("Failed to open output file: {path}");
         assert_says(&said, &[&failed, words]);
-    }
+    };
+    refused_at(path, "is a directory; name a file in it");
+    refused_at("/proc/stats.json", "no file can be created in /proc");
+    refused_at(
+        "/no/such/directory/stats.json",
+        "there is no directory /no/such/directory; create it first",
+    );
+    let daemon = User::from_name("daemon").unwrap().unwrap();
+    std::os::unix::fs::chown(path, Some(daemon.uid.as_raw()), None).unwrap();
+    refused_at(
+        &format!("{path}/stats.json"),
+        "(permission denied); name another place",
+    );
 }
 
 #[test]

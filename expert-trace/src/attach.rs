@@ -205,7 +205,10 @@ impl Session {
         };
         let link = program
             .attach(point, path, UProbeScope::OneProcess(pid))
-            .map_err(|error| chain(&error))?;
+            .map_err(|error| match requirements::old_kernel() {
+                Some(old) => format!("{}; {old}", chain(&error)),
+                None => chain(&error),
+            })?;
         let link = program.take_link(link).map_err(|error| chain(&error))?;
         self.links.push(link);
         Ok(())

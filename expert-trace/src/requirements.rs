@@ -85,9 +85,7 @@ pub enum Unmet {
     )]
     RingBuffer(Errno),
     /// Its version.
-    #[error(
-        "the kernel refused the BPF programs, and is Linux {0}: expert-trace needs Linux 5.17 or newer"
-    )]
+    #[error("this is Linux {0}, and expert-trace needs Linux 5.17 or newer")]
     Kernel(String),
     /// Lockdown.
     #[error(
@@ -261,10 +259,22 @@ pub fn behind(refusal: &(dyn std::error::Error + 'static)) -> Option<Unmet> {
         forbidden: is_forbidden(refusal),
         lockdown: fs::read_to_string(LOCKDOWN).unwrap_or_default(),
         user_namespace: in_user_namespace(),
-        release: uname()
-            .map(|name| name.release().to_string_lossy().into_owned())
-            .unwrap_or_default(),
+        release: release(),
     })
+}
+
+/// Our kernel's version, when it is too old for what it has refused.
+pub fn old_kernel() -> Option<Unmet> {
+    let release = release();
+    (version(&release)? < OLDEST).then_some(Unmet::Kernel(release))
+}
+
+fn release() -> String {
+    let name = uname();
+    name.map_or_else(
+        |_| String::new(),
+        |name| name.release().to_string_lossy().into_owned(),
+    )
 }
 
 fn cause(refusal: &Refusal) -> Option<Unmet> {

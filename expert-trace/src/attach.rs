@@ -1,7 +1,6 @@
 //! From a plan to running probes. The only module that names aya.
 
 use std::{
-    io,
     num::NonZeroU32,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
@@ -29,6 +28,7 @@ use thiserror::Error;
 
 use crate::{
     probes::{Hook, Probe},
+    requirements::{self, Unmet},
     target::printable,
 };
 
@@ -42,11 +42,16 @@ static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("EXPERT_TRACE_BPF_
 #[derive(Debug, Error)]
 pub enum AttachError {
     /// The kernel does not take the BPF object.
-    #[error(
-        "the kernel refused the BPF programs: {0}\n  \
-         expert-trace needs Linux 5.17 or newer with BPF and uprobes, and root (CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN)"
-    )]
+    #[error("the kernel refused the BPF programs: {0}")]
     Load(String),
+    /// The kernel does not take the BPF object, and we know why.
+    #[error("{cause}\n  The kernel's answer was: {answer}")]
+    Unmet {
+        /// Why.
+        cause: Unmet,
+        /// The kernel's answer.
+        answer: String,
+    },
     /// The kernel does not take a probe.
     #[error("cannot probe {symbol} at {file}+{offset:#x}: {reason}")]
     Probe {
@@ -77,8 +82,12 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn load_error(error: impl std::error::Error) -> AttachError {
-    AttachError::Load(chain(&error))
+fn load_error(error: impl std::error::Error + 'static) -> AttachError {
+    let answer = chain(&error);
+    match requirements::behind(&error) {
+        Some(cause) => AttachError::Unmet { cause, answer },
+        None => AttachError::Load(answer),
+    }
 }
 
 fn map_error(error: impl std::error::Error) -> AttachError {
@@ -244,7 +253,12 @@ impl Session {
         let link = program
             .attach(point, attach_path, scope)
             .and_then(|link| program.take_link(link))
-            .map_err(|error| refused(chain(&error)))?;
+            .map_err(|error| {
+                refused(match requirements::old_kernel() {
+                    Some(old) => format!("{}; {old}", chain(&error)),
+                    None => chain(&error),
+                })
+            })?;
         self.links.push(link);
         Ok(())
     }
@@ -361,18 +375,4 @@ impl AsFd for Events {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-/// Whether we may load BPF programs and set probes at all: root, in practice.
-///
-/// # Errors
-/// Says what is missing.
-pub fn check_privileges() -> io::Result<()> {
-    if nix::unistd::geteuid().is_root() {
-        return Ok(());
-    }
-    Err(io::Error::new(
-        io::ErrorKind::PermissionDenied,
-        "expert-trace needs root to load BPF programs and set uprobes; run it with sudo",
-    ))
 }

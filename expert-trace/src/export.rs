@@ -141,9 +141,21 @@ impl Place {
             .prefix(".expert-trace-")
             .permissions(fs::Permissions::from_mode(0o644))
             .disable_cleanup(true)
-            .tempfile_in(directory)?;
+            .tempfile_in(directory)
+            .map_err(|error| no_file_in(directory, &error))?;
         Ok(Self::Atomic { path, draft })
     }
+}
+
+fn no_file_in(directory: &Path, error: &io::Error) -> io::Error {
+    let kind = error.kind();
+    let shown = directory.display();
+    let text = if directory.is_dir() {
+        format!("no file can be created in {shown} ({kind}); name another place")
+    } else {
+        format!("there is no directory {shown}; create it first")
+    };
+    io::Error::new(kind, text)
 }
 
 /// Opens what lines are written to as they come, with the rights of an account. A file is emptied.

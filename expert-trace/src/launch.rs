@@ -494,6 +494,7 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::Next;
     use nix::sys::wait::WaitStatus;
     use std::fs;
 
@@ -501,56 +502,114 @@ mod tests {
         text.iter().map(Into::into).collect()
     }
 
+    /// Calls `test` with a way to describe programs, if a child can install a filter.
+    fn with_gate(test: impl FnOnce(&Account, &Environment)) {
+        if geteuid().is_root() {
+            test(&Account::current().unwrap(), &Environment::default());
+        } else {
+            println!("not tested: needs root");
+        }
+    }
+
+    fn serve(gate: &Gate) {
+        while let Next::Arrival(arrival) = gate.next().unwrap() {
+            gate.let_pass(arrival);
+        }
+    }
+
+    /// Lets a child through until it has ended.
+    fn wait(pid: Pid, gate: &Gate) -> WaitStatus {
+        while !matches!(gate.next().unwrap(), Next::Over) {
+            let mut fds = [PollFd::new(gate.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::NONE).unwrap();
+            serve(gate);
+        }
+        waitpid(pid, None).unwrap()
+    }
+
     #[test]
     fn a_child_runs_when_released_and_not_before() {
-        let directory = tempfile::tempdir().unwrap();
-        let witness = directory.path().join("ran");
-        let command = find(OsStr::new("touch")).unwrap();
-        let child =
-            Suspended::spawn(&command, &arguments(&["touch", witness.to_str().unwrap()])).unwrap();
-        // It is our fork, and still is until released: the link names the same executable.
-        let exe = fs::read_link(format!("/proc/{}/exe", child.pid())).unwrap();
-        assert_eq!(exe, env::current_exe().unwrap());
-        assert!(!witness.exists());
-        let pid = child.release(&command).unwrap();
-        assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 0));
-        assert!(witness.exists());
+        with_gate(|account, environment| {
+            let directory = tempfile::tempdir().unwrap();
+            let witness = directory.path().join("ran");
+            let path = find(OsStr::new("touch"), None).unwrap();
+            let program = Program {
+                path: &path,
+                arguments: &arguments(&["touch", witness.to_str().unwrap()]),
+                environment,
+                account,
+            };
+            let child = Suspended::spawn(&program).unwrap();
+            let pid = child.pid();
+            // It is our fork, and still is until released: the link names the same executable.
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+            assert_eq!(exe, env::current_exe().unwrap());
+            assert!(!witness.exists());
+            let mut came = Vec::new();
+            let gate = child
+                .release(&program, |gate| {
+                    while let Next::Arrival(arrival) = gate.next().unwrap() {
+                        came.push(arrival.code().unwrap().path);
+                        gate.let_pass(arrival);
+                    }
+                })
+                .unwrap();
+            assert_eq!(came.first(), Some(&fs::canonicalize(&path).unwrap()));
+            assert_eq!(wait(pid, &gate), WaitStatus::Exited(pid, 0));
+            assert!(witness.exists());
+        });
     }
 
     #[test]
     fn an_unreleased_child_exits_with_its_tracer() {
-        let child = Suspended::spawn(Path::new("/bin/true"), &arguments(&["true"])).unwrap();
-        let pid = child.pid();
-        drop(child);
-        assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 125));
+        with_gate(|account, environment| {
+            let program = Program {
+                path: Path::new("/bin/true"),
+                arguments: &arguments(&["true"]),
+                environment,
+                account,
+            };
+            let child = Suspended::spawn(&program).unwrap();
+            let pid = child.pid();
+            drop(child);
+            assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 125));
+        });
     }
 
     #[test]
     fn errors_of_exec_come_back() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), "no program").unwrap();
-        let child = Suspended::spawn(file.path(), &arguments(&["x"])).unwrap();
-        let error = child.release(file.path()).unwrap_err();
-        assert_eq!(error.exit_code(), 126);
-        assert!(error.to_string().contains("Permission denied"), "{error}");
+        with_gate(|account, environment| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), "no program").unwrap();
+            let program = Program {
+                path: file.path(),
+                arguments: &arguments(&["x"]),
+                environment,
+                account,
+            };
+            let child = Suspended::spawn(&program).unwrap();
+            let error = child.release(&program, serve).unwrap_err();
+            assert_eq!(error.exit_code(), 126);
+            assert!(error.to_string().contains("Permission denied"), "{error}");
+        });
     }
 
     #[test]
     fn commands_are_found_as_a_shell_would() {
-        assert!(find(OsStr::new("sh")).unwrap().is_absolute());
-        assert_eq!(
-            find(OsStr::new("no-such-command")).unwrap_err().exit_code(),
-            127
-        );
-        assert_eq!(find(OsStr::new("/no/such")).unwrap_err().exit_code(), 127);
-        assert_eq!(find(OsStr::new("/tmp")).unwrap_err().exit_code(), 126);
+        let path = env::var_os("PATH");
+        let find = |command: &str| find(OsStr::new(command), path.as_deref());
+        assert!(find("sh").unwrap().is_absolute());
+        assert_eq!(find("no-such-command").unwrap_err().exit_code(), 127);
+        assert_eq!(find("/no/such").unwrap_err().exit_code(), 127);
+        assert_eq!(find("/tmp").unwrap_err().exit_code(), 126);
     }
 
     #[test]
-    fn scripts_lead_to_their_interpreter() {
+    fn scripts_are_judged_by_their_interpreter() {
         let script = tempfile::NamedTempFile::new().unwrap();
         fs::write(script.path(), "#! /bin/sh -e\ntrue\n").unwrap();
-        assert_eq!(loaded_program(script.path()), Path::new("/bin/sh"));
-        assert!(dynamic_linker(Path::new("/bin/sh")).unwrap().is_some());
+        check(script.path()).unwrap();
+        fs::write(script.path(), "#! /etc/passwd\n").unwrap();
+        assert_eq!(check(script.path()).unwrap_err().exit_code(), 126);
     }
 }

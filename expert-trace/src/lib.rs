@@ -15,6 +15,8 @@
 //! - [`attach`]: the only module that names aya. Plan to Session.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
+//! - [`requirements`], [`diagnosis`] and [`silence`]: why the machine or a process cannot be traced, and
+//!   why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
@@ -23,6 +25,7 @@ pub mod caller;
 pub mod capture;
 pub mod cli;
 pub mod decode;
+pub mod diagnosis;
 pub mod export;
 pub mod gate;
 pub mod gguf;
@@ -31,6 +34,8 @@ pub mod model;
 pub mod models;
 pub mod probes;
 pub mod redact;
+pub mod requirements;
+pub mod silence;
 pub mod stats;
 pub mod summary;
 pub mod symbols;

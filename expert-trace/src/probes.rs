@@ -154,6 +154,12 @@ impl Plan {
         self.probes.iter().any(|probe| probe.hook == hook)
     }
 
+    /// A probe in llama.cpp, if there is one.
+    pub fn of_llama_cpp(&self) -> Option<&Probe> {
+        let mut probes = self.probes.iter();
+        probes.find(|probe| probe.hook != Hook::Libraries)
+    }
+
     /// Libraries that show expert ids: their probes have the cookies 0 to this.
     pub fn sources(&self) -> u32 {
         self.sources

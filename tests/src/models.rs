@@ -21,7 +21,12 @@
 //!
 //! [`write_random`] fills the same tensors with normally distributed weights: routing depends on
 //! everything, and is known only to an oracle that runs the model.
+//!
+//! # Dense
+//!
+//! [`write_dense`] makes a `llama` model that has no experts at all.
 
+mod dense;
 mod file;
 mod rng;
 
@@ -31,6 +36,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use expert_trace::gguf::{Gguf, Value};
 
+pub use dense::write_dense;
 use file::{Data, GgufFile, Tensor};
 use rng::Rng;
 
@@ -198,6 +204,41 @@ pub fn write_random(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
     model.write(path, &mut rng)
 }
 
+/// The tokenizer of a vocabulary-only GGUF file.
+struct Vocabulary {
+    bytes: Vec<u8>,
+    gguf: Gguf,
+    tokens: u32,
+}
+
+impl Vocabulary {
+    fn read(path: &Path) -> Result<Vocabulary> {
+        let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        let gguf = Gguf::read(&mut std::io::Cursor::new(&bytes))
+            .with_context(|| format!("{} is no vocabulary", path.display()))?;
+        let tokens = match gguf.kv.get("tokenizer.ggml.tokens") {
+            Some(Value::Skipped { len, .. }) => u32::try_from(*len)?,
+            _ => bail!("{} has no tokens", path.display()),
+        };
+        Ok(Vocabulary {
+            bytes,
+            gguf,
+            tokens,
+        })
+    }
+
+    fn copy(&self, file: &mut GgufFile) {
+        for (key, span) in &self.gguf.kv_spans {
+            if key.starts_with("tokenizer.") {
+                file.copied(&self.bytes[span.start as usize..span.end as usize]);
+            }
+        }
+        if !self.gguf.kv.contains_key("tokenizer.chat_template") {
+            file.string("tokenizer.chat_template", CHAT_TEMPLATE);
+        }
+    }
+}
+
 /// A model while its tensors are being added in the order of the file.
 struct Model {
     file: GgufFile,
@@ -208,13 +249,7 @@ struct Model {
 impl Model {
     fn new(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
         spec.check()?;
-        let bytes = std::fs::read(vocab).with_context(|| format!("read {}", vocab.display()))?;
-        let gguf = Gguf::read(&mut std::io::Cursor::new(&bytes))
-            .with_context(|| format!("{} is no vocabulary", vocab.display()))?;
-        let n_vocab = match gguf.kv.get("tokenizer.ggml.tokens") {
-            Some(Value::Skipped { len, .. }) => u32::try_from(*len)?,
-            _ => bail!("{} has no tokens", vocab.display()),
-        };
+        let vocabulary = Vocabulary::read(vocab)?;
         let mut file = GgufFile::default();
         file.string("general.architecture", "qwen3moe");
         file.string("general.name", "expert-trace test model");
@@ -236,18 +271,11 @@ impl Model {
             file.u32(&format!("qwen3moe.{key}"), value);
         }
         file.f32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6);
-        for (key, span) in &gguf.kv_spans {
-            if key.starts_with("tokenizer.") {
-                file.copied(&bytes[span.start as usize..span.end as usize]);
-            }
-        }
-        if !gguf.kv.contains_key("tokenizer.chat_template") {
-            file.string("tokenizer.chat_template", CHAT_TEMPLATE);
-        }
+        vocabulary.copy(&mut file);
         Ok(Model {
             file,
             spec: *spec,
-            n_vocab,
+            n_vocab: vocabulary.tokens,
         })
     }
 

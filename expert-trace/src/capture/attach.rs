@@ -10,12 +10,14 @@ use tokio::{
 
 use super::{Capture, MODEL_VARIABLE, MainThread, Sinks, Start, Wanted, monotonic_ns};
 use crate::{
-    attach::{Scope, Session, check_privileges},
+    attach::{Scope, Session},
     caller::Caller,
     cli::Attach,
+    diagnosis::{self, Untraceable},
     launch,
     model::End,
     probes::Plan,
+    requirements::{self, Purpose},
     target,
 };
 
@@ -32,7 +34,8 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         duration,
         recording,
     } = arguments;
-    check_privileges()?;
+    requirements::check(Purpose::Attach)?;
+    diagnosis::check_process(pid.get())?;
     let wanted = Wanted {
         stats: true,
         log: recording.log.is_some(),
@@ -40,7 +43,8 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     };
     let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
     let exit = launch::exit_descriptor(pid.get())
-        .with_context(|| format!("cannot attach to process {pid}"))?;
+        .with_context(|| format!("cannot attach to process {pid}"));
+    let exit = diagnosis::unless_ended(pid.get(), exit)?;
     let strict = recording.strict;
     let start = Start {
         pid,
@@ -56,17 +60,22 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     main.model_variable = target::variable(pid.get(), MODEL_VARIABLE);
     main.look(pid.get());
     let files = target::mapped_files(pid.get())
-        .with_context(|| format!("cannot read what process {pid} maps"))?;
-    for probe in capture.plan.extend(pid.get(), &files).to_vec() {
-        capture.session.attach(&probe)?;
-        capture.hooks.push(probe);
-    }
+        .with_context(|| format!("cannot read what process {pid} maps"));
+    let files = diagnosis::unless_ended(pid.get(), files)?;
+    let probes = capture.plan.extend(pid.get(), &files).to_vec();
     if !capture.plan.can_see_experts() {
-        bail!(
-            "process {pid} ({}) maps no file that defines ggml_compute_forward_get_rows, the function that shows expert ids\n  \
-             It is no llama.cpp, has not loaded its CPU backend yet, or its static executable has been stripped of symbols",
-            capture.targets.main.exe().unwrap_or_default()
-        );
+        match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
+            Untraceable::NoBackendYet { file, .. } => eprintln!(
+                "expert-trace: process {pid} has llama.cpp ({file}), but no CPU backend yet: \
+                 it is traced as soon as it loads one"
+            ),
+            error => bail!(error),
+        }
+    }
+    for probe in probes {
+        let attached = capture.session.attach(&probe);
+        diagnosis::unless_ended(pid.get(), attached)?;
+        capture.hooks.push(probe);
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
     let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;

@@ -32,6 +32,7 @@ use crate::{
     launch::ThreadExit,
     model::{BlindTime, Context, End, Model, Options},
     probes::{Hook, Plan, Probe},
+    silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary, target,
 };
@@ -267,7 +268,11 @@ impl Capture {
         if wants_summary {
             let _ = summary::write(&mut text, &stats, self.recording.top);
             if stats.layers_context.is_none() {
-                let _ = writeln!(text, "No expert routing was seen: {}.", silence(&stats));
+                let _ = writeln!(
+                    text,
+                    "No expert routing was seen: {}.",
+                    silence::reason(&stats)
+                );
             }
         } else if !complete {
             let _ = writeln!(text, "{}", summary::integrity_line(&stats));
@@ -405,26 +410,6 @@ async fn print(text: Vec<u8>, interrupt: &mut Signal) {
     tokio::select! {
         _ = printed => {}
         _ = interrupt.recv() => {}
-    }
-}
-
-/// Why nothing was seen, as far as the counters tell.
-fn silence(stats: &Stats) -> &'static str {
-    let hits = &stats.integrity.hits;
-    if !stats.excluded.is_empty() {
-        "all passes were left out"
-    } else if stats.target.tensor_layouts.is_empty() {
-        "the process loaded no library that defines ggml_compute_forward_get_rows"
-    } else if hits.entered == 0 {
-        "no token was decoded on the CPU backend"
-    } else if hits.routed > 0 && stats.integrity.rows.seen == 0 && stats.integrity.complete {
-        "MoE layers ran, and routed no row"
-    } else if hits.routed > 0 {
-        "expert ids were there, and could not be read"
-    } else if hits.token_lookup > 0 {
-        "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its router is on a GPU"
-    } else {
-        "nothing that the probe recognised was computed"
     }
 }
 

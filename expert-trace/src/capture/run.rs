@@ -8,7 +8,7 @@ use nix::{
         signal::{Signal, kill, raise},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::Pid,
+    unistd::{Pid, geteuid},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -17,13 +17,14 @@ use tokio::{
 
 use super::{Capture, MainThread, Sinks, Start, Wanted};
 use crate::{
-    attach::{Scope, Session, check_privileges},
+    attach::{Scope, Session},
     caller::Caller,
     cli::Run,
     gate::{Arrival, Gate, Next},
     launch::{self, Program, Suspended},
     model::End,
     probes::Plan,
+    requirements::{self, Purpose},
     target,
     variables::{self, Decision, Flags},
 };
@@ -65,7 +66,12 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         Decision::Untraced => match launch::replace(&program)? {},
         Decision::Traced { stats, log, output } => Wanted { stats, log, output },
     };
-    check_privileges()?;
+    let purpose = if geteuid() == account.uid {
+        Purpose::Run
+    } else {
+        Purpose::RunAsOther
+    };
+    requirements::check(purpose)?;
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
     let mut signals = OwnSignals::listen()?;
     let mut child_changed = signal(SignalKind::child())?;
@@ -103,6 +109,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let gate = child.release(&program, |gate| {
         capture.serve(gate, follow);
     })?;
+    capture.targets.main.look(main_process.get());
     // SAFETY: a `Gate` keeps its descriptor for as long as it lives.
     let mut gate = Some(unsafe { AsyncFd::register_with_interest(gate, Interest::READABLE) }?);
 

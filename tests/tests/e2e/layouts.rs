@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::support::scratch;
 
 /// Compiles one of our C programs, with the compiler that linking Rust needs anyway.
-fn compile(source: &str, flags: &[&str]) -> (TempDir, PathBuf) {
+pub fn compile(source: &str, flags: &[&str]) -> (TempDir, PathBuf) {
     let directory = scratch();
     let program = directory.path().join("program");
     let source = format!("{}/oracle/{source}", env!("CARGO_MANIFEST_DIR"));
@@ -229,20 +229,6 @@ fn every_kind_of_executable() {
         let skipped = u64::from(flags[0].starts_with("-fcf")) * 4;
         assert_eq!(hook["skipped"], skipped, "{flags:?}");
     }
-}
-
-#[test]
-fn a_stripped_static_executable_is_said_to_show_nothing() {
-    let (_directory, program) = compile("standin.c", &["-static", "-s"]);
-    let mut command = Command::new(&program);
-    command.args(["new", "4", "3", "4", "128", "none"]);
-    let output = tracer::run::<&str>(&[], &command)
-        .unwrap()
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    let reason = "loaded no library that defines ggml_compute_forward_get_rows";
-    assert!(said.contains(reason), "{said}");
 }
 
 /// A library that is opened at run time and used at once: its first row is there every time.

@@ -4,6 +4,7 @@
 
 mod attach;
 mod callback;
+mod errors;
 mod imatrix;
 mod known_routing;
 mod layouts;

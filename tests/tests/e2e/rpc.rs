@@ -15,13 +15,13 @@ use nix::{
 use crate::support::{assert_tokens_of, known_small, llama, llama_program, scratch};
 
 /// A server on a free port of the loopback interface.
-struct Server {
+pub struct Server {
     child: Child,
-    port: u16,
+    pub port: u16,
 }
 
 impl Server {
-    fn start() -> Self {
+    pub fn start() -> Self {
         // The port is free when asked for; nothing else on this machine asks at the same time.
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()

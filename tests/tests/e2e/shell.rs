@@ -64,24 +64,3 @@ fn a_bad_output_path_fails_before_the_program_starts() {
         assert!(!witness.exists());
     }
 }
-
-#[test]
-fn what_cannot_be_attached_to_is_said() {
-    let none = i32::MAX.to_string();
-    let output = expert_trace(&["attach", "--pid", &none]);
-    assert_eq!(output.status.code(), Some(125));
-    assert!(
-        said(&output).contains("No such process"),
-        "{}",
-        said(&output)
-    );
-
-    let own = std::process::id().to_string();
-    let output = expert_trace(&["attach", "--pid", &own]);
-    assert_eq!(output.status.code(), Some(125));
-    let said = said(&output);
-    assert!(
-        said.contains("maps no file that defines ggml_compute_forward_get_rows"),
-        "{said}"
-    );
-}

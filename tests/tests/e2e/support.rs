@@ -64,6 +64,16 @@ pub fn random_wide() -> &'static Path {
     MODEL.get_or_init(|| random("random-wide.gguf", &ModelSpec::WIDE))
 }
 
+/// Two layers without experts.
+pub fn dense() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        publish("dense.gguf", |path| {
+            models::write_dense(path, &llama().vocab).unwrap();
+        })
+    })
+}
+
 fn known(name: &str, spec: ModelSpec) -> Known {
     let mut expected = None;
     let path = publish(name, |path| {

@@ -4,6 +4,7 @@
 
 mod attach;
 mod callback;
+mod help;
 mod imatrix;
 mod known_routing;
 mod layouts;
@@ -11,5 +12,6 @@ mod llama_cli;
 mod loss;
 mod rpc;
 mod shell;
+mod specification;
 mod support;
 mod warmup;

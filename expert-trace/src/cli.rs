@@ -32,7 +32,7 @@ Examples:
     sudo expert-trace run -o stats.json -- llama-cli -m model.gguf -p \"Hello\"
 
   Print the five experts of each layer that were chosen most:
-    sudo expert-trace run --top 5 -- llama-completion -m model.gguf -f prompt.txt
+    sudo expert-trace run --top 5 -- llama-cli -m model.gguf -f prompt.txt
 
   Write the choice of every token in every layer to a file:
     sudo expert-trace run --log=routes.log -- llama-cli -m model.gguf -p \"Hello\"
@@ -162,7 +162,11 @@ impl Completions {
         let mut command = Cli::command();
         let name = command.get_name().to_owned();
         clap_complete::generate(self.shell, &mut command, name, &mut script);
-        out.write_all(&script)?;
+        // For a program with a hyphen in its name, clap_complete 4.6.11 calls subcommands in its bash
+        // script by two names, and never finds them (https://github.com/clap-rs/clap/issues/6421).
+        let script = String::from_utf8(script).map_err(io::Error::other)?;
+        let script = script.replace("expert__subcmd__trace", "expert__trace");
+        out.write_all(script.as_bytes())?;
         out.flush()
     }
 }

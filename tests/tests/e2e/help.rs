@@ -101,8 +101,11 @@ fn help(arguments: &[&str]) -> String {
 
 /// Command lines among the examples, which are what a help text starts with.
 fn examples(help: &str) -> Vec<String> {
-    let (examples, _) = help.split_once("\nUsage:").unwrap();
-    assert!(examples.starts_with("Examples:\n"), "{help}");
+    let examples = help.strip_prefix("Examples:\n").unwrap();
+    // Up to what the command is about, which is not indented.
+    let indented = |line: &&str| line.is_empty() || line.starts_with(' ');
+    let examples: Vec<&str> = examples.lines().take_while(indented).collect();
+    let examples = examples.join("\n");
     assert!(
         examples.lines().all(|line| line.chars().count() <= 80),
         "an example that a terminal breaks cannot be copied: {help}"

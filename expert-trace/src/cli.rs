@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    io::{self, Write},
     num::NonZeroU32,
     os::unix::ffi::OsStrExt as _,
     path::PathBuf,
@@ -9,9 +10,10 @@ use std::{
 };
 
 use clap::{
-    Args, Parser, Subcommand,
+    Args, CommandFactory as _, Parser, Subcommand,
     builder::{OsStringValueParser, TypedValueParser as _},
 };
+use clap_complete::Shell;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -26,14 +28,63 @@ Examples:
 
 const RUN_EXAMPLES: &str = "\
 Examples:
-  sudo expert-trace run -o stats.json -- llama-cli -m model.gguf -p \"Hello\"
-  sudo expert-trace run --top 5 -- llama-bench -m model.gguf
-  sudo expert-trace run --log=routes.log -- llama-completion -m model.gguf -f prompt.txt";
+  Write all counts to a file:
+    sudo expert-trace run -o stats.json -- llama-cli -m model.gguf -p \"Hello\"
+
+  Print the five experts of each layer that were chosen most:
+    sudo expert-trace run --top 5 -- llama-cli -m model.gguf -f prompt.txt
+
+  Write the choice of every token in every layer to a file:
+    sudo expert-trace run --log=routes.log -- llama-cli -m model.gguf -p \"Hello\"
+
+  Let a script notice that something was lost:
+    sudo expert-trace run --strict -- llama-cli -m model.gguf -p \"Hello\"
+
+  Set a variable of the program, which sudo would remove from the environment:
+    sudo expert-trace run --env OMP_NUM_THREADS=4 -- ./start.sh
+
+  Trace the program's first process alone:
+    sudo expert-trace run --no-follow -- ./start.sh
+
+  Run the program as somebody else:
+    sudo expert-trace run --user nobody -- llama-cli -m model.gguf -p \"Hello\"
+
+  Say by variables what is to be recorded:
+    sudo LLAMA_EXPERT_TRACE_STATS=1 LLAMA_EXPERT_TRACE_OUTPUT=stats.json \\
+      expert-trace run -- llama-cli -m model.gguf -p \"Hello\"";
+
+const RUN_VARIABLES: &str = "\
+Environment:
+  LLAMA_EXPERT_TRACE_STATS=1      Print the summary
+  LLAMA_EXPERT_TRACE_LOGGING=1    Print one line per token and layer, as --log does
+  LLAMA_EXPERT_TRACE_OUTPUT=FILE  Write the counts to this file, as -o does; needs STATS=1
+  EXPERT_TRACE_LOG=debug          Say what expert-trace itself does
+
+  None of the first three is set: the summary is printed.
+  One is set, and neither STATS nor LOGGING is exactly 1: the program runs untraced.
+  Options win over variables. The program gets all of them.";
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
-  sudo expert-trace attach --pid 4242
-  sudo expert-trace attach --pid $(pidof llama-server) --duration 30s -o stats.json";
+  Trace a process until Ctrl-C:
+    sudo expert-trace attach --pid 4242
+
+  Trace a server for half a minute, and write all counts to a file:
+    sudo expert-trace attach -p $(pidof llama-server) -d 30s -o stats.json
+
+  Write the choice of every token in every layer to a file:
+    sudo expert-trace attach --pid 4242 --log=routes.log --duration 30s";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  Bash, in this shell (or as a line of ~/.bashrc):
+    source <(expert-trace completions bash)
+
+  Zsh, with the file put into a directory of $fpath:
+    expert-trace completions zsh > _expert-trace
+
+  Fish:
+    expert-trace completions fish > ~/.config/fish/completions/expert-trace.fish";
 
 /// Shows which experts a Mixture-of-Experts model really uses, by tracing an unmodified llama.cpp.
 #[derive(Debug, Parser)]
@@ -48,11 +99,14 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a program and trace it from its first instruction to its end
-    #[command(before_help = RUN_EXAMPLES)]
+    #[command(before_help = RUN_EXAMPLES, after_help = RUN_VARIABLES)]
     Run(Run),
     /// Trace a running process until Ctrl-C, --duration, or its end; it goes on unharmed
     #[command(before_help = ATTACH_EXAMPLES)]
     Attach(Attach),
+    /// Print a script that completes expert-trace's arguments in a shell
+    #[command(before_help = COMPLETIONS_EXAMPLES)]
+    Completions(Completions),
 }
 
 /// Arguments of `run`.
@@ -87,6 +141,34 @@ pub struct Attach {
     /// How to record.
     #[command(flatten)]
     pub recording: Recording,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// Shell to write for
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+impl Completions {
+    /// Writes the script.
+    ///
+    /// # Errors
+    /// When `out` cannot be written.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        // The generator panics where it cannot write.
+        let mut script = Vec::new();
+        let mut command = Cli::command();
+        let name = command.get_name().to_owned();
+        clap_complete::generate(self.shell, &mut command, name, &mut script);
+        // For a program with a hyphen in its name, clap_complete 4.6.11 calls subcommands in its bash
+        // script by two names, and never finds them (https://github.com/clap-rs/clap/issues/6421).
+        let script = String::from_utf8(script).map_err(io::Error::other)?;
+        let script = script.replace("expert__subcmd__trace", "expert__trace");
+        out.write_all(script.as_bytes())?;
+        out.flush()
+    }
 }
 
 /// What `run` and `attach` have in common.
@@ -159,7 +241,6 @@ fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn definitions_are_consistent() {

@@ -1,7 +1,8 @@
 //! Parses, calls, and turns errors into exit statuses.
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::Parser as _;
 use expert_trace::{
     capture,
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::from_env("EXPERT_TRACE_LOG"))
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
         .init();
     match run(cli) {
         Ok(status) => ExitCode::from(status),
@@ -32,13 +33,21 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
+    match cli.command {
+        Command::Run(arguments) => block_on(capture::run(arguments)),
+        Command::Attach(arguments) => block_on(capture::attach(arguments)),
+        Command::Completions(completions) => match completions.write(&mut io::stdout()) {
+            // Whoever reads has read enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+            Err(error) => Err(error).context("cannot write the completions"),
+            Ok(()) => Ok(0),
+        },
+    }
+}
+
+fn block_on(capture: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
-        match cli.command {
-            Command::Run(arguments) => capture::run(arguments).await,
-            Command::Attach(arguments) => capture::attach(arguments).await,
-        }
-    })
+    runtime.block_on(capture)
 }

@@ -51,6 +51,12 @@ impl LlamaCpp {
         ]
     }
 
+    /// Directory of ggml's headers, in the sources that the tokenizer is from.
+    pub fn ggml_headers(&self) -> PathBuf {
+        let sources = self.vocab.ancestors().nth(2).unwrap_or(Path::new("/"));
+        sources.join("ggml/include")
+    }
+
     /// One of the programs in [`LlamaCpp::bin`], such as `llama-cli`.
     pub fn program(&self, name: &str) -> PathBuf {
         self.bin.join(name)

@@ -70,7 +70,7 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
-    /// 4 layers with 32 experts, 4 of them chosen.
+    /// 4 layers with 32 experts, 4 of them chosen, as in gpt-oss-20b.
     pub const SMALL: ModelSpec = ModelSpec {
         layers: 4,
         n_expert: 32,
@@ -78,6 +78,15 @@ impl ModelSpec {
         n_embd: 128,
         n_ff: 64,
         seed: 1,
+    };
+    /// 4 layers with 128 experts, 4 of them chosen, as in gpt-oss-120b.
+    pub const MEDIUM: ModelSpec = ModelSpec {
+        layers: 4,
+        n_expert: 128,
+        k: 4,
+        n_embd: 128,
+        n_ff: 32,
+        seed: 3,
     };
     /// 3 layers with 512 experts, 10 of them chosen, as in qwen3next.
     pub const WIDE: ModelSpec = ModelSpec {
@@ -444,7 +453,7 @@ mod tests {
 
     #[test]
     fn known_routers_cover_all_experts_unevenly() {
-        for spec in [ModelSpec::SMALL, ModelSpec::WIDE] {
+        for spec in [ModelSpec::SMALL, ModelSpec::MEDIUM, ModelSpec::WIDE] {
             let (router, routing) = known_router(&spec, &mut Rng::new(spec.seed));
             check_gaps(&router, &routing).unwrap();
             let mut uses = vec![0; spec.n_expert as usize];

@@ -80,6 +80,19 @@ impl Attached {
         Ok(Attached { child, stderr })
     }
 
+    /// Reads what it says until a line contains `text`.
+    ///
+    /// # Errors
+    ///
+    /// If it ends before.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        let mut said = String::new();
+        while !said.lines().last().unwrap_or_default().contains(text) {
+            ensure!(self.stderr.read_line(&mut said)? > 0, "it ended: {said}");
+        }
+        Ok(())
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id() as i32), signal)?)

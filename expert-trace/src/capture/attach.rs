@@ -129,6 +129,10 @@ impl Capture {
         let mut names: Vec<String> = probes.iter().map(|probe| probe.file.clone()).collect();
         names.dedup();
         self.probe(probes);
+        for name in &names {
+            let name = target::printable(name.as_ref());
+            eprintln!("expert-trace: {name} was loaded, and is traced from now on");
+        }
         self.model.libraries_probed(names, monotonic_ns());
     }
 }

@@ -1,12 +1,7 @@
 //! Layouts, shapes and faults that the llama.cpp at hand does not have, in a program that stands in
 //! for it.
 
-use std::{
-    io::{BufRead as _, BufReader},
-    path::PathBuf,
-    process::{Command, Stdio},
-    sync::OnceLock,
-};
+use std::{path::PathBuf, process::Command, sync::OnceLock};
 
 use expert_trace_tests::tracer::{self, Stats, read_log};
 use tempfile::TempDir;
@@ -231,21 +226,6 @@ fn every_kind_of_executable() {
     }
 }
 
-/// A library that is opened at run time and used at once: its first row is there every time.
-#[test]
-fn libraries_opened_late_are_probed_before_their_first_instruction() {
-    let shape = argsort(4, 3, 32);
-    let (_library_directory, library) = compile("standin.c", &["-shared", "-fPIC"]);
-    let (_loader_directory, loader) = compile("loader.c", &["-ldl"]);
-    for _ in 0..20 {
-        let mut command = Command::new(&loader);
-        command.arg(&library);
-        let (stats, rows) = trace(command, "new", &shape, "none");
-        stats.assert_complete();
-        assert_eq!(rows, expected(&shape));
-    }
-}
-
 /// A probe that the kernel refuses is a reason to be incomplete, and no probe that was set.
 #[test]
 #[cfg(target_arch = "x86_64")]
@@ -277,30 +257,4 @@ fn a_program_started_by_its_linker() {
     let (stats, rows) = trace(command, "new", &shape, "none");
     stats.assert_complete();
     assert_eq!(rows, expected(&shape));
-}
-
-/// The kernel removes the probes of a process with its main thread.
-#[test]
-fn a_process_that_goes_on_without_its_main_thread_is_incomplete() {
-    let directory = scratch();
-    let path = directory.path().join("stats.json");
-    let (_directory, program) = compile("mainexit.c", &["-pthread"]);
-    let options = ["-o", path.to_str().unwrap()];
-    let mut child = tracer::run(&options, &Command::new(&program))
-        .unwrap()
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let stdin = child.stdin.take();
-    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
-    let problem = |line: &str| line.contains("the target's main thread has ended");
-    assert!(said.any(|line| problem(&line.unwrap())));
-    drop(stdin);
-    said.for_each(drop);
-    assert!(child.wait().unwrap().success());
-    let stats = Stats::read(&path).unwrap();
-    assert_eq!(stats.0["integrity"]["complete"], false);
-    let problems = stats.0["integrity"]["problems"].to_string();
-    assert!(problem(&problems), "{problems}");
 }

@@ -5,13 +5,16 @@
 mod attach;
 mod callback;
 mod errors;
+mod help;
 mod imatrix;
 mod known_routing;
 mod layouts;
 mod llama_cli;
 mod loss;
+mod processes;
 mod rpc;
 mod shell;
+mod specification;
 mod sudo;
 mod support;
 mod warmup;

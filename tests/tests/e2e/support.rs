@@ -46,6 +46,12 @@ pub fn known_draft() -> &'static Known {
     MODEL.get_or_init(|| known("known-draft.gguf", spec))
 }
 
+/// 4 layers, 128 experts, top-4.
+pub fn known_medium() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    MODEL.get_or_init(|| known("known-medium.gguf", ModelSpec::MEDIUM))
+}
+
 /// 3 layers, 512 experts, top-10.
 pub fn known_wide() -> &'static Known {
     static MODEL: OnceLock<Known> = OnceLock::new();

@@ -1,0 +1,409 @@
+//! The help text, whose examples are run as they stand, and the shell completions.
+
+use std::{
+    fs,
+    io::Read as _,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::OnceLock,
+};
+
+use expert_trace_tests::{
+    oracle::Oracle,
+    tracer::{self, Stats},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::support::{driver, known_small, llama, scratch};
+
+/// A directory in which the examples work, of which other users can read everything.
+struct World {
+    directory: TempDir,
+    path: String,
+}
+
+impl World {
+    fn get() -> &'static World {
+        static WORLD: OnceLock<World> = OnceLock::new();
+        WORLD.get_or_init(World::new)
+    }
+
+    fn new() -> World {
+        let directory = scratch();
+        let at = directory.path();
+        let bin = at.join("bin");
+        for made in [&bin, &at.join(".config/fish/completions")] {
+            fs::create_dir_all(made).unwrap();
+        }
+        for entry in fs::read_dir(&llama().bin).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), bin.join(entry.file_name())).unwrap();
+        }
+        fs::copy(tracer::program().unwrap(), bin.join("expert-trace")).unwrap();
+        fs::copy(&known_small().path, at.join("model.gguf")).unwrap();
+        fs::write(at.join("prompt.txt"), "Once upon a time there was a model.").unwrap();
+        // Leaves its environment, to show what --env did.
+        let start = "#!/bin/sh\nenv > environment\nexec llama-cli -m model.gguf -p Hello\n";
+        let script = at.join("start.sh");
+        fs::write(&script, start).unwrap();
+        for public in [at, &bin, &script] {
+            fs::set_permissions(public, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let path = std::env::var("PATH").unwrap();
+        World {
+            path: format!("{}:{path}", bin.display()),
+            directory,
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A line of bash, run in this directory by a user whose home it is.
+    fn bash(&self, line: &str) -> Command {
+        let mut command = Command::new("bash");
+        command
+            .args(["--norc", "-c", line])
+            .current_dir(&self.directory)
+            .env("PATH", &self.path)
+            .env("HOME", self.directory.path())
+            // Interactive programs have nobody to talk to, and should not talk for long.
+            .env("LLAMA_ARG_N_PREDICT", "8")
+            .stdin(Stdio::null());
+        for (name, _) in std::env::vars() {
+            if name.starts_with("LLAMA_EXPERT_TRACE_") || name.starts_with("SUDO_") {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn help(arguments: &[&str]) -> String {
+    let output = Command::new(tracer::program().unwrap())
+        .args(arguments)
+        .arg("--help")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Command lines among the examples, which are what a help text starts with.
+fn examples(help: &str) -> Vec<String> {
+    let examples = help.strip_prefix("Examples:\n").unwrap();
+    // Up to what the command is about, which is not indented.
+    let indented = |line: &&str| line.is_empty() || line.starts_with(' ');
+    let examples: Vec<&str> = examples.lines().take_while(indented).collect();
+    let examples = examples.join("\n");
+    assert!(
+        examples.lines().all(|line| line.chars().count() <= 80),
+        "an example that a terminal breaks cannot be copied: {help}"
+    );
+    // Commands are indented by four, what is said of them by two.
+    let joined = examples.replace("\\\n     ", "");
+    let examples = &joined;
+    let lines = examples
+        .lines()
+        .filter_map(|line| line.strip_prefix("    "));
+    let lines: Vec<String> = lines.map(str::to_owned).collect();
+    assert!(
+        lines.iter().all(|line| line.contains("expert-trace")),
+        "{help}"
+    );
+    assert!(!lines.is_empty(), "{help}");
+    lines
+}
+
+/// Runs an example. Checks that it traced something, and left the files that it names.
+fn run_example(example: &str) {
+    let world = World::get();
+    let files = ["stats.json", "routes.log", "environment"].map(|name| world.at(name));
+    for file in &files {
+        let _ = fs::remove_file(file);
+    }
+    let [stats, routes, environment] = &files;
+
+    // `exec`, so that the process is the tracer; `env`, as sudo takes variables too.
+    let line = example.replacen("sudo ", "exec env ", 1);
+    let output = if example.contains(" attach ") {
+        attach(world, &line)
+    } else {
+        world.bash(&line).output().unwrap()
+    };
+    let said = said(&output);
+    assert!(
+        output.status.success(),
+        "{example}\n{}: {said}",
+        output.status
+    );
+    if example.contains(" completions ") {
+        return;
+    }
+    assert!(said.contains("Complete:"), "{example}\n{said}");
+    assert!(
+        !said.contains("No expert routing was seen"),
+        "{example}\n{said}"
+    );
+    assert!(said.contains("  Expert "), "{example}\n{said}");
+    assert_eq!(
+        stats.exists(),
+        example.contains("stats.json"),
+        "{example}\n{said}"
+    );
+    if stats.exists() {
+        Stats::read(stats).unwrap().assert_complete();
+    }
+    assert_eq!(
+        routes.exists(),
+        example.contains("routes.log"),
+        "{example}\n{said}"
+    );
+    if routes.exists() {
+        assert!(!tracer::read_log(routes).unwrap().is_empty(), "{example}");
+    }
+    if example.contains(" --log ") {
+        assert!(
+            said.contains("[EXPERT-TRACE] Layer 0: Experts ["),
+            "{example}\n{said}"
+        );
+    }
+    if let Some((_, variable)) = example.split_once("--env ") {
+        let variable = variable.split(' ').next().unwrap();
+        let text = fs::read_to_string(environment).unwrap();
+        assert!(
+            text.lines().any(|line| line == variable),
+            "{example}\n{text}"
+        );
+    }
+}
+
+/// Runs an example that attaches, and has the process compute. Without a duration, Ctrl-C ends it.
+fn attach(world: &World, line: &str) -> Output {
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    let pid = target.pid().to_string();
+    let line = line
+        .replace("4242", &pid)
+        .replace("$(pidof llama-server)", &pid)
+        .replace("--duration 30s", "--duration 2s")
+        .replace("-d 30s", "-d 2s");
+    assert!(line.contains(&pid), "{line}");
+    let mut child = world
+        .bash(&line)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = read_until(&mut child, "Expert tracing enabled");
+    target.command("prompt 0 30 500").unwrap();
+    let ends = line.contains(" 2s");
+    if !ends {
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    }
+    let mut output = child.wait_with_output().unwrap();
+    said.extend(output.stderr);
+    output.stderr = said;
+    // It goes on unharmed.
+    target.command("prompt 0 5 600").unwrap();
+    assert!(target.quit().unwrap().success());
+    output
+}
+
+/// Reads what a child says up to a text.
+fn read_until(child: &mut Child, text: &str) -> Vec<u8> {
+    let stderr = child.stderr.as_mut().unwrap();
+    let mut said = Vec::new();
+    let mut byte = [0];
+    while !String::from_utf8_lossy(&said).contains(text) {
+        if stderr.read(&mut byte).unwrap() == 0 {
+            break;
+        }
+        said.push(byte[0]);
+    }
+    said
+}
+
+#[test]
+fn every_subcommand_starts_with_examples() {
+    let all = help(&[]);
+    let (_, commands) = all.split_once("\nCommands:\n").unwrap();
+    let commands = commands.lines().map_while(|line| line.strip_prefix("  "));
+    // A second line of a description is indented further.
+    let names: Vec<&str> = commands
+        .filter(|line| !line.starts_with(' '))
+        .filter_map(|line| line.split(' ').next())
+        .filter(|name| *name != "help")
+        .collect();
+    // Each of them is a test below.
+    assert_eq!(names, ["run", "attach", "completions"], "{all}");
+    for name in names {
+        let of_command = examples(&help(&[name]));
+        assert!(
+            of_command
+                .iter()
+                .all(|line| line.contains(&format!("expert-trace {name} "))),
+            "{of_command:#?}"
+        );
+    }
+}
+
+#[test]
+fn examples_of_the_program_work() {
+    examples(&help(&[]))
+        .iter()
+        .for_each(|line| run_example(line));
+}
+
+#[test]
+fn examples_of_run_work() {
+    examples(&help(&["run"]))
+        .iter()
+        .for_each(|line| run_example(line));
+}
+
+#[test]
+fn examples_of_attach_work() {
+    examples(&help(&["attach"]))
+        .iter()
+        .for_each(|line| run_example(line));
+}
+
+#[test]
+fn examples_of_completions_work() {
+    let lines = examples(&help(&["completions"]));
+    lines.iter().for_each(|line| run_example(line));
+    for (file, shell) in [
+        ("_expert-trace", "zsh"),
+        (".config/fish/completions/expert-trace.fish", "fish"),
+    ] {
+        let written = fs::read(World::get().at(file)).unwrap();
+        assert_eq!(written, completions(shell), "{shell}");
+    }
+}
+
+fn completions(shell: &str) -> Vec<u8> {
+    let output = Command::new(tracer::program().unwrap())
+        .args(["completions", shell])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(said(&output), "");
+    output.stdout
+}
+
+/// What a real bash offers for a command line whose last word is being written.
+fn offered(script: &Path, words: &[&str]) -> Vec<String> {
+    let line = r#"
+        source "$1"; shift
+        complete -p expert-trace >&2 || exit 1
+        COMP_WORDS=(expert-trace "$@")
+        COMP_CWORD=$#
+        COMP_LINE="${COMP_WORDS[*]}"
+        COMP_POINT=${#COMP_LINE}
+        function=$(complete -p expert-trace | sed -n 's/.*-F \([^ ]*\).*/\1/p')
+        "$function" expert-trace "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}" || exit 1
+        printf '%s\n' "${COMPREPLY[@]}"
+    "#;
+    let output = Command::new("bash")
+        .args(["--norc", "-c", line, "bash"])
+        .arg(script)
+        .args(words)
+        .output()
+        .unwrap();
+    let said = said(&output);
+    assert!(output.status.success(), "{words:?}: {said}");
+    assert!(said.contains("expert-trace"), "{said}");
+    let offered = String::from_utf8(output.stdout).unwrap();
+    offered.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn bash_completes() {
+    let directory = scratch();
+    let script = directory.path().join("expert-trace.bash");
+    fs::write(&script, completions("bash")).unwrap();
+    let syntax = Command::new("bash")
+        .arg("-n")
+        .arg(&script)
+        .output()
+        .unwrap();
+    assert!(
+        syntax.status.success() && syntax.stderr.is_empty(),
+        "{}",
+        said(&syntax)
+    );
+
+    let commands = offered(&script, &[""]);
+    for command in ["run", "attach", "completions"] {
+        assert!(
+            commands.iter().any(|offer| offer == command),
+            "{commands:?}"
+        );
+    }
+    assert_eq!(offered(&script, &["att"]), ["attach"]);
+    assert_eq!(offered(&script, &["run", "--no-f"]), ["--no-follow"]);
+    assert_eq!(offered(&script, &["attach", "--dur"]), ["--duration"]);
+    assert_eq!(offered(&script, &["completions", "el"]), ["elvish"]);
+}
+
+/// Scripts for shells that are not installed are looked at for their contents alone.
+#[test]
+fn every_shell_has_a_script() {
+    let directory = scratch();
+    for (shell, syntax_check) in [
+        ("bash", Some("-n")),
+        ("zsh", Some("-n")),
+        ("fish", Some("--no-execute")),
+        ("elvish", Some("-compileonly")),
+        ("powershell", None),
+    ] {
+        let script = completions(shell);
+        let text = String::from_utf8(script.clone()).unwrap();
+        for word in [
+            "expert-trace",
+            "attach",
+            "no-follow",
+            "duration",
+            "completions",
+        ] {
+            assert!(text.contains(word), "{shell}: {word}");
+        }
+        let path = directory.path().join(shell);
+        fs::write(&path, script).unwrap();
+        let Some(option) = syntax_check else {
+            println!("{shell}: syntax not checked");
+            continue;
+        };
+        match Command::new(shell).arg(option).arg(&path).output() {
+            Ok(output) => {
+                assert!(output.status.success(), "{shell}: {}", said(&output));
+                println!("{shell}: syntax checked");
+            }
+            Err(_) => println!("{shell}: not installed, syntax not checked"),
+        }
+    }
+    let unknown = Command::new(tracer::program().unwrap())
+        .args(["completions", "tcsh"])
+        .output()
+        .unwrap();
+    assert_eq!(unknown.status.code(), Some(2));
+}
+
+#[test]
+fn completions_end_quietly_when_nobody_reads() {
+    let line = r#"expert-trace completions bash | true; echo "${PIPESTATUS[0]}"
+        { sleep 0.2; expert-trace completions zsh; echo "status $?" >&2; } | true"#;
+    let output = World::get().bash(line).output().unwrap();
+    assert_eq!(output.stdout, b"0\n");
+    assert_eq!(said(&output), "status 0\n");
+}

@@ -65,10 +65,7 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let probes = capture.plan.extend(pid.get(), &files).to_vec();
     if !capture.plan.can_see_experts() {
         match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
-            Untraceable::NoBackendYet { file, .. } => eprintln!(
-                "expert-trace: process {pid} has llama.cpp ({file}), but no CPU backend yet: \
-                 it is traced as soon as it loads one"
-            ),
+            waiting @ Untraceable::NoBackendYet { .. } => eprintln!("expert-trace: {waiting}"),
             error => bail!(error),
         }
     }

@@ -150,8 +150,8 @@ pub enum Untraceable {
     },
     /// llama.cpp is there, and its CPU backend is not. No error for who can wait.
     #[error(
-        "process {pid} has llama.cpp ({file}), but has not loaded its CPU backend yet: \
-         attach when the model is loaded, or start the program with `expert-trace run`"
+        "process {pid} has llama.cpp ({file}), but no CPU backend yet: \
+         it is traced as soon as it loads one"
     )]
     NoBackendYet {
         /// The process.

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::OnceLock,
     thread,
 };
@@ -231,6 +231,7 @@ fn a_process_that_goes_on_without_its_main_thread() {
 /// A `late` that waits for us before each thing it does.
 struct Waiting {
     child: Child,
+    stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
 
@@ -242,8 +243,13 @@ impl Waiting {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        let stdin = child.stdin.take().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut waiting = Self { child, stdout };
+        let mut waiting = Self {
+            child,
+            stdin,
+            stdout,
+        };
         waiting.settle();
         waiting
     }
@@ -256,13 +262,13 @@ impl Waiting {
 
     /// Lets it go on until it waits again.
     fn step(&mut self) {
-        let stdin = self.child.stdin.as_mut().unwrap();
-        stdin.write_all(b"go\n").unwrap();
+        self.stdin.write_all(b"go\n").unwrap();
         self.settle();
     }
 
-    fn end(mut self) -> std::process::ExitStatus {
-        self.child.stdin = None;
+    /// Ends its input, and waits until it has ended, and then for the process we started.
+    fn end(mut self) -> ExitStatus {
+        drop(self.stdin);
         let mut rest = String::new();
         self.stdout.read_to_string(&mut rest).unwrap();
         self.child.wait().unwrap()
@@ -286,13 +292,10 @@ fn a_program_survives_its_tracer() {
     let mut target = Waiting::start(command);
     let tracer = Pid::from_raw(target.child.id() as i32);
     kill(tracer, Signal::SIGKILL).unwrap();
-    assert!(!target.child.wait().unwrap().success());
     // It opens libggml-cpu and computes, twice.
     target.step();
     target.step();
-    target.child.stdin = None;
-    let mut rest = String::new();
-    target.stdout.read_to_string(&mut rest).unwrap();
+    assert!(!target.end().success());
     assert!(!path.exists());
 }
 

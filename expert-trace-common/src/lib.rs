@@ -8,6 +8,18 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
+/// Whose hits count; the value at [`CONTROL_FOLLOW`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Follow {
+    /// All that the kernel lets through, which are those of one process.
+    Nobody = 0,
+    /// Those of the tracer's first child.
+    FirstChild = 1,
+    /// Those of the tracer's first child, and of all that it forks.
+    Forks = 2,
+}
+
 /// What a record reports; the value of [`Header::kind`].
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,8 +260,7 @@ pub const COUNTERS: usize = Counter::ALL.len();
 
 /// Whether the probes do anything; index 0 of the map `CONTROL`.
 pub const CONTROL_ACTIVE: u32 = 0;
-/// Whose hits count; index 1 of the map `CONTROL`: 0 for all (the kernel lets only those of one
-/// process through), 1 for those of processes in the map `FOLLOWED`.
+/// Whose hits count, a [`Follow`]; index 1 of the map `CONTROL`.
 pub const CONTROL_FOLLOW: u32 = 1;
 /// Offset of `tgid` in the running kernel's `task_struct`, in bytes; index 2 of the map `CONTROL`.
 pub const CONTROL_TGID_OFFSET: u32 = 2;

@@ -1,6 +1,7 @@
 //! Following forks: which processes are traced.
 //!
-//! A process is in `FOLLOWED` if, and only if, the one that forked it is. No entry is removed when a
+//! A process is in `FOLLOWED` if, and only if, it is the tracer's first child, or the one that forked it
+//! is in it and forks are followed. No entry is removed when a
 //! process ends, since its id comes back by a fork alone, which is seen.
 
 use aya_ebpf::{
@@ -9,7 +10,7 @@ use aya_ebpf::{
 };
 use expert_trace_common::{
     CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_NAMESPACE,
-    CONTROL_TGID_OFFSET, CONTROL_TRACER, Counter, Header, Kind,
+    CONTROL_TGID_OFFSET, CONTROL_TRACER, Counter, Follow, Header, Kind,
 };
 
 use crate::{
@@ -22,7 +23,8 @@ const CLONE_THREAD: u64 = 0x10000;
 
 #[inline(always)]
 pub fn on_new_task(task: u64, clone_flags: u64) {
-    if control(CONTROL_FOLLOW) == 0 || clone_flags & CLONE_THREAD != 0 {
+    let follow = control(CONTROL_FOLLOW);
+    if follow == Follow::Nobody as u32 || clone_flags & CLONE_THREAD != 0 {
         return;
     }
     let tgid = task.wrapping_add(u64::from(control(CONTROL_TGID_OFFSET))) as *const u32;
@@ -31,7 +33,8 @@ pub fn on_new_task(task: u64, clone_flags: u64) {
         count(Counter::StateLost, 1);
         return;
     };
-    if is_followed(process()) || is_first_child_of_the_tracer(child) {
+    let inherits = follow == Follow::Forks as u32 && is_followed(process());
+    if inherits || is_first_child_of_the_tracer(child) {
         if FOLLOWED.insert(child, 1, 0).is_err() {
             count(Counter::StateLost, 1);
         }
@@ -43,7 +46,7 @@ pub fn on_new_task(task: u64, clone_flags: u64) {
 
 #[inline(always)]
 pub fn on_end_task(task: u64) {
-    if !active() || control(CONTROL_FOLLOW) == 0 || process() != thread() {
+    if !active() || control(CONTROL_FOLLOW) == Follow::Nobody as u32 || process() != thread() {
         return;
     }
     let exit_code = task.wrapping_add(u64::from(control(CONTROL_EXIT_CODE_OFFSET))) as *const u32;

@@ -8,8 +8,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, Header, MAX_SOURCES,
-    payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, Follow, Header,
+    MAX_SOURCES, payload,
 };
 
 use crate::target::process;
@@ -84,7 +84,8 @@ pub struct ContextState {
 /// was attached.
 #[inline(always)]
 pub fn active() -> bool {
-    control(CONTROL_ACTIVE) != 0 && (control(CONTROL_FOLLOW) == 0 || is_followed(process()))
+    control(CONTROL_ACTIVE) != 0
+        && (control(CONTROL_FOLLOW) == Follow::Nobody as u32 || is_followed(process()))
 }
 
 #[inline(always)]

@@ -1,12 +1,16 @@
 //! From a plan to running probes. The only module that names aya.
 
 use std::{
-    num::NonZeroU32,
+    ffi::c_void,
+    fs::File,
+    io,
+    num::{NonZeroU32, NonZeroUsize},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         linux::fs::MetadataExt as _,
     },
     path::Path,
+    ptr::NonNull,
 };
 
 use aya::{
@@ -21,9 +25,10 @@ use aya::{
 use btf_rs::{Btf, Type};
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
-    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
+    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter, Follow,
     TENSOR_LAYOUT_BUILDS,
 };
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
 use crate::{
@@ -65,7 +70,7 @@ pub enum AttachError {
         reason: String,
     },
     /// Forks cannot be seen.
-    #[error("cannot follow forks (--no-follow does without): {0}")]
+    #[error("cannot follow the program that is to be started; start it, and attach to it: {0}")]
     Follow(String),
     /// A map could not be read or written.
     #[error("cannot access a BPF map: {0}")]
@@ -100,9 +105,12 @@ pub enum Scope {
     /// Those of one process, which must exist when a probe is attached. The kernel sets breakpoints in
     /// its memory alone, and takes them away when its main thread ends.
     Process(NonZeroU32),
-    /// Those of the first process that we fork from now on, and of all that it forks. Breakpoints are
-    /// in all processes that map the file; the BPF programs return at once in others.
-    FirstChild,
+    /// Those of the first process that we fork from now on, and perhaps of all that it forks.
+    /// Breakpoints are in all processes that map the file; the BPF programs return at once in others.
+    FirstChild {
+        /// Whether those that it forks belong to it.
+        forks: bool,
+    },
 }
 
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
@@ -151,13 +159,15 @@ impl Session {
             links: Vec::new(),
             tracepoints: Vec::new(),
         };
-        if scope == Scope::FirstChild {
-            session.follow_forks()?;
+        match scope {
+            Scope::Process(_) => {}
+            Scope::FirstChild { forks: false } => session.follow(Follow::FirstChild)?,
+            Scope::FirstChild { forks: true } => session.follow(Follow::Forks)?,
         }
         Ok((session, Events(ring)))
     }
 
-    fn follow_forks(&mut self) -> Result<(), AttachError> {
+    fn follow(&mut self, follow: Follow) -> Result<(), AttachError> {
         let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
         let namespace = std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
         let [device, inode] = CONTROL_NAMESPACE;
@@ -169,7 +179,7 @@ impl Session {
             (CONTROL_TRACER, std::process::id()),
             (device, namespace.st_dev() as u32),
             (inode, namespace.st_ino() as u32),
-            (CONTROL_FOLLOW, 1),
+            (CONTROL_FOLLOW, follow as u32),
         ];
         for (index, value) in settings {
             self.control.set(index, value, 0).map_err(map_error)?;
@@ -246,9 +256,15 @@ impl Session {
             location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
             cookie: Some(u64::from(*source)),
         };
-        let scope = match self.scope {
-            Scope::Process(pid) => UProbeScope::OneProcess(pid),
-            Scope::FirstChild => UProbeScope::AllProcesses,
+        let (scope, _code) = match self.scope {
+            Scope::Process(pid) => (UProbeScope::OneProcess(pid), None),
+            Scope::FirstChild { .. } => {
+                // The kernel looks at the instruction when somebody maps it. If nobody did by now, a
+                // refusal would come later, and be silent.
+                let code = MappedCode::at(attach_path, definition.file_offset)
+                    .map_err(|error| refused(error.to_string()))?;
+                (UProbeScope::AllProcesses, Some(code))
+            }
         };
         let link = program
             .attach(point, attach_path, scope)
@@ -303,6 +319,40 @@ impl Session {
         drop(self);
     }
 }
+
+/// The page of a file that holds an instruction, mapped as code.
+struct MappedCode {
+    address: NonNull<c_void>,
+}
+
+impl MappedCode {
+    fn at(path: &Path, offset: u64) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let page = PAGE.get() as u64;
+        // SAFETY: a new private mapping, which nobody reads.
+        let address = unsafe {
+            mmap(
+                None,
+                PAGE,
+                ProtFlags::PROT_READ | ProtFlags::PROT_EXEC,
+                MapFlags::MAP_PRIVATE,
+                &file,
+                (offset / page * page) as libc::off_t,
+            )
+        }?;
+        Ok(Self { address })
+    }
+}
+
+impl Drop for MappedCode {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing points into it.
+        let _ = unsafe { munmap(self.address, PAGE.get()) };
+    }
+}
+
+/// A multiple of every page size that Linux has on our architectures.
+const PAGE: NonZeroUsize = NonZeroUsize::new(64 << 10).unwrap();
 
 /// Offsets of members of the running kernel's `task_struct`, in bytes.
 fn task_offsets<const N: usize>(names: [&str; N]) -> Result<[u32; N], String> {

@@ -174,7 +174,7 @@ impl Completions {
 /// What `run` and `attach` have in common.
 #[derive(Debug, Args)]
 pub struct Recording {
-    /// Write the counts to this file as JSON
+    /// Write the counts to this file as JSON; with attach, - is stdout
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Print one line per token and layer, to stderr or to a file

@@ -264,6 +264,11 @@ impl AsRawFd for Gate {
 }
 
 impl Arrival {
+    /// Whether the thread maps a file that it has opened, rather than execs one that need not be there.
+    pub fn maps(&self) -> bool {
+        matches!(self.call, Call::Map(_))
+    }
+
     /// The file that the thread is about to run code of: for a script, its interpreter.
     ///
     /// # Errors

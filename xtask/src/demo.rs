@@ -34,7 +34,9 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let model = model()?;
     command::run(
         Command::new(workspace::release_program()?)
-            .args(["run", "-o"])
+            // Under sudo the program would be the calling user's, who may not be able to read root's
+            // cache.
+            .args(["run", "--user", "root", "-o"])
             .arg(&arguments.output)
             .arg("--")
             .arg(llama_cli)

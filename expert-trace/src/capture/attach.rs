@@ -1,20 +1,18 @@
 //! Attaching to a running process.
 
-use std::time::Duration;
+use std::{num::NonZeroU32, time::Duration};
 
 use anyhow::{Context as _, bail};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    signal::unix::{SignalKind, signal},
-};
+use nix::sys::signal::Signal;
+use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, MODEL_VARIABLE, MainThread, Sinks, Start, Wanted, monotonic_ns};
+use super::{Capture, MODEL_VARIABLE, Sinks, Start, Wanted, monotonic_ns, signals::OwnSignal};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
     cli::Attach,
     diagnosis::{self, Untraceable},
-    launch,
+    launch::{self, ThreadExit},
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
@@ -39,7 +37,11 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let wanted = Wanted {
         stats: true,
         log: recording.log.is_some(),
-        output: recording.output.clone(),
+        // Our stdout is nobody else's here.
+        output: recording.output.as_deref().map(|path| match path.to_str() {
+            Some("-") => "/dev/fd/1".into(),
+            _ => path.to_owned(),
+        }),
     };
     let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
     let exit = launch::exit_descriptor(pid.get())
@@ -76,9 +78,10 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
     let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
+    // A shell ignores it for its background jobs; who sends it all the same means it.
+    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
+    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
+    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let mut main_thread = MainThread::watch(pid);
     capture.start()?;
 
@@ -88,9 +91,9 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let why = loop {
         tokio::select! {
             biased;
-            _ = interrupt.recv() => break "interrupted",
-            _ = terminate.recv() => break "interrupted",
-            _ = hangup.recv() => break "interrupted",
+            () = interrupt.came() => break "interrupted",
+            () = terminate.came() => break "interrupted",
+            () = hangup.came() => break "interrupted",
             () = &mut over => break "duration",
             _ = exit.readable() => break "target_exited",
             () = main_thread.ended() => capture.look_at_main_thread(),
@@ -112,6 +115,17 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
 }
 
 impl Capture {
+    /// The main thread has ended: with the process, or before it.
+    fn look_at_main_thread(&mut self) {
+        if target::goes_on_without_its_main_thread(self.pid.get()) {
+            self.problem(
+                "the target's main thread has ended, and the kernel has removed the probes with it: \
+                 what other threads did since is missing"
+                    .to_owned(),
+            );
+        }
+    }
+
     /// Probes what the target has mapped since the last time.
     fn probe_new_libraries(&mut self) {
         let pid = self.pid.get();
@@ -131,5 +145,31 @@ impl Capture {
             eprintln!("expert-trace: {name} was loaded, and is traced from now on");
         }
         self.model.libraries_probed(names, monotonic_ns());
+    }
+}
+
+/// The target's main thread, with which the kernel removes the probes of the process.
+struct MainThread(Option<AsyncFd<ThreadExit>>);
+
+impl MainThread {
+    fn watch(pid: NonZeroU32) -> Self {
+        let thread = ThreadExit::watch(pid.get())
+            .map_err(|error| tracing::debug!("cannot watch the main thread: {error}"))
+            .ok();
+        Self(thread.and_then(|thread| {
+            // SAFETY: a `ThreadExit` keeps its descriptor for as long as it lives.
+            unsafe { AsyncFd::register_with_interest(thread, Interest::READABLE) }.ok()
+        }))
+    }
+
+    /// Waits for its end; forever after that, and where the kernel cannot tell.
+    async fn ended(&mut self) {
+        if let Some(descriptor) = &self.0
+            && descriptor.readable().await.is_ok()
+        {
+            self.0 = None;
+            return;
+        }
+        std::future::pending().await
     }
 }

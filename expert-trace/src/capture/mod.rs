@@ -3,6 +3,7 @@
 
 mod attach;
 mod run;
+mod signals;
 mod sinks;
 mod targets;
 
@@ -15,13 +16,11 @@ use std::{
 
 use anyhow::Context as _;
 use nix::time::{ClockId, clock_gettime};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    signal::unix::Signal,
-};
+use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{attach::attach, run::run};
 use self::{
+    signals::OwnSignal,
     sinks::{Sinks, Wanted},
     targets::Targets,
 };
@@ -29,12 +28,11 @@ use crate::{
     attach::{Events, Session},
     cli::Recording,
     decode::{Body, decode},
-    launch::ThreadExit,
     model::{BlindTime, Context, End, Model, Options},
     probes::{Hook, Plan, Probe},
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
-    summary, target,
+    summary,
 };
 
 /// Names the model to llama.cpp's programs (common/arg.cpp).
@@ -136,17 +134,6 @@ impl Capture {
         self.problems.push(problem);
     }
 
-    /// The main thread has ended: with the process, or before it.
-    fn look_at_main_thread(&mut self) {
-        if target::goes_on_without_its_main_thread(self.pid.get()) {
-            self.problem(
-                "the target's main thread has ended, and the kernel has removed the probes with it: \
-                 what other threads did since is missing"
-                    .to_owned(),
-            );
-        }
-    }
-
     /// Takes some of the events that are there. Gives whether those were all.
     fn take_events(&mut self) -> bool {
         let Self {
@@ -228,7 +215,7 @@ impl Capture {
         mut self,
         end: End,
         why: &'static str,
-        interrupt: &mut Signal,
+        interrupt: &mut OwnSignal,
     ) -> anyhow::Result<bool> {
         let duration = self
             .started
@@ -400,7 +387,7 @@ fn monotonic_ns() -> u64 {
 }
 
 /// Prints to stderr, until done or interrupted: a terminal can be stopped, and a pager not be read.
-async fn print(text: Vec<u8>, interrupt: &mut Signal) {
+async fn print(text: Vec<u8>, interrupt: &mut OwnSignal) {
     let (done, printed) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         // A closed terminal is no reason to fail.
@@ -409,37 +396,6 @@ async fn print(text: Vec<u8>, interrupt: &mut Signal) {
     });
     tokio::select! {
         _ = printed => {}
-        _ = interrupt.recv() => {}
-    }
-}
-
-/// The target's main thread, with which the kernel removes the probes of the process.
-struct MainThread(Option<AsyncFd<ThreadExit>>);
-
-impl MainThread {
-    /// Never ends: the probes do not hang on it.
-    fn unwatched() -> Self {
-        Self(None)
-    }
-
-    fn watch(pid: NonZeroU32) -> Self {
-        let thread = ThreadExit::watch(pid.get())
-            .map_err(|error| tracing::debug!("cannot watch the main thread: {error}"))
-            .ok();
-        Self(thread.and_then(|thread| {
-            // SAFETY: a `ThreadExit` keeps its descriptor for as long as it lives.
-            unsafe { AsyncFd::register_with_interest(thread, Interest::READABLE) }.ok()
-        }))
-    }
-
-    /// Waits for its end; forever after that, and where the kernel cannot tell.
-    async fn ended(&mut self) {
-        if let Some(descriptor) = &self.0
-            && descriptor.readable().await.is_ok()
-        {
-            self.0 = None;
-            return;
-        }
-        std::future::pending().await
+        () = interrupt.came() => {}
     }
 }

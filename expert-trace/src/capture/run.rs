@@ -15,7 +15,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, MainThread, Sinks, Start, Wanted};
+use super::{Capture, Sinks, Start, Wanted, signals::OwnSignal};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -38,9 +38,6 @@ const INCOMPLETE: u8 = 3;
 /// When the tracer fails before the program has started, or the result cannot be written.
 pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let caller = Caller::detect()?;
-    if let Some(notice) = &caller.notice {
-        eprintln!("expert-trace: {notice}");
-    }
     let (account, environment) = caller.program(arguments.user.as_deref(), &arguments.variables)?;
     let path = account.with_rights(|| {
         Ok(launch::find(&arguments.command[0], environment.get("PATH"))
@@ -72,6 +69,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         Purpose::RunAsOther
     };
     requirements::check(purpose)?;
+    if let Some(notice) = &caller.notice {
+        eprintln!("expert-trace: {notice}");
+    }
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
     let mut signals = OwnSignals::listen()?;
     let mut child_changed = signal(SignalKind::child())?;
@@ -79,17 +79,12 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let follow = !arguments.no_follow;
     let buffer_size = arguments.recording.buffer_size;
     // What sees the fork must be there before it.
-    let (child, session) = if follow {
-        let session = Session::load(buffer_size, Scope::FirstChild)?;
-        (Suspended::spawn(&program)?, session)
-    } else {
-        let child = Suspended::spawn(&program)?;
-        let scope = Scope::Process(process_id(child.pid())?);
-        (child, Session::load(buffer_size, scope)?)
-    };
+    let session = Session::load(buffer_size, Scope::FirstChild { forks: follow })?;
+    let child = Suspended::spawn(&program)?;
     let pid = child.pid();
-    let main_process = process_id(pid)?;
-    let first_process = follow.then(|| session.0.first_child()).transpose()?;
+    let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
+    let main_process = main_process.context("not a process id")?;
+    let first_process = Some(session.0.first_child()?);
     let start = Start {
         pid: main_process,
         first_process,
@@ -100,11 +95,6 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let mut capture = Capture::new(session, start, sinks)?;
     capture.targets.main.command = arguments.command.clone();
     capture.targets.main.model_variable = environment.get(super::MODEL_VARIABLE).map(Into::into);
-    let mut main_thread = if follow {
-        MainThread::unwatched()
-    } else {
-        MainThread::watch(main_process)
-    };
     capture.start()?;
     let gate = child.release(&program, |gate| {
         capture.serve(gate, follow);
@@ -139,10 +129,6 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 }
                 continue;
             }
-            () = main_thread.ended() => {
-                capture.look_at_main_thread();
-                continue;
-            }
             ready = capture.events.readable_mut(), if !more => {
                 ready?.clear_ready();
                 more = !capture.take_events();
@@ -163,8 +149,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         WaitStatus::Exited(_, code) => (End::Exited, code as u8),
         _ => (End::Exited, 0),
     };
-    let others_live = gate.is_some_and(|gate| !matches!(gate.get_ref().next(), Ok(Next::Over)));
-    if follow && others_live {
+    let others_live =
+        follow && gate.is_some_and(|gate| !matches!(gate.get_ref().next(), Ok(Next::Over)));
+    if others_live {
         eprintln!(
             "expert-trace: processes that the program has started go on; they are not traced any more"
         );
@@ -178,11 +165,6 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     } else {
         status
     })
-}
-
-fn process_id(pid: Pid) -> anyhow::Result<NonZeroU32> {
-    let pid = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
-    pid.context("not a process id")
 }
 
 /// Waits until somebody is at the gate; forever when there is none any more.
@@ -255,7 +237,13 @@ impl Capture {
     fn admit(&mut self, arrival: &Arrival) {
         let code = match arrival.code() {
             Ok(code) => code,
-            // The call will fail, or the thread has been killed.
+            Err(error) if arrival.maps() && error.kind() == io::ErrorKind::PermissionDenied => {
+                return self.problem(format!(
+                    "a library of thread {} cannot be looked at ({error}): what it computes is missing",
+                    arrival.thread
+                ));
+            }
+            // The call will fail, the thread has been killed, or it is no file.
             Err(error) => return tracing::debug!("{arrival:?}: {error}"),
         };
         let path = code.own_path();
@@ -271,32 +259,33 @@ impl Capture {
 
 /// Signals to us while a child runs.
 struct OwnSignals {
-    interrupt: tokio::signal::unix::Signal,
-    quit: tokio::signal::unix::Signal,
-    stop: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-    hangup: tokio::signal::unix::Signal,
+    interrupt: OwnSignal,
+    quit: OwnSignal,
+    stop: OwnSignal,
+    terminate: OwnSignal,
+    hangup: OwnSignal,
 }
 
 impl OwnSignals {
+    /// What was ignored when we were started (nohup) stays so, for the child, too.
     fn listen() -> io::Result<Self> {
         Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            quit: signal(SignalKind::quit())?,
-            stop: signal(SignalKind::from_raw(libc::SIGTSTP))?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
+            interrupt: OwnSignal::unless_ignored(Signal::SIGINT)?,
+            quit: OwnSignal::unless_ignored(Signal::SIGQUIT)?,
+            stop: OwnSignal::unless_ignored(Signal::SIGTSTP)?,
+            terminate: OwnSignal::unless_ignored(Signal::SIGTERM)?,
+            hangup: OwnSignal::unless_ignored(Signal::SIGHUP)?,
         })
     }
 
     /// Waits for a signal to us. Gives it when the child has to be told, too.
     async fn for_child(&mut self) -> Option<Signal> {
         tokio::select! {
-            _ = self.interrupt.recv() => None,
-            _ = self.quit.recv() => None,
-            _ = self.stop.recv() => None,
-            _ = self.terminate.recv() => Some(Signal::SIGTERM),
-            _ = self.hangup.recv() => Some(Signal::SIGHUP),
+            () = self.interrupt.came() => None,
+            () = self.quit.came() => None,
+            () = self.stop.came() => None,
+            () = self.terminate.came() => Some(Signal::SIGTERM),
+            () = self.hangup.came() => Some(Signal::SIGHUP),
         }
     }
 }

@@ -465,9 +465,10 @@ fn spec_5_zero_when_off() {
             pids.into_iter()
                 .any(|pid| executable(pid).as_ref() == Some(&program))
         });
-        let pid = match children(child.id())[..] {
-            [pid] if executable(child.id()).as_ref() != Some(&program) => pid,
-            _ => child.id(),
+        let runs_program = |pid: &u32| executable(*pid).as_ref() == Some(&program);
+        let pid = match children(child.id()).into_iter().find(runs_program) {
+            Some(pid) => pid,
+            None => child.id(),
         };
         wait_for_prompt(pid);
         let patched = patched_bytes(pid);

@@ -197,34 +197,34 @@ fn processes_that_are_not_ours_are_left_out() {
 fn a_process_that_goes_on_without_its_main_thread() {
     let directory = scratch();
     let path = directory.path().join("stats.json");
+    let options = ["-o", path.to_str().unwrap(), "--strict"];
     let (_directory, program) = compile("mainexit.c", &["-pthread"]);
-    let start = |options: &[&str]| {
-        let mut all = vec!["-o", path.to_str().unwrap()];
-        all.extend(options);
-        tracer::run(&all, &Command::new(&program))
-            .unwrap()
-            .stdin(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
-    let problem = |line: &str| line.contains("the target's main thread has ended");
-
-    let mut child = start(&["--no-follow", "--strict"]);
-    let stdin = child.stdin.take();
-    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(said.any(|line| problem(&line.unwrap())));
+    let mut target = Command::new(&program)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = target.stdin.take().unwrap();
+    let mut attached = Attached::to(target.id(), &options).unwrap();
+    stdin.write_all(b"x").unwrap();
+    attached
+        .wait_for("the target's main thread has ended")
+        .unwrap();
     drop(stdin);
-    said.for_each(drop);
-    // The program has succeeded, and the capture is incomplete.
-    assert_eq!(child.wait().unwrap().code(), Some(3));
+    let (status, said) = attached.wait().unwrap();
+    assert_eq!(status.code(), Some(3), "{said}");
+    assert!(target.wait().unwrap().success());
     let stats = Stats::read(&path).unwrap();
     assert_eq!(stats.0["integrity"]["complete"], false);
     let problems = stats.0["integrity"]["problems"].to_string();
-    assert!(problem(&problems), "{problems}");
+    assert!(
+        problems.contains("the target's main thread has ended"),
+        "{problems}"
+    );
 
-    let output = start(&["--strict"]).wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(0));
+    let mut command = tracer::run(&options, &Command::new(&program)).unwrap();
+    let mut run = command.stdin(Stdio::piped()).spawn().unwrap();
+    run.stdin.take().unwrap().write_all(b"x").unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(0));
     assert_eq!(Stats::read(&path).unwrap().0["integrity"]["complete"], true);
 }
 

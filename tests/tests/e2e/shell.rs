@@ -230,6 +230,9 @@ fn two_runs_at_once_are_two_captures() {
     let mut second = Traced::start(&known.path, &["-t", "1"]);
     first.command("prompt 0 5 7");
     second.command("prompt 0 9 3");
-    assert_eq!(first.finish().0.tokens()[&0], 5);
-    assert_eq!(second.finish().0.tokens()[&0], 9);
+    for (traced, tokens) in [(first, 5), (second, 9)] {
+        let (stats, _) = traced.finish();
+        assert_eq!(stats.tokens()[&0], tokens);
+        assert_eq!(stats.number("/integrity/hits/passes"), 1);
+    }
 }

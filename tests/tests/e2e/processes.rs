@@ -176,6 +176,30 @@ fn a_fork_without_an_exec_is_traced() {
     assert_eq!(rows, []);
 }
 
+/// Python wheels bring copies of a library. The one that is opened is probed, and no other.
+#[test]
+fn of_several_copies_the_mapped_one_is_probed() {
+    let (_library_directory, library) = compile("standin.c", &["-shared", "-fPIC"]);
+    let (_directory, loader) = compile("loader.c", &["-ldl"]);
+    let directory = scratch();
+    let copies = ["a.so", "b.so"].map(|name| directory.path().join(name));
+    for copy in &copies {
+        fs::copy(&library, copy).unwrap();
+    }
+    for copy in &copies {
+        let mut command = Command::new(&loader);
+        command
+            .arg(copy)
+            .args(["new", "4", "3", "4", "128", "none"]);
+        let (stats, rows) = run(&[], &command);
+        stats.assert_complete();
+        assert_eq!(rows.len(), 9);
+        for hook in stats.0["target"]["hooks"].as_array().unwrap() {
+            assert_eq!(hook["file"], copy.to_str().unwrap());
+        }
+    }
+}
+
 /// Another process that maps the same files is none of ours.
 #[test]
 fn processes_that_are_not_ours_are_left_out() {

@@ -63,8 +63,10 @@ pub enum LaunchError {
     System(#[from] Errno),
     /// The kernel refused the filter.
     #[error(
-        "the kernel refused a seccomp filter ({0}), by which new libraries of the program are seen; \
-         it takes CONFIG_SECCOMP_FILTER and CAP_SYS_ADMIN. Start the program, and attach to it"
+        "the kernel refused a seccomp filter ({}), by which new libraries of the program are seen: {}. \
+         Start the program, and attach to it",
+        .0,
+        why_no_filter(*.0)
     )]
     Gate(Errno),
     /// The program cannot be run as the user it is to run as.
@@ -75,6 +77,13 @@ pub enum LaunchError {
         /// The kernel's answer.
         errno: Errno,
     },
+}
+
+fn why_no_filter(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EBUSY => "we run under a program that has one, such as another `expert-trace run`",
+        _ => "it takes CONFIG_SECCOMP_FILTER and CAP_SYS_ADMIN",
+    }
 }
 
 impl LaunchError {

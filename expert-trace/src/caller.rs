@@ -155,7 +155,7 @@ impl Drop for RootsRights {
     fn drop(&mut self) {
         if let Err(error) = assume(ROOT, self.gid, &self.groups) {
             // What would follow expects to be root, and could do the wrong thing as somebody else.
-            eprintln!("expert-trace: error: cannot become root again: {error}");
+            say!("error: cannot become root again: {error}");
             process::abort();
         }
     }

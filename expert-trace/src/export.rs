@@ -188,10 +188,7 @@ fn open_special(path: &Path, metadata: &Metadata) -> io::Result<File> {
     // A FIFO opens when somebody reads it. Who waits for that is to know (fifo(7): ENXIO).
     let probe = options.clone().custom_flags(libc::O_NONBLOCK).open(path);
     if matches!(&probe, Err(error) if error.raw_os_error() == Some(libc::ENXIO)) {
-        eprintln!(
-            "expert-trace: waiting for somebody to read {}",
-            printable(path)
-        );
+        say!("waiting for somebody to read {}", printable(path));
     }
     // The probe, which makes no difference to a reader, keeps it until we have opened it ourselves.
     options.open(path)

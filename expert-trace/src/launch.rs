@@ -505,7 +505,7 @@ mod tests {
     use super::*;
     use crate::gate::Next;
     use nix::sys::wait::WaitStatus;
-    use std::fs;
+    use std::{fs, sync::Mutex};
 
     fn arguments(text: &[&str]) -> Vec<OsString> {
         text.iter().map(Into::into).collect()
@@ -513,6 +513,9 @@ mod tests {
 
     /// Calls `test` with a way to describe programs, if a child can install a filter.
     fn with_gate(test: impl FnOnce(&Account, &Environment)) {
+        // A child of one test would hold the pipes of another one open.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _lock = ONE_AT_A_TIME.lock();
         if geteuid().is_root() {
             test(&Account::current().unwrap(), &Environment::default());
         } else {

@@ -20,6 +20,16 @@
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
+/// Says a line to the user, on stderr. A terminal that is gone, or a full disk, is no reason to stop,
+/// as it would be with `eprintln`.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let line = format!("expert-trace: {}\n", format_args!($($text)*));
+        let _ = ::std::io::Write::write_all(&mut ::std::io::stderr(), line.as_bytes());
+    }};
+}
+
 pub mod attach;
 pub mod caller;
 pub mod capture;

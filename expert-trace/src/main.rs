@@ -8,6 +8,7 @@ use expert_trace::{
     capture,
     cli::{Cli, Command},
     launch::LaunchError,
+    say,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -19,11 +20,12 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::from_env("EXPERT_TRACE_LOG"))
         .with_writer(io::stderr)
+        .log_internal_errors(false)
         .init();
     match run(cli) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("expert-trace: error: {error:#}");
+            say!("error: {error:#}");
             let status = error
                 .downcast_ref::<LaunchError>()
                 .map_or(TRACER_FAILED, LaunchError::exit_code);

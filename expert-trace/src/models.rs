@@ -146,7 +146,7 @@ impl KnownModels {
                     shape,
                 });
             }
-            Err(error) => eprintln!("expert-trace: warning: {}: {error}", printable(path)),
+            Err(error) => say!("warning: {}: {error}", printable(path)),
         }
     }
 }

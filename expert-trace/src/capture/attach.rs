@@ -67,7 +67,7 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let probes = capture.plan.extend(pid.get(), &files).to_vec();
     if !capture.plan.can_see_experts() {
         match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
-            waiting @ Untraceable::NoBackendYet { .. } => eprintln!("expert-trace: {waiting}"),
+            waiting @ Untraceable::NoBackendYet { .. } => say!("{waiting}"),
             error => bail!(error),
         }
     }
@@ -142,7 +142,7 @@ impl Capture {
         self.probe(probes);
         for name in &names {
             let name = target::printable(name.as_ref());
-            eprintln!("expert-trace: {name} was loaded, and is traced from now on");
+            say!("{name} was loaded, and is traced from now on");
         }
         self.model.libraries_probed(names, monotonic_ns());
     }

@@ -111,7 +111,8 @@ impl Capture {
     fn start(&mut self) -> anyhow::Result<()> {
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
-        eprintln!(
+        let _ = writeln!(
+            io::stderr(),
             "Expert tracing enabled (stats={}, logging={})",
             u8::from(self.sinks.stats),
             u8::from(self.sinks.log.is_some())
@@ -130,7 +131,7 @@ impl Capture {
     }
 
     fn problem(&mut self, problem: String) {
-        eprintln!("expert-trace: {problem}");
+        say!("{problem}");
         self.problems.push(problem);
     }
 

@@ -57,7 +57,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     };
     let (decision, warning) = variables::decide(&environment, flags);
     if let Some(warning) = warning {
-        eprintln!("expert-trace: warning: {warning}");
+        say!("warning: {warning}");
     }
     let wanted = match decision {
         Decision::Untraced => match launch::replace(&program)? {},
@@ -70,7 +70,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     };
     requirements::check(purpose)?;
     if let Some(notice) = &caller.notice {
-        eprintln!("expert-trace: {notice}");
+        say!("{notice}");
     }
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
     let mut signals = OwnSignals::listen()?;
@@ -152,9 +152,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let others_live =
         follow && gate.is_some_and(|gate| !matches!(gate.get_ref().next(), Ok(Next::Over)));
     if others_live {
-        eprintln!(
-            "expert-trace: processes that the program has started go on; they are not traced any more"
-        );
+        say!("processes that the program has started go on; they are not traced any more");
     }
     let strict = capture.recording.strict;
     let complete = capture

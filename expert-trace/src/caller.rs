@@ -8,7 +8,7 @@
 use std::{
     env,
     ffi::{CString, OsStr, OsString},
-    fs, io,
+    fmt, fs, io,
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
     path::{Path, PathBuf},
     process,
@@ -19,6 +19,8 @@ use nix::{
     unistd::{Gid, ROOT, Uid, User, getegid, geteuid, getgrouplist, getgroups, getuid},
 };
 use thiserror::Error;
+
+use crate::requirements::{self, Capability};
 
 /// Why the caller, or the account of a program, is not known.
 #[derive(Debug, Error)]
@@ -39,6 +41,12 @@ pub enum CallerError {
         /// What it says.
         value: OsString,
     },
+    /// The program has been installed set-user-ID.
+    #[error(
+        "expert-trace is installed set-user-ID, which would make everybody root; \
+         take that bit away (chmod u-s), and call it with sudo"
+    )]
+    SetUserId,
     /// The user or group database, or the kernel, refused.
     #[error("cannot look up accounts: {0}")]
     System(#[from] Errno),
@@ -134,12 +142,27 @@ impl Account {
         if !geteuid().is_root() || self.uid.is_root() {
             return f();
         }
+        for needed in [Capability::SetUid, Capability::SetGid] {
+            if !requirements::has(needed) {
+                let missing = format!("the capability {needed} is missing, to act as {self}");
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, missing));
+            }
+        }
         let _restored = RootsRights {
             gid: getegid(),
             groups: getgroups()?,
         };
         assume(self.uid, self.gid, &self.groups)?;
         f()
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "user {name}"),
+            None => write!(f, "user {}", self.uid),
+        }
     }
 }
 
@@ -337,6 +360,9 @@ impl Caller {
     /// # Errors
     /// When sudo's variables hold no ids, or the user database cannot be read.
     pub fn detect() -> Result<Self, CallerError> {
+        if getuid() != geteuid() {
+            return Err(CallerError::SetUserId);
+        }
         let own = Environment::current();
         // Without root's real id nobody has called us by sudo to be root, and the variables could be
         // anybody's.

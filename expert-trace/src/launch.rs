@@ -6,29 +6,30 @@
 
 use std::{
     env,
-    ffi::{CString, OsStr, OsString, c_void},
+    ffi::{CStr, CString, OsStr, OsString, c_void},
     fs::File,
     io::{self, Read as _, Write as _},
     num::NonZeroUsize,
     os::{
         fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
-        unix::{
-            ffi::OsStrExt as _,
-            fs::{FileTypeExt as _, PermissionsExt as _},
-        },
+        unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
     ptr::NonNull,
+    sync::atomic::Ordering,
 };
 
 use nix::{
     errno::Errno,
-    fcntl::OFlag,
+    fcntl::{AT_FDCWD, AtFlags, OFlag},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::mman::{MapFlags, ProtFlags, mmap, munmap},
     sys::signal::{SigHandler, Signal, signal},
     sys::wait::waitpid,
-    unistd::{ForkResult, Pid, execve, fork, geteuid, pipe2, setgroups, setresgid, setresuid},
+    unistd::{
+        AccessFlags, ForkResult, Pid, execve, faccessat, fork, geteuid, pipe2, setgroups,
+        setresgid, setresuid,
+    },
 };
 use thiserror::Error;
 
@@ -37,7 +38,8 @@ use object::read::ReadCache;
 use crate::{
     caller::{Account, Environment},
     gate::{self, Gate},
-    symbols::{self, Bounded},
+    signals,
+    symbols::{self, Bounded, SymbolError},
     target::{open_regular, printable, script_interpreter},
 };
 
@@ -119,68 +121,72 @@ pub struct Suspended {
     gate: Gate,
 }
 
-/// Finds a command the way `execvp` does, in the directories of `path`.
+/// Finds a command the way `execvp` does, in the directories of `path`, with the rights that our
+/// thread has.
 ///
 /// # Errors
 /// When there is no such file, or it is not executable.
 pub fn find(command: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, LaunchError> {
     let shown = command.to_string_lossy().into_owned();
+    let refused = |reason: &str| {
+        Err(LaunchError::NotExecutable {
+            path: shown.clone(),
+            reason: reason.to_owned(),
+        })
+    };
     if command.as_bytes().contains(&b'/') {
         let path = PathBuf::from(command);
-        let metadata = path
-            .metadata()
-            .map_err(|_| LaunchError::NotFound(shown.clone()))?;
-        let refused = |reason: &str| {
-            Err(LaunchError::NotExecutable {
-                path: shown.clone(),
-                reason: reason.to_owned(),
-            })
+        return match path.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                refused("permission denied")
+            }
+            Err(_) => Err(LaunchError::NotFound(shown)),
+            Ok(metadata) if metadata.is_dir() => refused("is a directory"),
+            Ok(_) if !is_executable(&path) => refused("is not executable (`chmod +x` makes it so)"),
+            Ok(_) => Ok(path),
         };
-        if metadata.is_dir() {
-            return refused("is a directory");
-        }
-        if metadata.file_type().is_fifo() || metadata.permissions().mode() & 0o111 == 0 {
-            return refused("is not executable");
-        }
-        return Ok(path);
     }
     // What execvp takes without PATH.
     let path = path.unwrap_or(OsStr::new("/bin:/usr/bin"));
     env::split_paths(path)
         .map(|directory| directory.join(command))
-        .find(|path| {
-            path.metadata().is_ok_and(|metadata| {
-                metadata.is_file() && metadata.permissions().mode() & 0o111 != 0
-            })
-        })
+        .find(|path| is_executable(path))
         .ok_or(LaunchError::NotFound(shown))
 }
 
-/// Makes sure that the kernel can load a command: it, or the interpreter that it names as a script,
-/// is an ELF file for this machine.
+fn is_executable(path: &Path) -> bool {
+    let may = || faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS);
+    path.is_file() && may().is_ok()
+}
+
+/// Makes sure that a command can be traced, as far as its file can be read: neither it nor, for a
+/// script, its interpreter is built for another machine.
 ///
 /// # Errors
-/// When it is not, or cannot be read.
+/// When it is.
 pub fn check(command: &Path) -> Result<(), LaunchError> {
     let mut path = command.to_owned();
-    let refused = |path: &Path, reason: String| LaunchError::NotExecutable {
-        path: printable(path),
-        reason,
-    };
     // fs/exec.c follows so many scripts.
     for _ in 0..5 {
-        let file = open_regular(&path).map_err(|error| refused(&path, error.to_string()))?;
+        let Ok(file) = open_regular(&path) else {
+            break;
+        };
         let Some(interpreter) = script_interpreter(&file) else {
             let cache = ReadCache::new(file);
-            return symbols::check_executable(Bounded(&cache))
-                .map_err(|error| refused(&path, error.to_string()));
+            return match symbols::check_executable(Bounded(&cache)) {
+                Err(error @ SymbolError::ForeignArchitecture { .. }) => {
+                    Err(LaunchError::NotExecutable {
+                        path: printable(&path),
+                        reason: error.to_string(),
+                    })
+                }
+                // What is no ELF file is for exec to judge.
+                _ => Ok(()),
+            };
         };
         path = interpreter;
     }
-    Err(refused(
-        command,
-        "too many scripts name each other".to_owned(),
-    ))
+    Ok(())
 }
 
 /// Replaces us by the program.
@@ -201,23 +207,32 @@ struct Prepared<'a> {
     program: Program<'a>,
     path: CString,
     arguments: Vec<CString>,
+    /// The same for a shell that runs the file as a script.
+    for_shell: Vec<CString>,
     environment: Vec<CString>,
     changes_user: bool,
 }
+
+const SHELL: &CStr = c"/bin/sh";
 
 impl<'a> Prepared<'a> {
     fn new(program: &Program<'a>) -> Result<Self, LaunchError> {
         let c_string = |text: &OsStr| {
             CString::new(text.as_bytes()).map_err(|_| LaunchError::Argument(text.to_owned()))
         };
+        let path = c_string(program.path.as_os_str())?;
+        let arguments = program
+            .arguments
+            .iter()
+            .map(|argument| c_string(argument))
+            .collect::<Result<Vec<_>, _>>()?;
+        let rest = arguments.iter().skip(1);
+        let for_shell = [SHELL.to_owned(), path.clone()];
         Ok(Self {
             program: *program,
-            path: c_string(program.path.as_os_str())?,
-            arguments: program
-                .arguments
-                .iter()
-                .map(|argument| c_string(argument))
-                .collect::<Result<_, _>>()?,
+            for_shell: for_shell.into_iter().chain(rest.cloned()).collect(),
+            path,
+            arguments,
             environment: program
                 .environment
                 .entries()
@@ -240,10 +255,16 @@ impl<'a> Prepared<'a> {
     }
 
     fn exec(&self) -> Errno {
-        // Rust ignores SIGPIPE, and ignored signals survive exec.
-        // SAFETY: restores the default, installs no handler.
-        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
-        execve(&self.path, &self.arguments, &self.environment).unwrap_err()
+        if !signals::SIGPIPE_WAS_IGNORED.load(Ordering::Relaxed) {
+            // Rust ignores it, and ignored signals survive exec.
+            // SAFETY: restores the default, installs no handler.
+            let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+        }
+        match execve(&self.path, &self.arguments, &self.environment).unwrap_err() {
+            // A script without a first line that says so: what execvp does.
+            Errno::ENOEXEC => execve(SHELL, &self.for_shell, &self.environment).unwrap_err(),
+            errno => errno,
+        }
     }
 
     fn refused(&self, errno: Errno) -> LaunchError {
@@ -621,7 +642,20 @@ mod tests {
         let script = tempfile::NamedTempFile::new().unwrap();
         fs::write(script.path(), "#! /bin/sh -e\ntrue\n").unwrap();
         check(script.path()).unwrap();
-        fs::write(script.path(), "#! /etc/passwd\n").unwrap();
-        assert_eq!(check(script.path()).unwrap_err().exit_code(), 126);
+        let mut foreign = vec![0; 64];
+        foreign[..16].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        // e_type 2: a program; e_machine 243: RISC-V; e_version 1; e_ehsize 64.
+        foreign[16..24].copy_from_slice(&[2, 0, 243, 0, 1, 0, 0, 0]);
+        foreign[52] = 64;
+        let interpreter = tempfile::NamedTempFile::new().unwrap();
+        fs::write(interpreter.path(), foreign).unwrap();
+        fs::write(
+            script.path(),
+            format!("#!{}\n", interpreter.path().display()),
+        )
+        .unwrap();
+        let error = check(script.path()).unwrap_err();
+        assert_eq!(error.exit_code(), 126);
+        assert!(error.to_string().contains("Riscv64"), "{error}");
     }
 }

@@ -45,6 +45,7 @@ pub mod models;
 pub mod probes;
 pub mod redact;
 pub mod requirements;
+pub mod signals;
 pub mod silence;
 pub mod stats;
 pub mod summary;

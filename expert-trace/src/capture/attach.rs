@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, MODEL_VARIABLE, Sinks, Start, Wanted, monotonic_ns, signals::OwnSignal};
+use super::{Capture, MODEL_VARIABLE, Sinks, Start, Wanted, monotonic_ns};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -16,6 +16,7 @@ use crate::{
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
+    signals::OwnSignal,
     target,
 };
 
@@ -44,6 +45,10 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         }),
     };
     let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
+    // A shell ignores it for its background jobs; who sends it all the same means it.
+    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
+    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
+    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let exit = launch::exit_descriptor(pid.get())
         .with_context(|| format!("cannot attach to process {pid}"));
     let exit = diagnosis::unless_ended(pid.get(), exit)?;
@@ -78,10 +83,6 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     }
     // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
     let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
-    // A shell ignores it for its background jobs; who sends it all the same means it.
-    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
-    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
-    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let mut main_thread = MainThread::watch(pid);
     capture.start()?;
 

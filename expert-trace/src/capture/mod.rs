@@ -3,7 +3,6 @@
 
 mod attach;
 mod run;
-mod signals;
 mod sinks;
 mod targets;
 
@@ -20,7 +19,6 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{attach::attach, run::run};
 use self::{
-    signals::OwnSignal,
     sinks::{Sinks, Wanted},
     targets::Targets,
 };
@@ -30,6 +28,7 @@ use crate::{
     decode::{Body, decode},
     model::{BlindTime, Context, End, Model, Options},
     probes::{Hook, Plan, Probe},
+    signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary,

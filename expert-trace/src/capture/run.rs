@@ -15,7 +15,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, Sinks, Start, Wanted, signals::OwnSignal};
+use super::{Capture, Sinks, Start, Wanted};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -25,6 +25,7 @@ use crate::{
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
+    signals::OwnSignal,
     target,
     variables::{self, Decision, Flags},
 };
@@ -39,36 +40,42 @@ const INCOMPLETE: u8 = 3;
 pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let caller = Caller::detect()?;
     let (account, environment) = caller.program(arguments.user.as_deref(), &arguments.variables)?;
-    let path = account.with_rights(|| {
-        Ok(launch::find(&arguments.command[0], environment.get("PATH"))
-            .and_then(|path| launch::check(&path).map(|()| path)))
-    })??;
-    let program = Program {
-        path: &path,
-        arguments: &arguments.command,
-        environment: &environment,
-        account: &account,
-    };
     let recording = &arguments.recording;
     let flags = Flags {
         output: recording.output.as_deref(),
         log: recording.log.is_some(),
         summary: recording.top.is_some(),
     };
-    let (decision, warning) = variables::decide(&environment, flags);
+    // Those of whoever calls: `--user` changes who runs the program, and not who asked.
+    let mut asked = caller.environment.clone();
+    for (name, value) in &arguments.variables {
+        asked.set(name, value);
+    }
+    let (decision, warning) = variables::decide(&asked, flags);
     if let Some(warning) = warning {
         say!("warning: {warning}");
     }
+    if let Decision::Traced { .. } = decision {
+        let purpose = if geteuid() == account.uid {
+            Purpose::Run
+        } else {
+            Purpose::RunAsOther
+        };
+        requirements::check(purpose)?;
+    }
+    let path = account
+        .with_rights(|| Ok(launch::find(&arguments.command[0], environment.get("PATH"))))??;
+    let program = Program {
+        path: &path,
+        arguments: &arguments.command,
+        environment: &environment,
+        account: &account,
+    };
     let wanted = match decision {
         Decision::Untraced => match launch::replace(&program)? {},
         Decision::Traced { stats, log, output } => Wanted { stats, log, output },
     };
-    let purpose = if geteuid() == account.uid {
-        Purpose::Run
-    } else {
-        Purpose::RunAsOther
-    };
-    requirements::check(purpose)?;
+    account.with_rights(|| Ok(launch::check(&path)))??;
     if let Some(notice) = &caller.notice {
         say!("{notice}");
     }

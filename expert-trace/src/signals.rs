@@ -1,9 +1,25 @@
 //! Signals to the tracer.
 
-use std::io;
+use std::{
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use nix::sys::signal;
 use tokio::signal::unix::{self, SignalKind};
+
+/// Whether SIGPIPE was ignored when we were started. Rust's start-up code ignores it in any case.
+pub static SIGPIPE_WAS_IGNORED: AtomicBool = AtomicBool::new(false);
+
+/// Runs before Rust's start-up code, as the dynamic linker and libc run what this section lists.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static REMEMBER_SIGPIPE: extern "C" fn() = {
+    extern "C" fn remember() {
+        SIGPIPE_WAS_IGNORED.store(is_ignored(signal::Signal::SIGPIPE), Ordering::Relaxed);
+    }
+    remember
+};
 
 /// A signal that we wait for; never, if it is to stay ignored.
 #[derive(Debug)]

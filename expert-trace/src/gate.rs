@@ -7,9 +7,10 @@
 //! job control, and unlike ptrace, it leaves the process free for a debugger. All other calls go
 //! through, for most of them by a table look-up in the kernel.
 //!
-//! A call that waits fails when nobody holds the listening end. For the case that we die first, a
-//! guardian process holds it too: it does nothing until then, and then lets everything through until
-//! the last process has ended.
+//! A call that waits fails when nobody holds the listening end, and waits for ever when who has
+//! received it dies. Therefore a guardian process holds that end. It tells us who has come, and lets
+//! them pass when we say so; when we have ended, it lets everybody pass at once, until the last process
+//! has ended.
 
 use std::{
     ffi::OsString,
@@ -21,6 +22,7 @@ use std::{
         unix::{ffi::OsStringExt as _, fs::FileExt as _},
     },
     path::{Path, PathBuf},
+    ptr,
 };
 
 use libc::{
@@ -35,17 +37,16 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    unistd::{ForkResult, Pid, fork, pipe2, setsid},
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair},
+    unistd::{ForkResult, Pid, chdir, fork, setsid},
 };
 
 use crate::target::{open_regular, script_interpreter};
 
-/// The listening end of a child's filter.
+/// The gate, as seen by the tracer: a line to the guardian.
 #[derive(Debug)]
 pub struct Gate {
-    listener: OwnedFd,
-    /// When it closes, the guardian takes over.
-    _lifeline: OwnedFd,
+    line: OwnedFd,
 }
 
 /// A thread that waits for us.
@@ -182,8 +183,12 @@ fn statement(code: u32, k: u32) -> sock_filter {
     }
 }
 
+/// On the line, in place of an arrival's id, which the kernel draws from 64 random bits: a question
+/// whether anybody is left to come.
+const ANYBODY_LEFT: u64 = 0;
+
 impl Gate {
-    /// Takes the listening end from the child that has installed the filter, and starts the guardian.
+    /// Starts the guardian, with the listening end of the child that has installed the filter.
     ///
     /// # Errors
     /// When the system refuses a descriptor or a process.
@@ -195,15 +200,17 @@ impl Gate {
         let listener =
             unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), listener, 0) };
         let listener = descriptor(listener)?;
-        let (orphaned, lifeline) = pipe2(OFlag::O_CLOEXEC)?;
+        let (line, guardians) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
         // SAFETY: the child calls async-signal-safe functions alone, and never returns.
         match unsafe { fork() }? {
-            ForkResult::Parent { .. } => Ok(Self {
-                listener,
-                _lifeline: lifeline,
-            }),
+            ForkResult::Parent { .. } => Ok(Self { line }),
             ForkResult::Child => {
-                guard(&listener, &orphaned);
+                Guardian::new(&listener, &guardians).guard();
                 // SAFETY: ends the process without running the parent's handlers.
                 unsafe { libc::_exit(0) }
             }
@@ -213,16 +220,63 @@ impl Gate {
     /// Who has come, without waiting.
     ///
     /// # Errors
-    /// When the kernel refuses to tell.
+    /// When the line breaks.
     pub fn next(&self) -> io::Result<Next> {
-        let ready = look(self.listener.as_fd(), PollTimeout::ZERO)?;
-        if !ready.contains(PollFlags::POLLIN) {
-            let over = ready.contains(PollFlags::POLLHUP);
-            return Ok(if over { Next::Over } else { Next::Nobody });
+        let mut message = [0; ARRIVAL_BYTES];
+        match recv(self.line.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
+            Ok(ARRIVAL_BYTES) => Ok(Next::Arrival(Arrival::from_bytes(&message))),
+            Ok(_) | Err(Errno::ECONNRESET) => Ok(Next::Over),
+            Err(Errno::EAGAIN) => Ok(Next::Nobody),
+            Err(error) => Err(error.into()),
         }
-        let Some(arrival) = receive(&self.listener)? else {
-            return Ok(Next::Nobody);
-        };
+    }
+
+    /// Lets the thread's call go on.
+    pub fn let_pass(&self, arrival: Arrival) {
+        // It fails when the guardian has ended, which the next look will show.
+        let _ = send(
+            self.line.as_raw_fd(),
+            &arrival.id.to_ne_bytes(),
+            MsgFlags::MSG_NOSIGNAL,
+        );
+    }
+
+    /// Leaves the gate to the guardian. Gives whether there are processes left that could come.
+    pub fn leave(self) -> bool {
+        let question = ANYBODY_LEFT.to_ne_bytes();
+        if send(self.line.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL).is_err() {
+            return false;
+        }
+        let mut message = [0; ARRIVAL_BYTES];
+        loop {
+            match recv(self.line.as_raw_fd(), &mut message, MsgFlags::empty()) {
+                // The guardian lets them pass when the line is closed.
+                Ok(ARRIVAL_BYTES) | Err(Errno::EINTR) => {}
+                Ok(0) | Err(_) => return false,
+                Ok(_) => return true,
+            }
+        }
+    }
+}
+
+impl AsFd for Gate {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.line.as_fd()
+    }
+}
+
+impl AsRawFd for Gate {
+    fn as_raw_fd(&self) -> RawFd {
+        self.line.as_raw_fd()
+    }
+}
+
+const ARRIVAL_BYTES: usize = size_of::<seccomp_notif>();
+
+impl Arrival {
+    fn from_bytes(bytes: &[u8; ARRIVAL_BYTES]) -> Self {
+        // SAFETY: the source has the size of the type, which is made of integers.
+        let arrival: seccomp_notif = unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) };
         let arguments = arrival.data.args;
         let number = c_long::from(arrival.data.nr);
         let call = if number == SYS_mmap {
@@ -238,32 +292,13 @@ impl Gate {
                 path: arguments[0],
             }
         };
-        Ok(Next::Arrival(Arrival {
+        Self {
             thread: arrival.pid,
             id: arrival.id,
             call,
-        }))
+        }
     }
 
-    /// Lets the thread's call go on.
-    pub fn let_pass(&self, arrival: Arrival) {
-        let_pass(&self.listener, arrival.id);
-    }
-}
-
-impl AsFd for Gate {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
-    }
-}
-
-impl AsRawFd for Gate {
-    fn as_raw_fd(&self) -> RawFd {
-        self.listener.as_raw_fd()
-    }
-}
-
-impl Arrival {
     /// Whether the thread maps a file that it has opened, rather than execs one that need not be there.
     pub fn maps(&self) -> bool {
         matches!(self.call, Call::Map(_))
@@ -351,42 +386,117 @@ fn open_as(thread: &Path, directory: &Path, path: &Path) -> io::Result<Code> {
     Ok(Code { file, path })
 }
 
-/// What the guardian does: nothing, until the tracer has died; then it lets all through.
-fn guard(listener: &OwnedFd, orphaned: &OwnedFd) {
-    // Whoever ends the tracer by its name does not mean the guardian.
-    // SAFETY: the name is a string that the call copies.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"trace-guardian".as_ptr()) };
-    // A terminal or a pipe that we held open would keep others waiting.
-    let _ = setsid();
-    close_all_but(listener, orphaned);
-    let mut fds = [
-        PollFd::new(listener.as_fd(), PollFlags::empty()),
-        PollFd::new(orphaned.as_fd(), PollFlags::POLLIN),
-    ];
-    loop {
-        match poll(&mut fds, PollTimeout::NONE) {
-            Err(Errno::EINTR) => continue,
-            Err(_) => return,
-            Ok(_) => {}
-        }
-        let [over, orphan] = fds.each_ref().map(|fd| fd.any() == Some(true));
-        if over {
-            return;
-        }
-        if orphan {
-            break;
+/// So many threads can wait at a time; more are received when some of them have passed.
+const MAX_WAITING: usize = 1024;
+
+/// What the guardian knows.
+struct Guardian<'a> {
+    listener: &'a OwnedFd,
+    line: &'a OwnedFd,
+    tracer_lives: bool,
+    /// Ids of those that wait for the tracer.
+    waiting: [u64; MAX_WAITING],
+    waiting_count: usize,
+}
+
+impl<'a> Guardian<'a> {
+    fn new(listener: &'a OwnedFd, line: &'a OwnedFd) -> Self {
+        Self {
+            listener,
+            line,
+            tracer_lives: true,
+            waiting: [0; MAX_WAITING],
+            waiting_count: 0,
         }
     }
-    while let Ok(ready) = look(listener.as_fd(), PollTimeout::NONE) {
-        if ready.contains(PollFlags::POLLIN) {
-            match receive(listener) {
-                Ok(Some(arrival)) => let_pass(listener, arrival.id),
-                Ok(None) => {}
+
+    /// Guards until the last process has ended.
+    fn guard(mut self) {
+        // Whoever ends the tracer by its name does not mean the guardian.
+        // SAFETY: the name is a string that the call copies.
+        unsafe { libc::prctl(libc::PR_SET_NAME, c"trace-guardian".as_ptr()) };
+        // A terminal, a pipe or a directory that we held would keep others waiting.
+        let _ = setsid();
+        let _ = chdir(c"/");
+        close_all_but(self.listener, self.line);
+        loop {
+            let interest = |is: bool| match is {
+                true => PollFlags::POLLIN,
+                false => PollFlags::empty(),
+            };
+            let mut fds = [
+                PollFd::new(
+                    self.listener.as_fd(),
+                    interest(self.waiting_count < MAX_WAITING),
+                ),
+                PollFd::new(self.line.as_fd(), interest(true)),
+            ];
+            let polled = if self.tracer_lives { 2 } else { 1 };
+            match poll(&mut fds[..polled], PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
                 Err(_) => return,
+                Ok(_) => {}
             }
-        } else if ready.contains(PollFlags::POLLHUP) {
-            return;
+            let [came, told] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+            if self.tracer_lives && !told.is_empty() {
+                self.listen_to_tracer();
+            }
+            if came.contains(PollFlags::POLLIN) {
+                match receive(self.listener) {
+                    Ok(Some(arrival)) => self.announce(&arrival),
+                    Ok(None) => {}
+                    Err(_) => return,
+                }
+            } else if came.contains(PollFlags::POLLHUP) {
+                return;
+            }
         }
+    }
+
+    fn listen_to_tracer(&mut self) {
+        let mut id = [0; 8];
+        match recv(self.line.as_raw_fd(), &mut id, MsgFlags::empty()) {
+            Ok(8) => {}
+            Err(Errno::EINTR) => return,
+            _ => return self.lose_tracer(),
+        }
+        let id = u64::from_ne_bytes(id);
+        if id != ANYBODY_LEFT {
+            let waiting = &mut self.waiting[..self.waiting_count];
+            if let Some(index) = waiting.iter().position(|waiting| *waiting == id) {
+                waiting[index] = waiting[self.waiting_count - 1];
+                self.waiting_count -= 1;
+            }
+            return let_pass(self.listener, id);
+        }
+        let left =
+            look(self.listener.as_fd()).is_ok_and(|state| !state.contains(PollFlags::POLLHUP));
+        // Without an answer the line ends with us.
+        if left {
+            let _ = send(self.line.as_raw_fd(), b"y", MsgFlags::MSG_NOSIGNAL);
+        }
+    }
+
+    fn announce(&mut self, arrival: &seccomp_notif) {
+        if self.tracer_lives {
+            self.waiting[self.waiting_count] = arrival.id;
+            self.waiting_count += 1;
+            // SAFETY: the structure is made of integers, without gaps between them.
+            let bytes: &[u8; ARRIVAL_BYTES] = unsafe { &*ptr::from_ref(arrival).cast() };
+            if send(self.line.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).is_err() {
+                self.lose_tracer();
+            }
+        } else {
+            let_pass(self.listener, arrival.id);
+        }
+    }
+
+    fn lose_tracer(&mut self) {
+        self.tracer_lives = false;
+        for id in &self.waiting[..self.waiting_count] {
+            let_pass(self.listener, *id);
+        }
+        self.waiting_count = 0;
     }
 }
 
@@ -401,13 +511,10 @@ fn close_all_but(one: &OwnedFd, other: &OwnedFd) {
     }
 }
 
-fn look(listener: BorrowedFd<'_>, timeout: PollTimeout) -> Result<PollFlags, Errno> {
+fn look(listener: BorrowedFd<'_>) -> Result<PollFlags, Errno> {
     let mut fds = [PollFd::new(listener, PollFlags::POLLIN)];
-    match poll(&mut fds, timeout) {
-        Err(Errno::EINTR) => Ok(PollFlags::empty()),
-        Err(error) => Err(error),
-        Ok(_) => Ok(fds[0].revents().unwrap_or(PollFlags::empty())),
-    }
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
 }
 
 /// Takes the next arrival; none when it was killed, or a signal came in between.

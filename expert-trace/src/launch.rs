@@ -552,12 +552,16 @@ mod tests {
 
     /// Lets a child through until it has ended.
     fn wait(pid: Pid, gate: &Gate) -> WaitStatus {
-        while !matches!(gate.next().unwrap(), Next::Over) {
-            let mut fds = [PollFd::new(gate.as_fd(), PollFlags::POLLIN)];
-            poll(&mut fds, PollTimeout::NONE).unwrap();
-            serve(gate);
+        loop {
+            match gate.next().unwrap() {
+                Next::Arrival(arrival) => gate.let_pass(arrival),
+                Next::Over => return waitpid(pid, None).unwrap(),
+                Next::Nobody => {
+                    let mut fds = [PollFd::new(gate.as_fd(), PollFlags::POLLIN)];
+                    poll(&mut fds, PollTimeout::NONE).unwrap();
+                }
+            }
         }
-        waitpid(pid, None).unwrap()
     }
 
     #[test]

@@ -45,10 +45,6 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         }),
     };
     let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
-    // A shell ignores it for its background jobs; who sends it all the same means it.
-    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
-    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
-    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let exit = launch::exit_descriptor(pid.get())
         .with_context(|| format!("cannot attach to process {pid}"));
     let exit = diagnosis::unless_ended(pid.get(), exit)?;
@@ -61,6 +57,11 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         recording,
     };
     let session = Session::load(start.recording.buffer_size, Scope::Process(pid))?;
+    // Handlers would have disturbed the loading: the kernel breaks it off with EAGAIN.
+    // A shell ignores it for its background jobs; who sends it all the same means it.
+    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
+    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
+    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let mut capture = Capture::new(session, start, sinks)?;
     let main = &mut capture.targets.main;
     main.command = target::command_line(pid.get()).unwrap_or_default();

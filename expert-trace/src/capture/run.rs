@@ -80,13 +80,15 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         say!("{notice}");
     }
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
-    let mut signals = OwnSignals::listen()?;
-    let mut child_changed = signal(SignalKind::child())?;
 
     let follow = !arguments.no_follow;
     let buffer_size = arguments.recording.buffer_size;
     // What sees the fork must be there before it.
     let session = Session::load(buffer_size, Scope::FirstChild { forks: follow })?;
+    // From here on there is something to lose. A handler would have disturbed the loading: the kernel
+    // breaks it off with EAGAIN.
+    let mut signals = OwnSignals::listen()?;
+    let mut child_changed = signal(SignalKind::child())?;
     let child = Suspended::spawn(&program)?;
     let pid = child.pid();
     let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
@@ -156,8 +158,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         WaitStatus::Exited(_, code) => (End::Exited, code as u8),
         _ => (End::Exited, 0),
     };
-    let others_live =
-        follow && gate.is_some_and(|gate| !matches!(gate.get_ref().next(), Ok(Next::Over)));
+    let others_live = follow && gate.is_some_and(|gate| gate.into_inner().leave());
     if others_live {
         say!("processes that the program has started go on; they are not traced any more");
     }
@@ -209,6 +210,17 @@ fn stop_with(child: Pid) {
     }
 }
 
+fn is_nothing_to_run(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidFilename, InvalidInput, NotADirectory, NotFound};
+    // When a thread is killed, its memory cannot be read any more.
+    let of_thread = matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EIO));
+    of_thread
+        || matches!(
+            error.kind(),
+            NotFound | NotADirectory | InvalidFilename | InvalidInput
+        )
+}
+
 /// What came of serving the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Served {
@@ -242,14 +254,17 @@ impl Capture {
     fn admit(&mut self, arrival: &Arrival) {
         let code = match arrival.code() {
             Ok(code) => code,
-            Err(error) if arrival.maps() && error.kind() == io::ErrorKind::PermissionDenied => {
+            // The call will fail, the thread has been killed, or it is no file.
+            Err(error) if is_nothing_to_run(&error) => {
+                return tracing::debug!("{arrival:?}: {error}");
+            }
+            Err(error) => {
+                let thread = arrival.thread;
                 return self.problem(format!(
-                    "a library of thread {} cannot be looked at ({error}): what it computes is missing",
-                    arrival.thread
+                    "a file that thread {thread} runs cannot be looked at ({error}): what it computes \
+                     is missing"
                 ));
             }
-            // The call will fail, the thread has been killed, or it is no file.
-            Err(error) => return tracing::debug!("{arrival:?}: {error}"),
         };
         let path = code.own_path();
         match self.plan.add_file(&code.file, &code.path, &path) {

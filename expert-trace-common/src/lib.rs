@@ -39,9 +39,11 @@ pub enum Kind {
     Libraries = 5,
     /// The context uses this `ggml_backend_sched`. Payload: its address, `u64`.
     Owner = 6,
-    /// The main thread of a process that is followed ends. Payload: `exit_code` of its `task_struct`,
+    /// The main thread of a process that is followed ends, or another one by a signal. Payload: `exit_code` of its `task_struct`,
     /// `u32`, which is what waitpid tells as the process' status.
     ProcessEnd = 7,
+    /// A process that is followed has been forked; it has not run yet.
+    ProcessStart = 8,
 }
 
 impl Kind {
@@ -55,6 +57,7 @@ impl Kind {
             5 => Self::Libraries,
             6 => Self::Owner,
             7 => Self::ProcessEnd,
+            8 => Self::ProcessStart,
             _ => return None,
         })
     }

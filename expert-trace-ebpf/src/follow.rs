@@ -14,7 +14,7 @@ use expert_trace_common::{
 };
 
 use crate::{
-    maps::{CONTROL, FOLLOWED, active, control, count, emit, is_followed},
+    maps::{CONTROL, FOLLOWED, active, control, count, emit, emit_header, is_followed},
     target::{process, thread},
 };
 
@@ -38,6 +38,12 @@ pub fn on_new_task(task: u64, clone_flags: u64) {
         if FOLLOWED.insert(child, 1, 0).is_err() {
             count(Counter::StateLost, 1);
         }
+        emit_header(Header {
+            kind: Kind::ProcessStart as u8,
+            process: child,
+            thread: child,
+            ..Header::default()
+        });
     } else {
         // It fails only when there is no such entry.
         let _ = FOLLOWED.remove(child);
@@ -46,7 +52,7 @@ pub fn on_new_task(task: u64, clone_flags: u64) {
 
 #[inline(always)]
 pub fn on_end_task(task: u64) {
-    if !active() || control(CONTROL_FOLLOW) == Follow::Nobody as u32 || process() != thread() {
+    if !active() || control(CONTROL_FOLLOW) == Follow::Nobody as u32 {
         return;
     }
     let exit_code = task.wrapping_add(u64::from(control(CONTROL_EXIT_CODE_OFFSET))) as *const u32;
@@ -54,6 +60,11 @@ pub fn on_end_task(task: u64) {
     let Ok(exit_code) = (unsafe { bpf_probe_read_kernel(exit_code) }) else {
         return;
     };
+    // A main thread can end long before the others. What they die of counts, too.
+    let killed = exit_code & 0x7f != 0;
+    if !killed && process() != thread() {
+        return;
+    }
     emit(
         Header {
             kind: Kind::ProcessEnd as u8,

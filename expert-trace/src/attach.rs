@@ -32,7 +32,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
 use crate::{
-    probes::{Hook, Probe},
+    probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
     target::printable,
 };
@@ -120,7 +120,7 @@ pub struct Session {
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
-    links: Vec<UProbeLink>,
+    links: Vec<(FileId, UProbeLink)>,
     /// Keep the tracepoints' programs attached.
     tracepoints: Vec<RawTracePointLink>,
 }
@@ -275,8 +275,13 @@ impl Session {
                     None => chain(&error),
                 })
             })?;
-        self.links.push(link);
+        self.links.push((probe.file_id, link));
         Ok(())
+    }
+
+    /// Detaches the probes of a file.
+    pub fn detach_file(&mut self, file: FileId) {
+        self.links.retain(|(of, _)| *of != file);
     }
 
     /// Switches all probes at once.

@@ -32,6 +32,8 @@ pub enum Body<'a> {
     Owner(u64),
     /// The target's list of loaded libraries has changed.
     Libraries,
+    /// A process that is followed has been forked.
+    ProcessStart,
     /// A process has ended, with this status as waitpid tells it.
     ProcessEnd(u32),
 }
@@ -125,6 +127,7 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
         Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
         Kind::ContextEnd => Body::ContextEnd,
         Kind::Libraries => Body::Libraries,
+        Kind::ProcessStart => Body::ProcessStart,
         Kind::ProcessEnd => {
             let status = payload.first_chunk().ok_or(Malformed::Short)?;
             Body::ProcessEnd(u32::from_ne_bytes(*status))
@@ -228,7 +231,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=8 {
+        for kind in 0..=9 {
             let record = bytes(
                 Header {
                     kind,

@@ -260,6 +260,10 @@ impl<'a> Prepared<'a> {
             // SAFETY: restores the default, installs no handler.
             let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
         }
+        if signals::SIGCHLD_WAS_IGNORED.load(Ordering::Relaxed) {
+            // SAFETY: as above.
+            let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+        }
         match execve(&self.path, &self.arguments, &self.environment).unwrap_err() {
             // A script without a first line that says so: what execvp does.
             Errno::ENOEXEC => execve(SHELL, &self.for_shell, &self.environment).unwrap_err(),

@@ -1,9 +1,10 @@
 //! Which functions answer for the routing of a process, and where they are in the files it maps.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     fs::{File, Metadata},
-    os::unix::fs::MetadataExt as _,
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -99,6 +100,9 @@ pub struct Probe {
     /// Number of the file among those with expert ids: the probe's attach cookie.
     #[serde(skip)]
     pub source: u32,
+    /// The file itself.
+    #[serde(skip)]
+    pub file_id: FileId,
     /// Path by which we reach the file.
     #[serde(skip)]
     pub attach_path: PathBuf,
@@ -109,30 +113,71 @@ pub struct Probe {
 pub struct Plan {
     /// The probes, in the order they are to be attached.
     pub probes: Vec<Probe>,
-    looked_at: HashSet<FileVersion>,
+    looked_at: HashMap<FileId, LookedAt>,
     sources: u32,
     /// Something else than a probe tells when libraries are loaded.
     gated: bool,
 }
 
-/// A file in a state: one that is written anew can show other functions.
+/// A file, by device and inode: what the kernel sets uprobes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct FileVersion {
+pub struct FileId {
     device: u64,
     inode: u64,
-    size: u64,
-    changed: (i64, i64),
 }
 
-impl FileVersion {
+impl FileId {
     fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),
-            size: metadata.size(),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
+}
+
+/// What a file was like when it was looked at.
+#[derive(Debug)]
+struct LookedAt {
+    written: Written,
+    places: Vec<Place>,
+}
+
+/// When a file was last written, and how long it was: while this is the same, so are its contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written {
+    seconds: i64,
+    nanoseconds: i64,
+    size: u64,
+}
+
+impl Written {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            seconds: metadata.mtime(),
+            nanoseconds: metadata.mtime_nsec(),
+            size: metadata.size(),
+        }
+    }
+}
+
+/// Where a probe is, with the code that it sits on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    hook: Hook,
+    file_offset: u64,
+    code: Vec<u8>,
+}
+
+/// Longest instruction of our architectures, in bytes.
+const LONGEST_INSTRUCTION: usize = 16;
+
+/// What a look at a file changes.
+#[derive(Debug, Default)]
+pub struct Change {
+    /// A file that has been written anew, so that the probes in it sit on other code than before.
+    pub stale: Option<FileId>,
+    /// Probes to attach.
+    pub probes: Vec<Probe>,
 }
 
 impl Plan {
@@ -165,46 +210,89 @@ impl Plan {
         self.sources
     }
 
-    /// Adds the probes of files not looked at before, and returns them.
+    /// Adds the probes of files not looked at before, and returns what is to be done.
     ///
     /// A file that cannot be read as ELF is passed over with a message: a process maps many files
     /// that are none of our business.
-    pub fn extend(&mut self, pid: u32, files: &[MappedFile]) -> &[Probe] {
-        let known = self.probes.len();
+    pub fn extend(&mut self, pid: u32, files: &[MappedFile]) -> Vec<Change> {
+        let mut changes = Vec::new();
         for file in files.iter().filter(|file| file.executable) {
             let attach_path = file.reachable_path(pid);
-            let added = open_regular(&attach_path)
-                .map_err(LookUpError::from)
-                .and_then(|open| self.add_file(&open, &file.path, &attach_path).map(drop));
-            if let Err(error) = added {
-                tracing::debug!("{}: {error}", printable(&file.path));
+            match open_regular(&attach_path)
+                .and_then(|open| self.add_file(&open, &file.path, &attach_path))
+            {
+                Ok(change) => changes.push(change),
+                Err(error) => tracing::debug!("{}: {error}", printable(&file.path)),
             }
         }
-        &self.probes[known..]
+        changes
     }
 
-    /// Adds the probes of a file, unless it has been looked at before, and returns them.
+    /// Adds the probes of a file, unless it has been looked at before and is the same, and returns what
+    /// is to be done.
     ///
     /// # Errors
-    /// When it is no ELF file for this machine.
+    /// When the file cannot be read.
     pub fn add_file(
         &mut self,
         file: &File,
         shown: &Path,
         attach_path: &Path,
-    ) -> Result<&[Probe], LookUpError> {
-        let known = self.probes.len();
-        let version = FileVersion::of(&file.metadata()?);
-        if self.looked_at.insert(version) {
-            let elf = look_up(file)?;
-            self.add(elf, shown, attach_path);
+    ) -> io::Result<Change> {
+        let metadata = file.metadata()?;
+        let id = FileId::of(&metadata);
+        let written = Written::of(&metadata);
+        let known = self.looked_at.get_mut(&id);
+        if known.as_ref().is_some_and(|known| known.written == written) {
+            return Ok(Change::default());
         }
-        Ok(&self.probes[known..])
+        let elf = look_up(file).unwrap_or_else(|error| {
+            tracing::debug!("{}: {error}", printable(shown));
+            symbols::Elf::default()
+        });
+        let places = self.places(file, &elf);
+        let known = self.looked_at.insert(id, LookedAt { written, places });
+        let stale = match known {
+            // Its time was changed, or the same was written again.
+            Some(known) if known.places == self.looked_at[&id].places => {
+                return Ok(Change::default());
+            }
+            Some(known) => (!known.places.is_empty()).then_some(id),
+            None => None,
+        };
+        let first = self.probes.len();
+        self.add(elf, id, shown, attach_path);
+        Ok(Change {
+            stale,
+            probes: self.probes[first..].to_vec(),
+        })
     }
 
-    fn add(&mut self, mut elf: symbols::Elf, file: &Path, attach_path: &Path) {
+    fn places(&self, file: &File, elf: &symbols::Elf) -> Vec<Place> {
+        let mut places = Vec::new();
+        for hook in self.hooks() {
+            for definition in elf.definitions.get(hook.symbol()).into_iter().flatten() {
+                let mut code = vec![0; LONGEST_INSTRUCTION];
+                let read = file.read_at(&mut code, definition.file_offset).unwrap_or(0);
+                code.truncate(read);
+                places.push(Place {
+                    hook,
+                    file_offset: definition.file_offset,
+                    code,
+                });
+            }
+        }
+        places
+    }
+
+    fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
+        let gated = self.gated;
         let hooks = Hook::ALL.into_iter();
-        for hook in hooks.filter(|hook| !(self.gated && *hook == Hook::Libraries)) {
+        hooks.filter(move |hook| !(gated && *hook == Hook::Libraries))
+    }
+
+    fn add(&mut self, mut elf: symbols::Elf, id: FileId, file: &Path, attach_path: &Path) {
+        for hook in self.hooks() {
             let definitions = elf.definitions.remove(hook.symbol()).unwrap_or_default();
             for definition in definitions {
                 self.probes.push(Probe {
@@ -214,6 +302,7 @@ impl Plan {
                     build_id: elf.build_id.clone(),
                     definition,
                     source: self.sources,
+                    file_id: id,
                     attach_path: attach_path.to_owned(),
                 });
                 if hook == Hook::ExpertIds {
@@ -224,22 +313,11 @@ impl Plan {
     }
 }
 
-/// Why an ELF file could not be looked at.
-#[derive(Debug, thiserror::Error)]
-pub enum LookUpError {
-    /// It could not be opened.
-    #[error("cannot open: {0}")]
-    Open(#[from] std::io::Error),
-    /// It is no ELF file for this machine.
-    #[error(transparent)]
-    Symbols(#[from] SymbolError),
-}
-
-fn look_up(file: &File) -> Result<symbols::Elf, LookUpError> {
+fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
     let names = Hook::ALL.map(Hook::symbol);
     // Read on demand: the file can be large, and can be truncated under us.
     let cache = ReadCache::new(file);
-    Ok(symbols::resolve(Bounded(&cache), &names)?)
+    symbols::resolve(Bounded(&cache), &names)
 }
 
 /// Build id of an ELF file, in hex.

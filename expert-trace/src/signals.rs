@@ -11,12 +11,16 @@ use tokio::signal::unix::{self, SignalKind};
 /// Whether SIGPIPE was ignored when we were started. Rust's start-up code ignores it in any case.
 pub static SIGPIPE_WAS_IGNORED: AtomicBool = AtomicBool::new(false);
 
+/// Whether SIGCHLD was ignored when we were started. We cannot do without it.
+pub static SIGCHLD_WAS_IGNORED: AtomicBool = AtomicBool::new(false);
+
 /// Runs before Rust's start-up code, as the dynamic linker and libc run what this section lists.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static REMEMBER_SIGPIPE: extern "C" fn() = {
+static REMEMBER: extern "C" fn() = {
     extern "C" fn remember() {
         SIGPIPE_WAS_IGNORED.store(is_ignored(signal::Signal::SIGPIPE), Ordering::Relaxed);
+        SIGCHLD_WAS_IGNORED.store(is_ignored(signal::Signal::SIGCHLD), Ordering::Relaxed);
     }
     remember
 };

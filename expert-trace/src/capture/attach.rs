@@ -70,14 +70,14 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let files = target::mapped_files(pid.get())
         .with_context(|| format!("cannot read what process {pid} maps"));
     let files = diagnosis::unless_ended(pid.get(), files)?;
-    let probes = capture.plan.extend(pid.get(), &files).to_vec();
+    let changes = capture.plan.extend(pid.get(), &files);
     if !capture.plan.can_see_experts() {
         match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
             waiting @ Untraceable::NoBackendYet { .. } => say!("{waiting}"),
             error => bail!(error),
         }
     }
-    for probe in probes {
+    for probe in changes.into_iter().flat_map(|change| change.probes) {
         let attached = capture.session.attach(&probe);
         diagnosis::unless_ended(pid.get(), attached)?;
         capture.hooks.push(probe);
@@ -138,10 +138,12 @@ impl Capture {
                 Vec::new()
             }
         };
-        let probes = self.plan.extend(pid, &files).to_vec();
-        let mut names: Vec<String> = probes.iter().map(|probe| probe.file.clone()).collect();
+        let mut names: Vec<String> = Vec::new();
+        for change in self.plan.extend(pid, &files) {
+            names.extend(change.probes.iter().map(|probe| probe.file.clone()));
+            self.probe(change);
+        }
         names.dedup();
-        self.probe(probes);
         for name in &names {
             let name = target::printable(name.as_ref());
             say!("{name} was loaded, and is traced from now on");

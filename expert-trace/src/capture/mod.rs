@@ -27,7 +27,7 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     model::{BlindTime, Context, End, Model, Options},
-    probes::{Hook, Plan, Probe},
+    probes::{Change, Hook, Plan, Probe},
     signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
@@ -120,8 +120,11 @@ impl Capture {
     }
 
     /// Attaches probes. A failure is reported, and the target goes on: it is the user's program.
-    fn probe(&mut self, probes: Vec<Probe>) {
-        for probe in probes {
+    fn probe(&mut self, change: Change) {
+        if let Some(file) = change.stale {
+            self.session.detach_file(file);
+        }
+        for probe in change.probes {
             match self.session.attach(&probe) {
                 Ok(()) => self.hooks.push(probe),
                 Err(error) => self.problem(error.to_string()),
@@ -153,7 +156,12 @@ impl Capture {
             let process = event
                 .as_ref()
                 .ok()
-                .filter(|event| !matches!(event.body, Body::Libraries | Body::ProcessEnd(_)))
+                .filter(|event| {
+                    !matches!(
+                        event.body,
+                        Body::Libraries | Body::ProcessStart | Body::ProcessEnd(_)
+                    )
+                })
                 .map(|event| event.header.process);
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log

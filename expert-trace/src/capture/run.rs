@@ -268,10 +268,7 @@ impl Capture {
         };
         let path = code.own_path();
         match self.plan.add_file(&code.file, &code.path, &path) {
-            Ok(probes) => {
-                let probes = probes.to_vec();
-                self.probe(probes);
-            }
+            Ok(change) => self.probe(change),
             Err(error) => tracing::debug!("{}: {error}", target::printable(&code.path)),
         }
     }

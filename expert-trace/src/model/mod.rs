@@ -70,7 +70,7 @@ pub struct Received {
 /// How a capture ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The target has ended by itself: its last pass is whole, and nothing follows.
+    /// The target has ended by itself.
     Exited,
     /// The target goes on, was killed, or has ended we know not how: its last pass may have been cut.
     Cut,
@@ -256,6 +256,13 @@ impl Model {
             }
             return;
         }
+        if let Body::ProcessStart = body {
+            // Its number can have been another's before.
+            self.by_key
+                .retain(|(process, ..), _| *process != header.process);
+            self.ended.remove(&header.process);
+            return;
+        }
         if let Body::ProcessEnd(status) = body {
             self.ended.insert(header.process, status);
             return;
@@ -304,7 +311,11 @@ impl Model {
             }
             Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
             Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
-            Body::ContextEnd | Body::Owner(_) | Body::Libraries | Body::ProcessEnd(_) => {}
+            Body::ContextEnd
+            | Body::Owner(_)
+            | Body::Libraries
+            | Body::ProcessStart
+            | Body::ProcessEnd(_) => {}
         }
     }
 
@@ -423,14 +434,13 @@ impl Model {
             // A scheduler's pass whose beginning we missed looks the same.
             return false;
         }
-        if end == End::Exited {
-            return true;
-        }
         let mut expected: BTreeSet<u16> = context.layers.keys().copied().collect();
         if !context.knows_layers {
             match &self.facts.moe_layers {
                 Some(layers) => expected.extend(layers),
-                None => return false,
+                // Another thread can have ended the process in the middle of it, or an exec; nothing
+                // tells.
+                None => return end == End::Exited,
             }
         }
         if pass.has_no_output() {

@@ -64,7 +64,9 @@ int main(int argc, char ** argv) {
     char *       data = calloc(1, size);
     char         ids[512], dst[512], name[80];
 
-    for (int layer = 0; layer < 3; layer++) {
+    const int steps = !strcmp(fault, "half") ? 4 : 3;
+    for (int step = 0; step < steps; step++) {
+        const int layer = step % 3;
         memset(ids, 0, sizeof(ids));
         memset(dst, 0, sizeof(dst));
         for (int64_t r = 0; r < rows; r++) {

@@ -12,8 +12,11 @@ use std::{
 
 use expert_trace_tests::tracer::{self, Attached, Stats, read_log};
 use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
 };
 use tempfile::TempDir;
 
@@ -200,6 +203,71 @@ fn of_several_copies_the_mapped_one_is_probed() {
     }
 }
 
+/// Changes to a file that leave its code alone change nothing, and those that do not are seen: neither
+/// is a row counted twice, nor does a breakpoint stay where other code is now.
+#[test]
+fn a_file_that_changes_during_the_run_is_probed_once() {
+    let directory = scratch();
+    let [one, other] = ["-O1", "-O0"].map(|level| compile("standin.c", &[level]));
+    let program = directory.path().join("program");
+    let text = format!(
+        "p={program}; run() {{ $p new 4 3 4 128 none; }}; cp {one} $p; run; chmod 700 $p; run; touch $p; \
+         run; ln $p $p.2; run; cat {other} >$p; run; cat {one} >$p; run; cp {other} $p.3; mv $p.3 $p; run",
+        program = program.display(),
+        one = one.1.display(),
+        other = other.1.display()
+    );
+    let (stats, rows) = run(&[], &shell(&script(directory.path(), &text)));
+    stats.assert_complete();
+    let contexts = stats.0["contexts"].as_array().unwrap();
+    assert_eq!(contexts.len(), 7);
+    for (id, context) in contexts.iter().enumerate() {
+        assert_eq!(context["passes"], 1, "context {id}");
+        assert_eq!(context["layers"][0]["total_tokens"], 3, "context {id}");
+    }
+    assert_eq!(rows.len(), 7 * 9);
+    assert_eq!(rows[..9], rows[6 * 9..]);
+}
+
+/// A process that is ended by another thread, or by an exec, in the middle of a pass.
+#[test]
+fn a_pass_that_was_cut_is_not_counted() {
+    let (_directory, program) = compile("standin.c", &[]);
+    let mut command = Command::new(&program);
+    command.args(["new", "4", "3", "4", "128", "half"]);
+    let (stats, rows) = run(&[], &command);
+    stats.assert_complete();
+    assert_eq!(rows.len(), 9);
+    assert_eq!(stats.excluded("partial"), (1, 3));
+}
+
+/// What a run leaves behind goes on, also when it is just about to start something.
+#[test]
+fn what_outlives_the_run_goes_on() {
+    for _ in 0..5 {
+        let directory = scratch();
+        let fifo = directory.path().join("fifo");
+        mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        let script = script(
+            directory.path(),
+            "(i=0; while [ $i -lt 300 ]; do /bin/true; i=$((i+1)); done; echo done) \
+             >\"$0.out\" 2>/dev/null && cat \"$0.out\" >\"${0%/*}/fifo\" & \n\
+             while [ ! -e \"$0.out\" ]; do :; done",
+        );
+        let output = tracer::run::<&str>(&[], &shell(&script))
+            .unwrap()
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert!(
+            said.contains("go on; they are not traced any more"),
+            "{said}"
+        );
+        assert_eq!(fs::read_to_string(&fifo).unwrap(), "done\n");
+    }
+}
+
 /// Another process that maps the same files is none of ours.
 #[test]
 fn processes_that_are_not_ours_are_left_out() {
@@ -321,6 +389,31 @@ fn a_program_survives_its_tracer() {
     target.step();
     assert!(!target.end().success());
     assert!(!path.exists());
+}
+
+/// Nor does it when it waits for the tracer in the moment when that is killed.
+#[test]
+fn a_program_that_waits_for_its_tracer_survives_it() {
+    let mut command = tracer::run::<&str>(&[], &waiting_late()).unwrap();
+    command.stderr(Stdio::null());
+    let mut target = Waiting::start(command);
+    let tracer = Pid::from_raw(target.child.id() as i32);
+    let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children")).unwrap();
+    let is_late =
+        |pid: &&str| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == late());
+    let pid = children.split(' ').find(is_late).unwrap();
+    kill(tracer, Signal::SIGSTOP).unwrap();
+    target.stdin.write_all(b"go\n").unwrap();
+    let waits = || {
+        let wchan = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap();
+        wchan.starts_with("seccomp_do_user_notification")
+    };
+    while !waits() {
+        thread::yield_now();
+    }
+    kill(tracer, Signal::SIGKILL).unwrap();
+    target.settle();
+    assert!(!target.end().success());
 }
 
 /// A library that the target loads after we have attached.

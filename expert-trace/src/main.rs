@@ -7,6 +7,7 @@ use clap::Parser as _;
 use expert_trace::{
     capture,
     cli::{Cli, Command},
+    export,
     launch::LaunchError,
     say,
 };
@@ -16,6 +17,7 @@ use tracing_subscriber::EnvFilter;
 const TRACER_FAILED: u8 = 125;
 
 fn main() -> ExitCode {
+    export::remember_inherited();
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::from_env("EXPERT_TRACE_LOG"))

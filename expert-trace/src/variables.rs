@@ -17,6 +17,10 @@ const OUTPUT: &str = "LLAMA_EXPERT_TRACE_OUTPUT";
 const OUTPUT_NEEDS_STATS: &str =
     "LLAMA_EXPERT_TRACE_OUTPUT needs LLAMA_EXPERT_TRACE_STATS=1: no file is written";
 
+/// The same, where nothing else is asked for.
+const OUTPUT_ALONE: &str = "LLAMA_EXPERT_TRACE_OUTPUT needs LLAMA_EXPERT_TRACE_STATS=1: no file is \
+     written, and the program runs untraced";
+
 /// Flags of the command line that bear on what is traced.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Flags<'a> {
@@ -31,7 +35,7 @@ pub struct Flags<'a> {
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// The program runs as if there were no tracer, and the tracer prints nothing.
+    /// The program runs as if there were no tracer, and the tracer prints nothing but a warning.
     Untraced,
     /// The program is traced.
     Traced {
@@ -55,13 +59,15 @@ pub fn decide(environment: &Environment, flags: Flags) -> (Decision, Option<&'st
     let stats = stats_variable || by_default || flags.summary || flags.output.is_some();
     let log = is_one(LOGGING) || flags.log;
 
+    let traced = stats || log;
     let (output, warning) = match (flags.output, output_variable) {
         (Some(path), _) => (Some(path.to_owned()), None),
         (None, Some(path)) if stats_variable => (Some(path.into()), None),
-        (None, Some(_)) => (None, Some(OUTPUT_NEEDS_STATS)),
+        (None, Some(_)) if traced => (None, Some(OUTPUT_NEEDS_STATS)),
+        (None, Some(_)) => (None, Some(OUTPUT_ALONE)),
         (None, None) => (None, None),
     };
-    let decision = match stats || log {
+    let decision = match traced {
         true => Decision::Traced { stats, log, output },
         false => Decision::Untraced,
     };
@@ -89,6 +95,10 @@ mod tests {
     /// S: summary. L: log. V: JSON to the variable's file. F: JSON to the flag's. w: warning.
     fn decided(environment: &Environment, flags: Flags) -> String {
         let (decision, warning) = decide(environment, flags);
+        if let Some(warning) = warning {
+            let untraced = decision == Decision::Untraced;
+            assert_eq!(warning.contains("untraced"), untraced, "{warning}");
+        }
         let mut text = String::new();
         match decision {
             Decision::Untraced => text.push('-'),

@@ -108,6 +108,7 @@ impl Capture {
 
     /// Switches the probes on.
     fn start(&mut self) -> anyhow::Result<()> {
+        self.sinks.begin()?;
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
         let _ = writeln!(

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use crate::{
     caller::Account,
     cli::Recording,
-    export::{self, Output},
+    export::{LogFile, Output},
     summary::Log,
 };
 
@@ -33,6 +33,8 @@ pub struct Sinks {
     pub output: Option<(PathBuf, Output)>,
     /// Gets the rows of each pass.
     pub log: Option<Log<Box<dyn Write>>>,
+    /// The log's file, when it goes to one.
+    log_file: Option<LogFile>,
 }
 
 impl Sinks {
@@ -49,18 +51,36 @@ impl Sinks {
             }
             None => None,
         };
-        let log: Option<Box<dyn Write>> = match &recording.log {
+        let log_file = match &recording.log {
             Some(Some(path)) => {
-                let file = export::open_log(path, account).with_context(|| failed(path))?;
-                Some(Box::new(BufWriter::new(file)))
+                let output = output.as_ref().map(|(_, output)| output);
+                let file = LogFile::open(path, account, output);
+                Some(file.with_context(|| failed(path))?)
             }
-            _ if wanted.log => Some(Box::new(BufWriter::new(io::stderr()))),
             _ => None,
+        };
+        let log: Option<Box<dyn Write>> = match &log_file {
+            Some(file) => Some(Box::new(BufWriter::new(file.writer()?))),
+            None if wanted.log => Some(Box::new(BufWriter::new(io::stderr()))),
+            None => None,
         };
         Ok(Self {
             stats: wanted.stats,
             output,
             log: log.map(Log::new),
+            log_file,
         })
+    }
+
+    /// Removes what the log's file had before. To be called when the capture is certain: one that
+    /// fails before leaves an older log as it was.
+    ///
+    /// # Errors
+    /// When the file cannot be emptied.
+    pub fn begin(&mut self) -> anyhow::Result<()> {
+        match self.log_file.take() {
+            Some(file) => file.begin().context("cannot empty the log"),
+            None => Ok(()),
+        }
     }
 }

@@ -11,6 +11,7 @@ mod known_routing;
 mod layouts;
 mod llama_cli;
 mod loss;
+mod outputs;
 mod processes;
 mod rpc;
 mod shell;

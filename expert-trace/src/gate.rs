@@ -38,7 +38,7 @@ use nix::{
     unistd::{ForkResult, Pid, fork, pipe2, setsid},
 };
 
-use crate::target::{open_regular, script_interpreter};
+use crate::target::{open_regular, read_regular, script_interpreter};
 
 /// The listening end of a child's filter.
 #[derive(Debug)]
@@ -327,7 +327,8 @@ fn read_path(thread: &Path, address: u64) -> io::Result<PathBuf> {
     Err(io::ErrorKind::InvalidFilename.into())
 }
 
-/// Opens a file for reading by the path that a process has for it.
+/// Opens a regular file for reading by the path that a process has for it. The path is that program's
+/// choice: what else it leads to is not opened, which could have effects with our rights.
 fn open_as(thread: &Path, directory: &Path, path: &Path) -> io::Result<Code> {
     let own = path
         .strip_prefix("/proc/self")
@@ -338,26 +339,28 @@ fn open_as(thread: &Path, directory: &Path, path: &Path) -> io::Result<Code> {
         // Links in another root directory than ours lead to places below it.
         let root = File::open(thread.join("root"))?;
         let how = OpenHow::new()
-            .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-        File::from(openat2(&root, path, how)?)
+        read_regular(&openat2(&root, path, how)?.into())?
     } else {
         open_regular(&directory.join(path))?
     };
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(Code { file, path })
 }
 
 /// What the guardian does: nothing, until the tracer has died; then it lets all through.
+///
+/// Calls nothing that is not async-signal-safe: it is a fork of a process with threads.
 fn guard(listener: &OwnedFd, orphaned: &OwnedFd) {
     // Whoever ends the tracer by its name does not mean the guardian.
     // SAFETY: the name is a string that the call copies.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"trace-guardian".as_ptr()) };
     // A terminal or a pipe that we held open would keep others waiting.
     let _ = setsid();
+    // So would a directory that cannot be unmounted.
+    // SAFETY: the path is a string that the call only reads.
+    unsafe { libc::chdir(c"/".as_ptr()) };
     close_all_but(listener, orphaned);
     let mut fds = [
         PollFd::new(listener.as_fd(), PollFlags::empty()),

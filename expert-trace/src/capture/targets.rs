@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
 use crate::{
     models::{self, KnownModels},
     probes::build_id,
-    redact, stats, target,
+    redact, stats,
+    target::{self, Reach},
 };
 
 /// A target that shows no model in so many looks has none that we can read.
@@ -33,6 +34,8 @@ pub struct Target {
     pub directory: PathBuf,
     exe: Option<PathBuf>,
     build_id: Option<String>,
+    /// What it could open when it was last seen alive.
+    reach: Option<Reach>,
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
@@ -47,6 +50,9 @@ impl Target {
         }
         if let Ok(directory) = std::fs::read_link(format!("/proc/{pid}/cwd")) {
             self.directory = directory;
+        }
+        if let Some(reach) = Reach::of(pid) {
+            self.reach = Some(reach);
         }
     }
 
@@ -89,10 +95,11 @@ impl Targets {
             target.model_variable = target::variable(pid, super::MODEL_VARIABLE);
         }
         let files = target::mapped_files(pid).unwrap_or_default();
-        let mut found = models::mapped(pid, &files, &self.models);
+        let reach = target.reach.as_ref();
+        let mut found = models::mapped(pid, &files, reach, &self.models);
         if found.is_empty() && self.models.is_empty() {
             let variable = target.model_variable.as_deref();
-            found = models::named(&target.command, variable, &target.directory);
+            found = models::named(&target.command, variable, &target.directory, reach);
         }
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;

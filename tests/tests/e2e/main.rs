@@ -17,4 +17,5 @@ mod shell;
 mod specification;
 mod sudo;
 mod support;
+mod untrusted;
 mod warmup;

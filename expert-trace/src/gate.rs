@@ -41,7 +41,7 @@ use nix::{
     unistd::{ForkResult, Pid, chdir, fork, setsid},
 };
 
-use crate::target::{open_regular, script_interpreter};
+use crate::target::{open_regular, read_regular, script_interpreter};
 
 /// The gate, as seen by the tracer: a line to the guardian.
 #[derive(Debug)]
@@ -362,26 +362,30 @@ fn read_path(thread: &Path, address: u64) -> io::Result<PathBuf> {
     Err(io::ErrorKind::InvalidFilename.into())
 }
 
-/// Opens a file for reading by the path that a process has for it.
+/// Opens a regular file for reading by the path that a process has for it. The path is that program's
+/// choice: what else it leads to is not opened, which could have effects with our rights.
 fn open_as(thread: &Path, directory: &Path, path: &Path) -> io::Result<Code> {
     let own = path
         .strip_prefix("/proc/self")
         .or_else(|_| path.strip_prefix("/proc/thread-self"));
+    let descriptor = path.strip_prefix("/dev/fd");
     let file = if let Ok(of_thread) = own {
         open_regular(&thread.join(of_thread))?
+    } else if let Ok(number) = descriptor {
+        open_regular(&thread.join("fd").join(number))?
+    } else if path.starts_with("/proc") {
+        // Its links lead to files and not to paths, which the call below refuses to follow.
+        open_regular(path)?
     } else if path.is_absolute() {
         // Links in another root directory than ours lead to places below it.
         let root = File::open(thread.join("root"))?;
         let how = OpenHow::new()
-            .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-        File::from(openat2(&root, path, how)?)
+        read_regular(&openat2(&root, path, how)?.into())?
     } else {
         open_regular(&directory.join(path))?
     };
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(Code { file, path })
 }

@@ -21,9 +21,6 @@ use std::collections::BTreeMap;
 
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::path::Path;
-
-use crate::target::open_regular;
 
 pub use shape::{ExpertsUsed, ModelShape, shard_paths};
 pub use tokens::{SpecialTokens, special_tokens};
@@ -193,12 +190,6 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the header of the file at `path`; see [`Gguf::read`].
-    pub fn open(path: &Path) -> Result<Gguf, GgufError> {
-        let mut file = open_regular(path).map_err(|source| GgufError::Io { offset: 0, source })?;
-        Gguf::read(&mut file)
-    }
-
     /// Reads the header that starts at offset 0 of `source`. The position of `source` afterwards is
     /// unspecified.
     ///

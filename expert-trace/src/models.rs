@@ -3,14 +3,16 @@
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
+    fs::File,
+    io,
     path::{Path, PathBuf},
 };
 
 use crate::{
-    gguf::{Gguf, ModelShape, shard_paths, special_tokens},
+    gguf::{Gguf, GgufError, ModelShape, shard_paths, special_tokens},
     model::ModelFacts,
     stats::ModelFile,
-    target::{self, MappedFile, printable},
+    target::{self, MappedFile, Reach, is_gguf, printable},
 };
 
 /// Model files that have been read.
@@ -20,55 +22,77 @@ pub struct KnownModels {
     warmup_tokens: Vec<Vec<i32>>,
 }
 
-/// Reads the model files a process maps, but for those that are known.
-pub fn mapped(pid: u32, files: &[MappedFile], known: &KnownModels) -> KnownModels {
+/// Reads the model files a process maps, but for those that are known. Shards that it does not map are
+/// opened by what is in its `reach`: their names alone do not show that it could read them.
+pub fn mapped(
+    pid: u32,
+    files: &[MappedFile],
+    reach: Option<&Reach>,
+    known: &KnownModels,
+) -> KnownModels {
     let mut models = KnownModels::default();
-    let mapped = target::mapped_ggufs(pid, files);
+    let mapped: Vec<(&MappedFile, File)> = files
+        .iter()
+        .filter(|file| !file.executable)
+        .filter_map(|file| Some((file, open_mapped(pid, file, reach).ok()?)))
+        .filter(|(_, open)| is_gguf(open))
+        .collect();
     let mut of_known: BTreeSet<PathBuf> = BTreeSet::new();
-    for (reachable, path) in &mapped {
+    for (MappedFile { path, .. }, own) in &mapped {
         if of_known.contains(path) {
             continue;
         }
         let shards = shard_paths(path);
-        let reachable_shards: Vec<PathBuf> = if shards.len() == 1 {
-            vec![reachable.clone()]
-        } else {
-            shards
-                .iter()
-                .map(|shard| {
-                    let mapping = mapped.iter().find(|(_, path)| path == shard);
-                    mapping.map_or_else(
-                        || PathBuf::from(format!("/proc/{pid}/root{}", shard.display())),
-                        |(reachable, _)| reachable.clone(),
-                    )
-                })
-                .collect()
-        };
         of_known.extend(shards.iter().cloned());
         let first = shards.first().unwrap_or(path);
         let name = first.to_string_lossy();
         if known.files.iter().any(|file| file.path == name) {
             continue;
         }
-        models.add(first, &reachable_shards, "mapped");
+        let open = |shard: &PathBuf| {
+            let mut mapped = mapped.iter();
+            match mapped.find(|(file, _)| file.path == *shard) {
+                _ if shards.len() == 1 => own.try_clone(),
+                Some((_, open)) => open.try_clone(),
+                None => open_named(shard, reach),
+            }
+        };
+        models.add(first, shards.iter().map(open), "mapped");
     }
     models
 }
 
 /// Reads the model that a command line or `LLAMA_ARG_MODEL` names, for a process that does not map it
-/// (`--load-mode`), or has ended before we could look.
-pub fn named(command: &[OsString], variable: Option<&OsStr>, directory: &Path) -> KnownModels {
+/// (`--load-mode`), or has ended before we could look at what it maps. Its directory is `directory`,
+/// for people; it could read what is in its `reach`.
+pub fn named(
+    command: &[OsString],
+    variable: Option<&OsStr>,
+    directory: &Path,
+    reach: Option<&Reach>,
+) -> KnownModels {
     let mut models = KnownModels::default();
-    let by_variable = || {
-        let path = directory.join(variable?);
-        target::is_gguf(&path).then_some((path, "environment"))
-    };
-    let by_argument = target::model_argument(command, directory);
-    let by_argument = by_argument.map(|path| (path, "command_line"));
-    if let Some((path, found)) = by_argument.or_else(by_variable) {
-        models.add(&path, &shard_paths(&path), found);
+    let by_argument = target::model_argument(command).map(|name| (name, "command_line"));
+    // The command line wins, also where it names what we cannot read.
+    let named = by_argument.or_else(|| Some((variable?, "environment")));
+    if let Some((name, found)) = named {
+        let name = Path::new(name);
+        if open_named(name, reach).is_ok_and(|file| is_gguf(&file)) {
+            let shards = shard_paths(name);
+            let open = shards.iter().map(|shard| open_named(shard, reach));
+            models.add(&directory.join(name), open, found);
+        }
     }
     models
+}
+
+fn open_named(name: &Path, reach: Option<&Reach>) -> io::Result<File> {
+    reach.ok_or(io::ErrorKind::NotFound)?.open(name)
+}
+
+fn open_mapped(pid: u32, file: &MappedFile, reach: Option<&Reach>) -> io::Result<File> {
+    // The kernel's links to mappings are not for everybody who may trace.
+    file.open(pid).or_else(|_| open_named(&file.path, reach))
 }
 
 impl KnownModels {
@@ -125,11 +149,18 @@ impl KnownModels {
         self.files
     }
 
-    fn add(&mut self, path: &Path, shards: &[PathBuf], found: &'static str) {
-        let read = || -> Result<_, crate::gguf::GgufError> {
+    fn add(
+        &mut self,
+        path: &Path,
+        shards: impl Iterator<Item = io::Result<File>>,
+        found: &'static str,
+    ) {
+        let read = || -> Result<_, GgufError> {
             let ggufs = shards
-                .iter()
-                .map(|shard| Gguf::open(shard))
+                .map(|shard| {
+                    let mut shard = shard.map_err(|source| GgufError::Io { offset: 0, source })?;
+                    Gguf::read(&mut shard)
+                })
                 .collect::<Result<Vec<_>, _>>()?;
             Ok((ModelShape::from_ggufs(&ggufs)?, special_tokens(&ggufs[0])))
         };

@@ -3,13 +3,23 @@
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
-    io::{self, Read as _},
-    os::unix::{
-        ffi::{OsStrExt as _, OsStringExt as _},
-        fs::{FileExt as _, OpenOptionsExt as _},
+    io,
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            ffi::{OsStrExt as _, OsStringExt as _},
+            fs::{FileExt as _, OpenOptionsExt as _},
+        },
     },
     path::{Path, PathBuf},
 };
+
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    unistd::{Gid, Uid},
+};
+
+use crate::caller::Account;
 
 /// One file mapped by a process, by its first mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +47,7 @@ impl MappedFile {
     /// Path by which *we* reach the mapped file, also when it was deleted or lies in another mount
     /// namespace: the kernel's own link to the mapping.
     pub fn reachable_path(&self, pid: u32) -> PathBuf {
-        let link = PathBuf::from(format!("/proc/{pid}/map_files/{}", self.range));
+        let link = self.link(pid);
         if link.exists() {
             return link;
         }
@@ -45,6 +55,19 @@ impl MappedFile {
         let mut path = OsString::from(format!("/proc/{pid}/root"));
         path.push(&self.path);
         path.into()
+    }
+
+    /// Opens what is mapped, and nothing else that its path may lead to by now: that the process maps
+    /// it shows that it could read it.
+    ///
+    /// # Errors
+    /// When it is not mapped any more, we may not follow the kernel's link, or it is no regular file.
+    pub fn open(&self, pid: u32) -> io::Result<File> {
+        open_regular(&self.link(pid))
+    }
+
+    fn link(&self, pid: u32) -> PathBuf {
+        format!("/proc/{pid}/map_files/{}", self.range).into()
     }
 }
 
@@ -112,23 +135,70 @@ pub fn command_line(pid: u32) -> io::Result<Vec<OsString>> {
         .collect())
 }
 
-/// Paths, as we reach them and as the process sees them, of the GGUF files a process maps.
-pub fn mapped_ggufs(pid: u32, files: &[MappedFile]) -> Vec<(PathBuf, PathBuf)> {
-    files
-        .iter()
-        .filter(|file| !file.executable)
-        .map(|file| (file.reachable_path(pid), file.path.clone()))
-        .filter(|(reachable, _)| is_gguf(reachable))
-        .collect()
+/// The model a command line names: the last one, as llama.cpp takes it (`parse_cli_args` in
+/// common/arg.cpp, which knows no `--model=FILE`).
+pub fn model_argument(arguments: &[OsString]) -> Option<&OsStr> {
+    let mut pairs = arguments.windows(2).rev();
+    pairs.find_map(|pair| (pair[0] == "-m" || pair[0] == "--model").then_some(pair[1].as_os_str()))
 }
 
-/// The model a command line names.
-pub fn model_argument(arguments: &[OsString], directory: &Path) -> Option<PathBuf> {
-    let flag = arguments
-        .iter()
-        .position(|argument| argument == "-m" || argument == "--model")?;
-    let path = directory.join(arguments.get(flag + 1)?);
-    is_gguf(&path).then_some(path)
+/// What a process can open: its rights to files, and where its paths begin.
+#[derive(Debug)]
+pub struct Reach {
+    account: Account,
+    root: File,
+    directory: File,
+}
+
+impl Reach {
+    /// That of a process; none when it is gone, or hidden from us.
+    pub fn of(pid: u32) -> Option<Self> {
+        let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+        let account = account(&String::from_utf8_lossy(&status))?;
+        let place = |name| open_place(Path::new(&format!("/proc/{pid}/{name}"))).ok();
+        Some(Self {
+            account,
+            root: place("root")?,
+            directory: place("cwd")?,
+        })
+    }
+
+    /// Opens a regular file by the name that the process has for it, if the process could read it.
+    /// Who names a file has not shown that; we could read any.
+    ///
+    /// # Errors
+    /// When it could not, or it is no regular file.
+    pub fn open(&self, name: &Path) -> io::Result<File> {
+        self.account.with_rights(|| {
+            let place = OFlag::O_PATH | OFlag::O_CLOEXEC;
+            let how = OpenHow::new().flags(place);
+            let place = if name.is_absolute() {
+                // Links in another root directory than ours lead to places below it.
+                openat2(&self.root, name, how.resolve(ResolveFlag::RESOLVE_IN_ROOT))?
+            } else {
+                openat2(&self.directory, name, how)?
+            };
+            read_regular(&place.into())
+        })
+    }
+}
+
+/// Whose rights to files a process has, by its `status`: the last of four ids is the one that counts.
+/// Its groups are its own, and not those of its user's next login.
+fn account(status: &str) -> Option<Account> {
+    let numbers = |key: &str| -> Option<Vec<u32>> {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace()
+            .map(|word| word.parse().ok())
+            .collect()
+    };
+    let uid = Uid::from_raw(*numbers("Uid:")?.get(3)?);
+    let gid = Gid::from_raw(*numbers("Gid:")?.get(3)?);
+    let groups = numbers("Groups:")?.into_iter().map(Gid::from_raw);
+    Some(Account {
+        groups: groups.collect(),
+        ..Account::by_ids(uid, gid).ok()?
+    })
 }
 
 /// A variable of the environment a process was started with.
@@ -145,24 +215,39 @@ pub fn printable(path: &Path) -> String {
     path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }
 
-/// Opens a regular file for reading. Anything else is refused without waiting for it: a FIFO or a
-/// device in the place of a file could block us or have effects.
+/// Opens a regular file for reading. Anything else is refused without opening it: that can block, and
+/// has effects on devices and on who waits at the other end of a FIFO.
 ///
 /// # Errors
 /// When it cannot be opened, or is no regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::new(
+    read_regular(&open_place(path)?)
+}
+
+/// Opens what was found with `O_PATH`, which is no more than its place, for reading.
+///
+/// # Errors
+/// When it is no regular file, or not ours to read.
+pub fn read_regular(place: &File) -> io::Result<File> {
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             "is no regular file",
-        ))
+        ));
     }
+    // By its own descriptor, since the path can lead elsewhere by now. Somebody's lease on the file
+    // (fcntl(2), F_SETLEASE) must not block us.
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+}
+
+fn open_place(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)
 }
 
 /// The interpreter that a script names in its first line (fs/binfmt_script.c).
@@ -222,16 +307,16 @@ fn is_going_on(task: &Path) -> Option<bool> {
     Some(flags & PF_EXITING == 0 && pending & SIGKILL_PENDING == 0)
 }
 
-/// Whether a regular file begins as a GGUF file does.
-pub fn is_gguf(path: &Path) -> bool {
+/// Whether a file begins as a GGUF file does.
+pub fn is_gguf(file: &File) -> bool {
     let mut magic = [0; 4];
-    open_regular(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok())
-        && &magic == b"GGUF"
+    file.read_exact_at(&mut magic, 0).is_ok() && &magic == b"GGUF"
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::{fs::PermissionsExt as _, process::CommandExt as _};
 
     #[test]
     fn lines_of_real_processes() {
@@ -284,6 +369,97 @@ mod tests {
     fn terminals_get_no_control_characters() {
         let path = Path::new("/m/\u{1b}[2Ja\n\u{9b}b.gguf");
         assert_eq!(printable(path), "/m/\u{fffd}[2Ja\u{fffd}\u{fffd}b.gguf");
+    }
+
+    #[test]
+    fn the_last_model_is_the_one() {
+        let named = |line: &str| {
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            model_argument(&arguments).map(OsStr::to_owned)
+        };
+        assert_eq!(named("llama -m a -t 4"), Some("a".into()));
+        assert_eq!(named("llama -m a --model b -c 1"), Some("b".into()));
+        assert_eq!(named("llama --model b -p x -m a"), Some("a".into()));
+        assert_eq!(named("llama --model=a"), None);
+        assert_eq!(named("llama -p x"), None);
+        assert_eq!(named("-m"), None);
+    }
+
+    /// Who waits to write to a FIFO goes on waiting, and nobody is taken for a reader.
+    #[test]
+    fn what_is_no_file_is_not_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (opened, has_opened) = std::sync::mpsc::channel();
+        let path = pipe.clone();
+        let writer = std::thread::spawn(move || {
+            let pipe = OpenOptions::new().write(true).open(path);
+            opened.send(()).unwrap();
+            io::Write::write_all(&mut pipe.unwrap(), b"x").unwrap();
+        });
+        let wait = std::time::Duration::from_millis(100);
+        has_opened.recv_timeout(wait).unwrap_err();
+        let refused = |path: &Path| {
+            let error = open_regular(path).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+        };
+        refused(&pipe);
+        has_opened.recv_timeout(wait).unwrap_err();
+        assert_eq!(fs::read(&pipe).unwrap(), b"x");
+        writer.join().unwrap();
+        refused(Path::new("/dev/null"));
+        refused(directory.path());
+    }
+
+    #[test]
+    fn names_reach_what_the_process_can_read() {
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("not tested: needs root");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode(directory.path(), 0o755);
+        for (name, allowed) in [("open", 0o644), ("secret", 0o600)] {
+            let path = directory.path().join(name);
+            fs::write(&path, name).unwrap();
+            mode(&path, allowed);
+        }
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::all()).unwrap();
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .current_dir(directory.path())
+            .uid(54321)
+            .gid(54321)
+            .spawn()
+            .unwrap();
+        let reach = Reach::of(child.id()).unwrap();
+        let kind = |name: &Path| reach.open(name).map_err(|error| error.kind()).map(drop);
+        for place in [Path::new(""), directory.path()] {
+            assert_eq!(kind(&place.join("open")), Ok(()));
+            let secret = kind(&place.join("secret"));
+            assert_eq!(secret, Err(io::ErrorKind::PermissionDenied));
+            assert_eq!(kind(&place.join("pipe")), Err(io::ErrorKind::InvalidInput));
+        }
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(Reach::of(child.id()).is_none());
+    }
+
+    #[test]
+    fn ids_of_a_status() {
+        let status = "Name:\tUid:\nUid:\t1\t2\t3\t54321\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \n";
+        let account = account(status).unwrap();
+        let groups = [9, 10].map(Gid::from_raw);
+        assert_eq!(account.uid, Uid::from_raw(54321));
+        assert_eq!(
+            (account.gid, account.groups),
+            (Gid::from_raw(8), groups.to_vec())
+        );
+        assert!(super::account("Uid:\t1\n").is_none());
     }
 
     #[test]

@@ -9,9 +9,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::unistd::{Gid, Uid, User, getgrouplist, setgid, setgroups, setuid};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Gid, Pid, Uid, User, getgrouplist, setgid, setgroups, setuid};
 
 const NAME: &str = "expert-trace-test";
 /// By this an account that an interrupted run left behind is known to be ours.
@@ -47,7 +50,7 @@ impl Account {
                 user.gecos.to_bytes() == COMMENT.as_bytes(),
                 "there is a user {NAME} that these tests did not make"
             );
-            remove()?;
+            remove(user.uid)?;
         }
         run(Command::new("useradd")
             .args(["--system", "--user-group", "--create-home"])
@@ -118,22 +121,64 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        if let Err(error) = remove() {
+        if let Err(error) = remove(self.user.uid) {
             eprintln!("the account {NAME} is left behind: {error:#}");
         }
     }
 }
 
-/// Removes the account, whole or half made.
-fn remove() -> Result<()> {
+/// Removes the account, whole or half made, and ends what still runs in its name.
+fn remove(uid: Uid) -> Result<()> {
+    // First, so that nothing gets to be root any more.
     match fs::remove_file(RULES) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("remove {RULES}"));
         }
         _ => {}
     }
-    // By force: what a failed test left running must not keep the account.
+    end_processes(uid)?;
+    // By force: what cannot be ended must not keep the account.
     run(Command::new("userdel").args(["--force", "--remove", NAME]))
+}
+
+/// Ends all processes of a user: a failed or interrupted test leaves some, and the next account can
+/// get the same id.
+fn end_processes(uid: Uid) -> Result<()> {
+    ensure!(!uid.is_root(), "{NAME} is root");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let processes = processes(uid)?;
+        if processes.is_empty() {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "processes {processes:?} of {NAME} do not end"
+        );
+        for process in processes {
+            // It can have ended since.
+            let _ = kill(process, Signal::SIGKILL);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The processes whose real user this is, without those that have ended.
+fn processes(uid: Uid) -> Result<Vec<Pid>> {
+    let of_user = |pid: &Pid| {
+        let Ok(status) = fs::read(format!("/proc/{pid}/status")) else {
+            return false;
+        };
+        let status = String::from_utf8_lossy(&status);
+        let field = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()
+        };
+        field("Uid:") == Some(&uid.to_string()) && !matches!(field("State:"), Some("Z" | "X"))
+    };
+    let entries = fs::read_dir("/proc")?.flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(pids.map(Pid::from_raw).filter(of_user).collect())
 }
 
 fn install_rules() -> Result<()> {

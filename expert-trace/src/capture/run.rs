@@ -266,6 +266,9 @@ impl Capture {
                 ));
             }
         };
+        if !arrival.maps() && target::process_of(arrival.thread) == Some(self.pid.get()) {
+            self.targets.main.begins(self.pid.get(), &code.path);
+        }
         let path = code.own_path();
         match self.plan.add_file(&code.file, &code.path, &path) {
             Ok(change) => self.probe(change),

@@ -1,11 +1,16 @@
 //! What is known of the traced processes, beside their events.
 
-use std::{collections::BTreeMap, ffi::OsString, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     models::{self, KnownModels},
     probes::build_id,
-    redact, stats, target,
+    redact, stats,
+    target::{self, Reach},
 };
 
 /// A target that shows no model in so many looks has none that we can read.
@@ -33,6 +38,8 @@ pub struct Target {
     pub directory: PathBuf,
     exe: Option<PathBuf>,
     build_id: Option<String>,
+    /// What it could open when it was last seen alive.
+    reach: Option<Reach>,
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
@@ -48,6 +55,16 @@ impl Target {
         if let Ok(directory) = std::fs::read_link(format!("/proc/{pid}/cwd")) {
             self.directory = directory;
         }
+        if let Some(reach) = Reach::of(pid) {
+            self.reach = Some(reach);
+        }
+    }
+
+    /// The process is about to run this file: it can have ended before we look again.
+    pub fn begins(&mut self, pid: u32, file: &Path) {
+        self.look(pid);
+        self.build_id = build_id(file);
+        self.exe = Some(file.to_owned());
     }
 
     /// Its executable, as it sees it.
@@ -89,10 +106,11 @@ impl Targets {
             target.model_variable = target::variable(pid, super::MODEL_VARIABLE);
         }
         let files = target::mapped_files(pid).unwrap_or_default();
-        let mut found = models::mapped(pid, &files, &self.models);
+        let reach = target.reach.as_ref();
+        let mut found = models::mapped(pid, &files, reach, &self.models);
         if found.is_empty() && self.models.is_empty() {
             let variable = target.model_variable.as_deref();
-            found = models::named(&target.command, variable, &target.directory);
+            found = models::named(&target.command, variable, &target.directory, reach);
         }
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;

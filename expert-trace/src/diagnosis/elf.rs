@@ -1,7 +1,9 @@
 //! What the bytes of a file tell when its symbols do not.
 
 use std::{
+    fs::{self, File, Metadata},
     io::{self, Read},
+    os::unix::fs::MetadataExt as _,
     path::Path,
 };
 
@@ -31,6 +33,10 @@ pub enum Search {
 pub fn search_for_llama_cpp(path: &Path) -> Search {
     let search = || -> io::Result<Search> {
         let file = open_regular(path)?;
+        // We name the tensor, too.
+        if is_own_executable(&file) {
+            return Ok(Search::NotFound);
+        }
         if file.metadata()?.len() > MAX_SEARCHED {
             return Ok(Search::NotSearched);
         }
@@ -42,6 +48,12 @@ pub fn search_for_llama_cpp(path: &Path) -> Search {
         })
     };
     search().unwrap_or(Search::NotSearched)
+}
+
+fn is_own_executable(file: &File) -> bool {
+    let id = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    let own = fs::metadata("/proc/self/exe").map(id);
+    own.is_ok_and(|own| file.metadata().is_ok_and(|file| id(file) == own))
 }
 
 /// Whether a stream contains `mark`, at the seam of two reads too.
@@ -158,7 +170,7 @@ mod tests {
     #[test]
     fn what_is_too_large_or_unreadable_is_not_searched() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), MARK).unwrap();
+        fs::write(file.path(), MARK).unwrap();
         assert_eq!(search_for_llama_cpp(file.path()), Search::Found);
         file.as_file().set_len(MAX_SEARCHED + 1).unwrap();
         assert_eq!(search_for_llama_cpp(file.path()), Search::NotSearched);
@@ -170,6 +182,15 @@ mod tests {
             search_for_llama_cpp(Path::new("/dev/zero")),
             Search::NotSearched
         );
+    }
+
+    #[test]
+    fn we_are_not_llama_cpp() {
+        let own = std::env::current_exe().unwrap();
+        assert_eq!(search_for_llama_cpp(&own), Search::NotFound);
+        let copy = tempfile::NamedTempFile::new().unwrap();
+        fs::copy(own, copy.path()).unwrap();
+        assert_eq!(search_for_llama_cpp(copy.path()), Search::Found);
     }
 
     #[test]

@@ -124,8 +124,8 @@ pub enum Untraceable {
     },
     /// No file of its has anything to do with llama.cpp.
     #[error(
-        "process {pid} ({exe}) is not llama.cpp: none of the files it maps contains it{unsearched}\n  \
-         Give the PID of the program that computes; a launcher or a shell does not{namesakes}"
+        "process {pid} ({exe}) is not llama.cpp: none of the files it maps contains it{unsearched}; \
+         give the PID of the program that computes, which a launcher or a shell does not{namesakes}"
     )]
     NotLlamaCpp {
         /// The process.
@@ -188,6 +188,8 @@ pub fn check_process(pid: u32) -> Result<(), Untraceable> {
     let command = status.name.clone();
     if status.process != pid {
         let process = status.process;
+        // Threads have names of their own.
+        let command = Status::read(process).map_or(command, |status| status.name);
         return Err(Untraceable::Thread {
             tid: pid,
             process,

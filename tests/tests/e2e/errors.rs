@@ -302,7 +302,7 @@ fn a_process_that_is_not_llama_cpp() {
     );
     assert_says(
         &said,
-        &[&expected, "Give the PID of the program that computes"],
+        &[&expected, "give the PID of the program that computes"],
     );
     assert!(!said.contains("not searched"), "{said}");
 }

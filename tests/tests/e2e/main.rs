@@ -18,4 +18,5 @@ mod shell;
 mod specification;
 mod sudo;
 mod support;
+mod untrusted;
 mod warmup;

@@ -250,9 +250,9 @@ fn what_outlives_the_run_goes_on() {
         mkfifo(&fifo, Mode::S_IRWXU).unwrap();
         let script = script(
             directory.path(),
-            "(i=0; while [ $i -lt 300 ]; do /bin/true; i=$((i+1)); done; echo done) \
-             >\"$0.out\" 2>/dev/null && cat \"$0.out\" >\"${0%/*}/fifo\" & \n\
-             while [ ! -e \"$0.out\" ]; do :; done",
+            "{ >$0.begun; i=0; while [ $i -lt 300 ]; do /bin/true; i=$((i+1)); done; \
+             echo done >${0%/*}/fifo; } >/dev/null 2>&1 &\n\
+             while [ ! -e $0.begun ]; do :; done",
         );
         let output = tracer::run::<&str>(&[], &shell(&script))
             .unwrap()

@@ -8,7 +8,8 @@
 //   LAYOUT       new (b4106 and newer), old (b3209 to b4105), odd (none that ever was),
 //                ancient (new tensors; compute params as before b3209)
 //   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
-//   FAULT        none, type, planes, data, tensor, range, suffix, copy, long
+//   FAULT        none, type, planes, data, tensor, range, suffix, copy, long; half: a second pass of
+//                one layer follows
 //
 // Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
 // ROW_STRIDE / 4 where the ids lie side by side.

@@ -229,6 +229,22 @@ fn a_file_that_changes_during_the_run_is_probed_once() {
     assert_eq!(rows[..9], rows[6 * 9..]);
 }
 
+/// The functions are in the executable itself, which is named by a descriptor.
+#[test]
+fn a_program_executed_by_its_descriptor_is_traced() {
+    let (_directory, program) = compile("standin.c", &["-static"]);
+    let directory = scratch();
+    for path in ["/dev/fd/3", "/proc/self/fd/3", "/proc/$$/fd/3"] {
+        let text = format!(
+            "exec 3<{}; exec {path} new 4 3 4 128 none",
+            program.display()
+        );
+        let (stats, rows) = run(&[], &shell(&script(directory.path(), &text)));
+        stats.assert_complete();
+        assert_eq!(rows.len(), 9, "{path}");
+    }
+}
+
 /// A process that is ended by another thread, or by an exec, in the middle of a pass.
 #[test]
 fn a_pass_that_was_cut_is_not_counted() {

@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead as _, BufReader, Read as _},
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     process::{Command, Output, Stdio},
 };
 
@@ -80,21 +80,28 @@ fn a_bad_output_path_fails_before_the_program_starts() {
     }
 }
 
+/// Has the signal do to a command what it does by default, whoever has started us (nohup).
+fn with_default(command: &mut Command, which: Signal) {
+    // SAFETY: the closure makes one system call.
+    unsafe { command.pre_exec(move || Ok(signal(which, SigHandler::SigDfl).map(drop)?)) };
+}
+
 /// The child gets what would end the tracer, and the trace is written when it has ended.
 #[test]
 fn signals_that_end_are_passed_on() {
-    for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
+    for (which, status) in [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
         let directory = scratch();
         let path = directory.path().join("stats.json");
         let options = ["-o", path.to_str().unwrap(), "--top=0"];
         let mut command =
             tracer::run(&options, &driver(&known_small().path, &["-t", "1"])).unwrap();
+        with_default(&mut command, which);
         let mut target = Oracle::spawn(&mut command).unwrap();
         target.command("prompt 0 5 7").unwrap();
         let stat = fs::read_to_string(format!("/proc/{}/stat", target.pid())).unwrap();
         let (_, fields) = stat.rsplit_once(") ").unwrap();
         let tracer: i32 = fields.split(' ').nth(1).unwrap().parse().unwrap();
-        kill(Pid::from_raw(tracer), signal).unwrap();
+        kill(Pid::from_raw(tracer), which).unwrap();
         assert_eq!(target.wait().unwrap().code(), Some(status));
         let stats = Stats::read(&path).unwrap();
         stats.assert_complete();
@@ -112,7 +119,23 @@ fn what_is_ignored_stays_ignored() {
     let output = command.output().unwrap();
     assert_eq!(output.stdout, b"alive\n", "{}", said(&output));
 
-    let output = expert_trace(&["run", "--", "sh", "-c", "kill -HUP $$; echo alive"]);
+    for signals in ["PIPE", "CHLD", "PIPE CHLD"] {
+        let status = "grep SigIgn /proc/self/status";
+        let script = format!("trap '' {signals}; {status}; exec \"$0\" run -- {status}");
+        let output = Command::new("sh")
+            .args(["-c", &script])
+            .arg(tracer::program().unwrap())
+            .output()
+            .unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let lines: Vec<&str> = printed.lines().collect();
+        assert!(lines.len() == 2 && lines[0] == lines[1], "{printed}");
+    }
+
+    let mut command = tracer::command().unwrap();
+    command.args(["run", "--", "sh", "-c", "kill -HUP $$; echo alive"]);
+    with_default(&mut command, Signal::SIGHUP);
+    let output = command.output().unwrap();
     assert_eq!(output.stdout, b"");
     assert_eq!(output.status.code(), Some(129));
 }
@@ -234,5 +257,75 @@ fn two_runs_at_once_are_two_captures() {
         let (stats, _) = traced.finish();
         assert_eq!(stats.tokens()[&0], tokens);
         assert_eq!(stats.number("/integrity/hits/passes"), 1);
+    }
+}
+
+/// A terminal that is gone, and one that takes nothing, cost neither the program nor the document.
+#[test]
+fn nobody_needs_to_read_what_is_said() {
+    let directory = scratch();
+    let path = directory.path().join("stats.json");
+    for stderr in ["2>/dev/full", "2>&-"] {
+        let script = format!("\"$0\" run -o \"$1\" --log -- sh -c 'echo ran; exit 5' {stderr}");
+        let output = Command::new("sh")
+            .args(["-c", &script])
+            .arg(tracer::program().unwrap())
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(5), "{stderr}");
+        assert_eq!(output.stdout, b"ran\n", "{stderr}");
+        assert!(Stats::read(&path).is_ok(), "{stderr}");
+        fs::remove_file(&path).unwrap();
+    }
+    // A reader that has gone away.
+    let script = "\"$0\" run -- sh -c 'echo ran >&3; exit 5' 2>&1 >/dev/null | true; \
+                  echo \"$?\" >/dev/null";
+    let output = Command::new("sh")
+        .args(["-c", &format!("exec 3>&1; {script}")])
+        .arg(tracer::program().unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(output.stdout, b"ran\n");
+}
+
+#[test]
+fn what_a_shell_runs_is_run() {
+    let directory = scratch();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let script = directory.path().join("script");
+    fs::write(&script, "echo \"$1\"\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("program");
+    fs::copy("/bin/echo", &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o711)).unwrap();
+    for untraced in [false, true] {
+        for path in [&script, &program] {
+            let mut command = tracer::command().unwrap();
+            if untraced {
+                command.env("LLAMA_EXPERT_TRACE_STATS", "0");
+            }
+            command.args(["run", "--user", "nobody", "--"]);
+            let output = command.arg(path).arg("there").output().unwrap();
+            assert_eq!(output.stdout, b"there\n", "{}", said(&output));
+        }
+    }
+}
+
+#[test]
+fn a_missing_capability_is_named() {
+    for arguments in [
+        ["run", "--user", "nobody", "--", "true"].as_slice(),
+        &["run", "--user", "nobody", "-o", "/tmp/x", "--", "true"],
+    ] {
+        let output = Command::new("setpriv")
+            .arg("--bounding-set=-setuid,-setgid")
+            .arg(tracer::program().unwrap())
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(125));
+        let said = said(&output);
+        assert!(said.contains("CAP_SETUID and CAP_SETGID"), "{said}");
     }
 }

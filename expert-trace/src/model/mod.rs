@@ -436,11 +436,12 @@ impl Model {
         }
         let mut expected: BTreeSet<u16> = context.layers.keys().copied().collect();
         if !context.knows_layers {
-            match &self.facts.moe_layers {
-                Some(layers) => expected.extend(layers),
-                // Another thread can have ended the process in the middle of it, or an exec; nothing
-                // tells.
-                None => return end == End::Exited,
+            match (end, &self.facts.moe_layers) {
+                // Another thread can have ended the process in the middle of its first pass, or an
+                // exec. A model file would not tell: some of its layers can be on a device.
+                (End::Exited, _) => return true,
+                (End::Cut, Some(layers)) => expected.extend(layers),
+                (End::Cut, None) => return false,
             }
         }
         if pass.has_no_output() {

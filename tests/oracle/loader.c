@@ -1,7 +1,11 @@
-// Opens a library at run time and calls its main at once: `loader LIBRARY ARGUMENT...`.
+// Opens a library at run time and calls its main at once: `loader LIBRARY ARGUMENT...`. With -DFORK a
+// child does so after the library was opened, with no exec in between, and the parent ends as it does.
 
 #include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 int main(int argc, char ** argv) {
     if (argc < 2) {
@@ -13,5 +17,13 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "%s\n", dlerror());
         return 1;
     }
-    return entry(argc - 1, argv + 1);
+#ifdef FORK
+    pid_t child = fork();
+    if (child != 0) {
+        int status = 1;
+        waitpid(child, &status, 0);
+        return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+    }
+#endif
+    exit(entry(argc - 1, argv + 1));
 }

@@ -166,7 +166,7 @@ fn pids_of(stats: &Stats) -> Vec<u64> {
 #[test]
 fn a_fork_without_an_exec_is_traced() {
     let (_library_directory, library) = compile("standin.c", &["-shared", "-fPIC"]);
-    let (_directory, forker) = compile("forker.c", &["-ldl"]);
+    let (_directory, forker) = compile("loader.c", &["-ldl", "-DFORK"]);
     let mut command = Command::new(&forker);
     command
         .arg(&library)

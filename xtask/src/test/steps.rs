@@ -73,7 +73,10 @@ impl Steps {
         }
         let Results { passed, failed } = self.results;
         println!("{passed} passed, {failed} failed");
-        if failed == 0 {
+        if passed == 0 {
+            println!("No test has run: does --filter name one?");
+        }
+        if failed == 0 && passed > 0 {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE

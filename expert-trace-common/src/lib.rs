@@ -44,6 +44,13 @@ pub enum Kind {
     ProcessEnd = 7,
     /// A process that is followed has been forked; it has not run yet.
     ProcessStart = 8,
+    /// Router logits of one layer, from which the experts are still to be chosen
+    /// (`ffn_moe_logits-N`). Payload: `rows × k` `f32`, where k is the number of experts.
+    Logits = 9,
+    /// The same, with the router's bias added (`ffn_moe_logits_biased-N`).
+    BiasedLogits = 10,
+    /// The same, with the gating function and the selection bias applied (`ffn_moe_probs_biased-N`).
+    Selection = 11,
 }
 
 impl Kind {
@@ -58,6 +65,9 @@ impl Kind {
             6 => Self::Owner,
             7 => Self::ProcessEnd,
             8 => Self::ProcessStart,
+            9 => Self::Logits,
+            10 => Self::BiasedLogits,
+            11 => Self::Selection,
             _ => return None,
         })
     }
@@ -88,6 +98,34 @@ pub enum PassSource {
     LayerOrder = 2,
 }
 
+/// Where the routing of a layer was read; the value of [`Header::route`].
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Route {
+    /// The router ran on the CPU: its ids at the entry of `ggml_compute_forward_get_rows`.
+    Router = 0,
+    /// The router ran on a device, the experts on the CPU: the scheduler has copied the ids to the
+    /// host for the CPU's part of the graph.
+    SplitInput = 1,
+    /// Expert weights are streamed to a device: the scheduler has fetched the ids to see which.
+    Fetch = 2,
+    /// Everything is on a device, which has copied the ids to the host to sort tokens by expert.
+    DeviceCopy = 3,
+    /// The router's logits were computed on the host: the choice was made from them by the program.
+    Logits = 4,
+}
+
+impl Route {
+    /// All routes, in the order of their numbers.
+    pub const ALL: [Route; 5] = [
+        Route::Router,
+        Route::SplitInput,
+        Route::Fetch,
+        Route::DeviceCopy,
+        Route::Logits,
+    ];
+}
+
 /// Start of every record.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,8 +136,8 @@ pub struct Header {
     pub phase: u8,
     /// A [`PassSource`].
     pub pass_source: u8,
-    /// Unused, zero.
-    pub reserved: u8,
+    /// A [`Route`], for rows.
+    pub route: u8,
     /// Layer of the model, from the tensor's name.
     pub layer: u16,
     /// Experts per row (`ne[0]` of the ids tensor).
@@ -256,6 +294,24 @@ counters! {
     UbatchUnreadable,
     /// A kernel map was full: pass or context of following records is not known.
     StateLost,
+    /// `ggml_graph_compute` was entered: the CPU's part of a graph.
+    CpuSplits,
+    /// … with expert ids among its inputs, not seen before in the pass.
+    SplitIds,
+    /// … that computes router logits, which were read when it returned.
+    SplitLogits,
+    /// Time that those took, in ns.
+    SplitLogitsNs,
+    /// Expert ids that a device was asked for, to be read when they are there.
+    IdsCopies,
+    /// … and were read, for the scheduler (`ggml_backend_tensor_get_async`).
+    FetchedIds,
+    /// … and were read, for the device itself (`cudaMemcpyAsync`).
+    DeviceIds,
+    /// … and whose arrival was never seen.
+    IdsCopiesLost,
+    /// Expert ids seen again in the same pass, for another weight of the layer.
+    RepeatedIds,
 }
 
 /// Number of counters.
@@ -277,8 +333,11 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 /// First process that the tracer has forked since it follows, as the initial PID namespace numbers
 /// it; index 6 of the map `CONTROL`.
 pub const CONTROL_FIRST_CHILD: u32 = 6;
+/// Whether router logits are read when the CPU's part of a graph returns; index 8 of the map
+/// `CONTROL`.
+pub const CONTROL_LOGITS: u32 = 8;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 8;
+pub const CONTROL_ENTRIES: u32 = 9;
 
 /// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
 pub const MAX_SOURCES: u32 = 64;

@@ -4,6 +4,12 @@
 //! | program | function under it | why |
 //! |---|---|---|
 //! | `get_rows` | `ggml_compute_forward_get_rows(params, dst)` | `dst->src[1]` holds the ids, complete |
+//! | `cpu_split` | `ggml_graph_compute(cgraph, cplan)` | ids that a device has chosen for the CPU |
+//! | `cpu_split_done` | the same, on return | router logits that the CPU has computed for a device |
+//! | `fetch` | `ggml_backend_tensor_get_async(backend, tensor, data, …)` | the scheduler wants ids |
+//! | `weights_follow` | `ggml_backend_tensor_set_async(…)` | … and has them |
+//! | `device_mul_mat_id` | `ggml_cuda_mul_mat_id(context, dst)` | `dst->src[2]` holds the ids, on the device |
+//! | `device_memcpy` | `cudaMemcpyAsync(dst, src, count, kind, …)` | … and a copy of them on the host |
 //! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
 //! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
 //! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | whose pass it is, and the same |
@@ -23,16 +29,20 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod copies;
 mod follow;
+mod get_rows;
 mod maps;
 mod pass;
 mod rows;
+mod split;
 mod target;
+mod tensor;
 
 use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
-    macros::{raw_tracepoint, uprobe},
-    programs::{ProbeContext, RawTracePointContext},
+    macros::{raw_tracepoint, uprobe, uretprobe},
+    programs::{ProbeContext, RawTracePointContext, RetProbeContext},
 };
 use expert_trace_common::{Counter, Header, Kind};
 
@@ -51,7 +61,65 @@ fn get_rows(ctx: ProbeContext) -> u32 {
         count(Counter::HitUnreadable, 1);
         return 0;
     };
-    rows::on_get_rows(&ctx, Address(params), Address(dst));
+    get_rows::on_get_rows(&ctx, Address(params), Address(dst));
+    0
+}
+
+#[uprobe]
+fn cpu_split(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(cgraph) = ctx.arg::<u64>(0)
+    {
+        split::on_split(&ctx, Address(cgraph));
+    }
+    0
+}
+
+#[uretprobe]
+fn cpu_split_done(ctx: RetProbeContext) -> u32 {
+    if active() {
+        split::on_split_done(&ctx);
+    }
+    0
+}
+
+#[uprobe]
+fn fetch(ctx: ProbeContext) -> u32 {
+    if active()
+        && let (Some(tensor), Some(data), Some(offset)) =
+            (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3))
+    {
+        copies::on_fetch(Address(tensor), data, offset);
+    }
+    0
+}
+
+#[uprobe]
+fn weights_follow(ctx: ProbeContext) -> u32 {
+    if active() {
+        copies::on_weights_follow(&ctx);
+    }
+    0
+}
+
+#[uprobe]
+fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
+    if active()
+        && let Some(dst) = ctx.arg::<u64>(1)
+    {
+        copies::on_device_mul_mat_id(Address(dst));
+    }
+    0
+}
+
+#[uprobe]
+fn device_memcpy(ctx: ProbeContext) -> u32 {
+    if active()
+        && let (Some(dst), Some(src), Some(kind)) =
+            (ctx.arg::<u64>(0), ctx.arg::<u64>(1), ctx.arg::<u64>(3))
+    {
+        copies::on_device_memcpy(&ctx, dst, src, kind);
+    }
     0
 }
 

@@ -55,6 +55,8 @@ pub struct ThreadState {
     pub context: u64,
     /// `llama_ubatch` that `set_inputs` was last called with and that no pass has used yet.
     pub ubatch: u64,
+    /// Tensor of expert ids last read in the pass, where the same one can come again.
+    pub last_ids: u64,
     pub generation: u32,
     pub pass: u32,
     pub ubatch_tokens: u32,

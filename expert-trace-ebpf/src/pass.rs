@@ -28,6 +28,7 @@ pub const NEW_THREAD: ThreadState = ThreadState {
     owner: 0,
     context: 0,
     ubatch: 0,
+    last_ids: 0,
     generation: 0,
     pass: 0,
     ubatch_tokens: 0,

@@ -1,214 +1,67 @@
-//! Hook A: expert ids at the entry of `ggml_compute_forward_get_rows`.
-//!
-//! llama.cpp gathers the weights of the chosen experts with GET_ROWS (`ffn_moe_weights-N`), whose
-//! `src[1]` is the ids tensor `ffn_moe_topk-N` (llama-graph.cpp, `build_moe_ffn`). A barrier between
-//! graph nodes guarantees that the ids are complete when the function is entered. Every thread of
-//! the pool enters it; the one with `ith == 0` is the one that entered the scheduler.
+//! Rows of expert ids or of router logits: from a tensor in the target to records.
 
 use core::ptr;
 
-use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::{bpf_get_attach_cookie, bpf_loop},
-    programs::ProbeContext,
-};
+use aya_ebpf::{EbpfContext, helpers::generated::bpf_loop};
 use aya_log_ebpf::debug;
-use expert_trace_common::{
-    Counter, Header, Kind, MAX_EXPERTS, MAX_LAYERS, MAX_ROWS, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS,
-    PassSource, TENSOR_LAYOUTS, TensorLayout, payload,
-};
+use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, LAYOUT, Record, THREADS, ThreadState, count},
+    maps::{EVENTS, Record, THREADS, ThreadState, count},
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
+    tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
 };
 
-/// `GGML_TYPE_I32` (ggml.h).
-const TYPE_I32: u32 = 26;
-const TOPK: &[u8; 13] = b"ffn_moe_topk-";
-const TOKENS: &[u8; 11] = b"inp_tokens\0";
-/// Start of the names of the rows whose output is wanted; tells a dense model from an unknown layout.
-const OUTPUT_ROWS: [&[u8; 7]; 2] = [b"inp_out", b"out_ids"];
-/// `nb[0]` of a plain I32 tensor.
-const ID_SIZE: u64 = 4;
 /// Rows one record can hold; bounds the loop that the verifier has to walk through.
 const MAX_CHUNK_ROWS: u32 = 512;
 
-/// `data` and the start of `name`, which follow each other in `ggml_tensor`.
-#[repr(C)]
-struct DataAndName {
-    data: u64,
-    name: [u8; 24],
+/// A tensor that tells the routing of a layer.
+pub struct Routed {
+    /// What its elements are.
+    pub kind: Kind,
+    pub route: Route,
+    pub layer: u16,
+    /// Attach cookie of the probe.
+    pub source: u32,
+    pub tensor: Address,
+    /// Where its elements are on the host; for a tensor on a device not its own `data`.
+    pub data: Address,
 }
 
-/// `type` to `nb` of `ggml_tensor`.
-#[repr(C)]
-struct Shape {
-    kind: u32,
-    padding: u32,
-    buffer: u64,
-    ne: [i64; 4],
-    nb: [u64; 4],
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Known {
-    ExpertIds { layer: u16 },
-    Tokens,
-    OutputRows,
-}
-
+/// Emits all rows of a tensor.
 #[inline(always)]
-pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
-    // `ith` is the first field of `ggml_compute_params` since b3209 (ggml-cpu-impl.h).
-    let Some(ith) = params.read::<i32>() else {
-        return count(Counter::HitUnreadable, 1);
-    };
-    if ith != 0 {
-        return count(Counter::FilteredThread, 1);
-    }
-    // After the filter: most hits end there.
-    // SAFETY: the context is the one the program was called with.
-    let source = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) } as u32;
-    let Some(known_layout) = LAYOUT.get_ptr_mut(source) else {
-        return count(Counter::HitUnreadable, 1);
-    };
-    // SAFETY: the map's value is alive during the program.
-    let layout_number = unsafe { ptr::read_volatile(known_layout) };
-
-    let (index, tensor) = match layout_number {
-        0 => match find_layout(dst) {
-            Some((number, index, tensor)) => {
-                // SAFETY: as above. Racing hits of one library write the same number.
-                unsafe { ptr::write_volatile(known_layout, number) };
-                (index, tensor)
-            }
-            None => return count(Counter::LayoutUnknown, 1),
-        },
-        1 => match read_index(dst, &TENSOR_LAYOUTS[0]) {
-            Some(read) => read,
-            None => return count(Counter::HitUnreadable, 1),
-        },
-        _ => match read_index(dst, &TENSOR_LAYOUTS[1]) {
-            Some(read) => read,
-            None => return count(Counter::HitUnreadable, 1),
-        },
-    };
-    match recognise(&tensor.name) {
-        Some(Known::ExpertIds { layer }) => on_expert_ids(ctx, source, index, tensor.data, layer),
-        Some(Known::Tokens) => {
-            count(Counter::TokenLookup, 1);
-            on_tokens(index, tensor.data, source);
-        }
-        Some(Known::OutputRows) | None => count(Counter::FilteredTensor, 1),
-    }
-}
-
-/// Tries the candidates until a tensor shows a name that is only there when the offsets are right.
-#[inline(always)]
-fn find_layout(dst: Address) -> Option<(u32, Address, DataAndName)> {
-    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[0])
-        && recognise(&tensor.name).is_some()
-    {
-        return Some((1, index, tensor));
-    }
-    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[1])
-        && recognise(&tensor.name).is_some()
-    {
-        return Some((2, index, tensor));
-    }
-    None
-}
-
-/// Reads what `dst->src[1]`, the rows to gather, points to.
-#[inline(always)]
-fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndName)> {
-    let index = Address(dst.offset(u64::from(layout.src) + 8).read()?);
-    let tensor = index.offset(u64::from(layout.data)).read()?;
-    Some((index, tensor))
-}
-
-#[inline(always)]
-fn recognise(name: &[u8; 24]) -> Option<Known> {
-    if starts_with(name, TOPK) {
-        return layer_number(name).map(|layer| Known::ExpertIds { layer });
-    }
-    if starts_with(name, TOKENS) {
-        return Some(Known::Tokens);
-    }
-    if starts_with(name, OUTPUT_ROWS[0]) || starts_with(name, OUTPUT_ROWS[1]) {
-        return Some(Known::OutputRows);
-    }
-    None
-}
-
-#[inline(always)]
-fn starts_with<const N: usize>(name: &[u8; 24], prefix: &[u8; N]) -> bool {
-    let mut i = 0;
-    while i < N {
-        if name[i] != prefix[i] {
-            return false;
-        }
-        i += 1;
-    }
-    true
-}
-
-/// The number behind `ffn_moe_topk-`, which must be all there is until the NUL.
-///
-/// The scheduler renames tensors it copies (`CPU#ffn_moe_topk-N#0`); those do not start that way.
-#[inline(always)]
-fn layer_number(name: &[u8; 24]) -> Option<u16> {
-    let mut layer = 0u16;
-    let mut digits = 0;
-    let mut i = TOPK.len();
-    while i < TOPK.len() + 5 {
-        let byte = name[i];
-        if byte == 0 {
-            break;
-        }
-        if !byte.is_ascii_digit() || digits == 4 {
-            return None;
-        }
-        layer = layer * 10 + u16::from(byte - b'0');
-        digits += 1;
-        i += 1;
-    }
-    (digits > 0 && layer < MAX_LAYERS).then_some(layer)
-}
-
-#[inline(always)]
-fn on_expert_ids(ctx: &ProbeContext, source: u32, ids: Address, data: u64, layer: u16) {
-    count(Counter::Routed, 1);
-    let Some(shape) = ids.read::<Shape>() else {
+pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
+    let Routed {
+        kind,
+        route,
+        layer,
+        source,
+        tensor,
+        data,
+    } = *routed;
+    let Some(shape) = tensor.read::<Shape>() else {
         count(Counter::RoutedUnreadable, 1);
-        return debug!(ctx, "layer {}: ids tensor {:x} is unreadable", layer, ids.0);
+        return debug!(ctx, "layer {}: tensor {:x} is unreadable", layer, tensor.0);
     };
-    let [k, rows, planes, volumes] = shape.ne;
-    let [id_stride, row_stride, ..] = shape.nb;
-    let sane = shape.kind == TYPE_I32
-        && k >= 1
-        && k <= MAX_EXPERTS as i64
-        && rows >= 0
-        && rows <= MAX_ROWS as i64
-        && planes == 1
-        && volumes == 1
-        && id_stride >= ID_SIZE
-        && id_stride <= ID_SIZE * MAX_EXPERTS as u64
-        && row_stride >= ID_SIZE
-        && row_stride <= ID_SIZE * (MAX_EXPERTS * MAX_EXPERTS) as u64;
-    if !sane {
+    let [k, rows, ..] = shape.ne;
+    let [element_stride, row_stride, ..] = shape.nb;
+    let element = if kind as u8 == Kind::Rows as u8 {
+        TYPE_I32
+    } else {
+        TYPE_F32
+    };
+    if !shape.is_sane(element) {
         count(Counter::RoutedMalformed, 1);
         return debug!(
             ctx,
-            "layer {}: ids tensor {:x} makes no sense: type {}, ne {} {}, nb {} {}",
+            "layer {}: tensor {:x} makes no sense: type {}, ne {} {}, nb {} {}",
             layer,
-            ids.0,
+            tensor.0,
             shape.kind,
             k,
             rows,
-            id_stride,
+            element_stride,
             row_stride
         );
     }
@@ -218,25 +71,26 @@ fn on_expert_ids(ctx: &ProbeContext, source: u32, ids: Address, data: u64, layer
     let state = current_pass(layer);
     let mut walk = RowsWalk {
         header: Header {
-            kind: Kind::Rows as u8,
+            kind: kind as u8,
+            route: route as u8,
             layer,
             k: k as u16,
             total_rows: rows,
-            row_stride: if id_stride == ID_SIZE {
-                (row_stride / ID_SIZE) as u32
+            row_stride: if element_stride == ELEMENT_SIZE {
+                (row_stride / ELEMENT_SIZE) as u32
             } else {
                 0
             },
             source,
             ..header(&state)
         },
-        data: Address(data),
-        row_bytes: k as u32 * ID_SIZE as u32,
+        data,
+        row_bytes: k as u32 * ELEMENT_SIZE as u32,
         chunk_rows: 0,
-        id_stride,
+        element_stride,
         row_stride,
     };
-    if id_stride != ID_SIZE {
+    if element_stride != ELEMENT_SIZE {
         walk.chunk_rows = 1;
         run_chunks(rows.max(1), scattered_chunk, &mut walk);
     } else if walk.row_bytes as usize > ROW_NARROW {
@@ -249,6 +103,23 @@ fn on_expert_ids(ctx: &ProbeContext, source: u32, ids: Address, data: u64, layer
     } else {
         chunked::<{ payload::LARGE }, ROW_NARROW>(&mut walk);
     }
+}
+
+/// Whether the current pass shows these ids for the first time: one tensor of ids serves all weights
+/// of a layer, and a split or a copy for each of them shows it anew.
+#[inline(always)]
+pub fn is_first_sight(ids: Address) -> bool {
+    let Some(state) = THREADS.get_ptr_mut(process_and_thread()) else {
+        return true;
+    };
+    // SAFETY: the map's value is alive during the program, and belongs to this thread.
+    let last = unsafe { &mut (*state).last_ids };
+    if *last == ids.0 {
+        count(Counter::RepeatedIds, 1);
+        return false;
+    }
+    *last = ids.0;
+    true
 }
 
 /// Pass of this thread; without a scheduler, a new one when the layer number has not increased.
@@ -285,10 +156,10 @@ fn current_pass(layer: u16) -> ThreadState {
 struct RowsWalk {
     header: Header,
     data: Address,
-    /// Bytes of one row that count: k ids.
+    /// Bytes of one row that count: k elements.
     row_bytes: u32,
     chunk_rows: u32,
-    id_stride: u64,
+    element_stride: u64,
     row_stride: u64,
 }
 
@@ -311,9 +182,9 @@ impl RowsWalk {
     }
 }
 
-/// Rows of up to so many bytes (64 ids) waste little of a record.
+/// Rows of up to so many bytes (64 elements) waste little of a record.
 const ROW_NARROW: usize = 256;
-const ROW_WIDE: usize = MAX_EXPERTS * ID_SIZE as usize;
+const ROW_WIDE: usize = MAX_EXPERTS * ELEMENT_SIZE as usize;
 
 #[inline(always)]
 fn chunked<const PAYLOAD: usize, const ROW: usize>(walk: &mut RowsWalk) {
@@ -412,7 +283,7 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
         if i >= usize::from(k) {
             break;
         }
-        let Some(id) = row.offset(i as u64 * walk.id_stride).read::<u32>() else {
+        let Some(id) = row.offset(i as u64 * walk.element_stride).read::<u32>() else {
             entry.discard(0);
             return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
         };
@@ -423,48 +294,4 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
     count(Counter::EventsEmitted, 1);
     count(Counter::RowsEmitted, u64::from(rows));
     0
-}
-
-/// Passes on the tokens of the passes among which a warm-up can be. All others are not looked at.
-#[inline(always)]
-fn on_tokens(index: Address, data: u64, source: u32) {
-    let Some(state) = THREADS.get_ptr_mut(process_and_thread()) else {
-        return;
-    };
-    // SAFETY: the map's value is alive during the program, and belongs to this thread.
-    let state = unsafe { *state };
-    if state.pass >= MAX_WARMUP_PASSES || state.context == 0 {
-        return;
-    }
-    let Some(shape) = index.read::<Shape>() else {
-        return;
-    };
-    let tokens = shape.ne[0];
-    if shape.kind != TYPE_I32 || tokens < 1 || tokens > i64::from(MAX_WARMUP_TOKENS) {
-        return;
-    }
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
-        return count(Counter::EventsRingFull, 1);
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record.
-    unsafe {
-        (&raw mut (*record).header).write(Header {
-            kind: Kind::Tokens as u8,
-            rows: tokens as u32,
-            total_rows: tokens as u32,
-            source,
-            ..header(&state)
-        })
-    };
-    let ids = unsafe { (&raw mut (*record).payload).cast::<u8>() };
-    let len = if tokens == 1 { 4 } else { 8 };
-    // SAFETY: the payload has room for more than two tokens.
-    if unsafe { Address(data).read_to(ids, len) }.is_none() {
-        entry.discard(0);
-        return count(Counter::EventsUnreadable, 1);
-    }
-    entry.submit(0);
-    count(Counter::EventsEmitted, 1);
 }

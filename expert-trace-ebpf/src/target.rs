@@ -1,7 +1,11 @@
 //! Reading the target: memory, and who is running.
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_probe_read_user, generated::bpf_probe_read_user as read_user_raw,
+use aya_ebpf::{
+    EbpfContext,
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_probe_read_user,
+        generated::{bpf_get_attach_cookie, bpf_probe_read_user as read_user_raw},
+    },
 };
 
 /// An address in the target. It is never believed: every read can fail.
@@ -47,4 +51,11 @@ pub fn process() -> u32 {
 #[inline(always)]
 pub fn thread() -> u32 {
     process_and_thread() as u32
+}
+
+/// The attach cookie of the probe that was hit: which library it sits in.
+#[inline(always)]
+pub fn cookie<C: EbpfContext>(ctx: &C) -> u32 {
+    // SAFETY: the context is the one the program was called with.
+    unsafe { bpf_get_attach_cookie(ctx.as_ptr()) as u32 }
 }

@@ -24,7 +24,7 @@ use aya::{
 };
 use btf_rs::{Btf, Type};
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
+    CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_LOGITS,
     CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter, Follow,
     TENSOR_LAYOUT_BUILDS,
 };
@@ -292,6 +292,14 @@ impl Session {
         self.control
             .set(CONTROL_ACTIVE, u32::from(active), 0)
             .map_err(map_error)
+    }
+
+    /// Makes the CPU's parts of a graph remember router logits until they return.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn read_logits(&mut self) -> Result<(), AttachError> {
+        self.control.set(CONTROL_LOGITS, 1, 0).map_err(map_error)
     }
 
     /// The kernel's counters, over all CPUs.

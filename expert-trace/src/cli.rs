@@ -46,6 +46,9 @@ Examples:
   Trace the program's first process alone:
     sudo expert-trace run --no-follow -- ./start.sh
 
+  See the routing of a model that is fully on a GPU:
+    sudo expert-trace run --router-on-cpu -- llama-cli -m model.gguf -ngl 99 -p \"Hello\"
+
   Run the program as somebody else:
     sudo expert-trace run --user nobody -- llama-cli -m model.gguf -p \"Hello\"
 
@@ -124,6 +127,10 @@ pub struct Run {
     /// Trace the program's first process alone, not those it forks
     #[arg(long)]
     pub no_follow: bool,
+    /// Have the program compute the routers' logits on the CPU, and choose the experts from those: for
+    /// models that are fully on a GPU. Adds options to its command line, and makes it slower
+    #[arg(long)]
+    pub router_on_cpu: bool,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
@@ -138,6 +145,10 @@ pub struct Attach {
     /// Stop after this time (30s, 5m, 1h30m)
     #[arg(short, long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub duration: Option<Duration>,
+    /// Choose the experts from the routers' logits, of a process that computes those on the CPU (assumed
+    /// when its --override-tensor names ffn_gate_inp)
+    #[arg(long)]
+    pub router_on_cpu: bool,
     /// How to record.
     #[command(flatten)]
     pub recording: Recording,

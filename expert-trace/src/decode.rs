@@ -5,8 +5,10 @@
 
 use std::{mem::size_of, ptr};
 
-use expert_trace_common::{Header, Kind, MAX_EXPERTS, MAX_LAYERS, RowInfo};
+use expert_trace_common::{Header, Kind, MAX_EXPERTS, MAX_LAYERS, Route, RowInfo};
 use thiserror::Error;
+
+use crate::selection::Stage;
 
 /// What has happened in the target.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +24,8 @@ pub struct Event<'a> {
 pub enum Body<'a> {
     /// `header.rows` × `header.k` expert ids, in router order within a row.
     Rows(Numbers<'a>),
+    /// `header.rows` × `header.k` values to choose experts by, one per expert.
+    Scores(Scores<'a>),
     /// Rows of a pass' ubatch; a pass begins where `header.first_row` is 0.
     Pass(RowInfos<'a>),
     /// All tokens of a short pass.
@@ -70,6 +74,25 @@ impl<'a> Numbers<'a> {
     }
 }
 
+/// What experts are chosen by.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores<'a> {
+    /// What they are.
+    pub stage: Stage,
+    values: &'a [u8],
+}
+
+impl<'a> Scores<'a> {
+    /// The values, row by row.
+    pub fn iter(self) -> impl ExactSizeIterator<Item = f32> + 'a {
+        self.values
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| f32::from_ne_bytes(*bytes))
+    }
+}
+
 /// [`RowInfo`]s of a payload.
 #[derive(Clone, Copy, Debug)]
 pub struct RowInfos<'a>(&'a [u8]);
@@ -109,20 +132,34 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
             .ok_or(Malformed::Short)
     };
     let rows = u64::from(header.rows);
+    let routed = || {
+        let sane = (1..=MAX_EXPERTS).contains(&usize::from(header.k))
+            && header.layer < MAX_LAYERS
+            && usize::from(header.route) < Route::ALL.len();
+        if sane {
+            payload_of(4, rows * u64::from(header.k))
+        } else {
+            Err(Malformed::Shape)
+        }
+    };
+    let scores = |stage| {
+        Ok(Body::Scores(Scores {
+            stage,
+            values: routed()?,
+        }))
+    };
     let body = match kind {
         Kind::Rows => {
-            let sane =
-                (1..=MAX_EXPERTS).contains(&usize::from(header.k)) && header.layer < MAX_LAYERS;
-            if !sane {
-                return Err(Malformed::Shape);
-            }
-            let ids = Numbers(payload_of(4, rows * u64::from(header.k))?);
+            let ids = Numbers(routed()?);
             let experts = expert_bound(&header);
             if let Some(id) = ids.iter().find(|id| !(0..experts).contains(id)) {
                 return Err(Malformed::ExpertId(id));
             }
             Body::Rows(ids)
         }
+        Kind::Logits => scores(Stage::Logits)?,
+        Kind::BiasedLogits => scores(Stage::BiasedLogits)?,
+        Kind::Selection => scores(Stage::Selection)?,
         Kind::Pass => Body::Pass(RowInfos(payload_of(size_of::<RowInfo>(), rows)?)),
         Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
         Kind::ContextEnd => Body::ContextEnd,
@@ -231,7 +268,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=9 {
+        for kind in 0..=12 {
             let record = bytes(
                 Header {
                     kind,

@@ -45,6 +45,8 @@ pub mod models;
 pub mod probes;
 pub mod redact;
 pub mod requirements;
+pub mod router_on_cpu;
+pub mod selection;
 pub mod signals;
 pub mod silence;
 pub mod stats;

@@ -1,7 +1,7 @@
 //! The model files of a target: found among what it maps, else by its command line.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::{OsStr, OsString},
     fs::File,
     io,
@@ -11,6 +11,7 @@ use std::{
 use crate::{
     gguf::{Gguf, GgufError, ModelShape, shard_paths, special_tokens},
     model::ModelFacts,
+    selection::{Gating, Layer, Router, Stage},
     stats::ModelFile,
     target::{self, MappedFile, Reach, is_gguf, printable},
 };
@@ -86,6 +87,32 @@ pub fn named(
     models
 }
 
+/// How a model chooses its experts; `None` when it has none.
+fn router(shape: &ModelShape) -> Option<Router> {
+    let layer = |number: &u32| {
+        let stage = if shape.chosen_by_token.contains(number) {
+            None
+        } else if shape.selection_bias.contains(number) {
+            Some(Stage::Selection)
+        } else if shape.router_bias.contains(number) {
+            Some(Stage::BiasedLogits)
+        } else {
+            Some(Stage::Logits)
+        };
+        let k = u16::try_from(shape.n_expert_used.of(*number)).ok()?;
+        let number = u16::try_from(*number).ok()?;
+        (k > 0).then_some((number, Layer { k, stage }))
+    };
+    let layers: BTreeMap<u16, Layer> = shape.moe_layers.iter().filter_map(layer).collect();
+    (!layers.is_empty()).then_some(Router {
+        n_expert: u16::try_from(shape.n_expert).ok()?,
+        gating: shape.expert_gating_func.and_then(Gating::from_number),
+        groups: u16::try_from(shape.expert_group_count).ok()?,
+        groups_used: u16::try_from(shape.expert_group_used_count).ok()?,
+        layers,
+    })
+}
+
 fn open_named(name: &Path, reach: Option<&Reach>) -> io::Result<File> {
     reach.ok_or(io::ErrorKind::NotFound)?.open(name)
 }
@@ -141,6 +168,11 @@ impl KnownModels {
                     .map(|shape| shape.n_expert)
                     .collect()
             }),
+            routers: self
+                .files
+                .iter()
+                .filter_map(|model| router(&model.shape))
+                .collect(),
         }
     }
 

@@ -34,11 +34,23 @@ pub enum Hook {
     SchedulerEnd,
     /// The list of loaded libraries changes.
     Libraries,
+    /// Expert ids that a device has chosen for experts on the CPU: the CPU's part of a graph begins.
+    Split,
+    /// Router logits that the CPU has computed for experts on a device: the same ends.
+    SplitDone,
+    /// The scheduler fetches expert ids, to stream the weights of the chosen experts.
+    Fetch,
+    /// … and has them, since the weights follow.
+    WeightsFollow,
+    /// A device computes with expert ids.
+    DeviceMulMatId,
+    /// … and copies them to the host, or has them there, since more copies follow.
+    DeviceMemcpy,
 }
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 7] = [
+    pub const ALL: [Hook; 13] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
@@ -46,27 +58,64 @@ impl Hook {
         Hook::ContextEnd,
         Hook::SchedulerEnd,
         Hook::Libraries,
+        Hook::Split,
+        Hook::SplitDone,
+        Hook::Fetch,
+        Hook::WeightsFollow,
+        Hook::DeviceMulMatId,
+        Hook::DeviceMemcpy,
     ];
 
-    /// Symbol of the function.
-    pub const fn symbol(self) -> &'static str {
+    /// Symbols of the function, and of others that are as good.
+    pub const fn symbols(self) -> &'static [&'static str] {
         match self {
-            Hook::ExpertIds => "ggml_compute_forward_get_rows",
-            Hook::PassBegin => "ggml_backend_sched_graph_compute_async",
+            Hook::ExpertIds => &["ggml_compute_forward_get_rows"],
+            Hook::PassBegin => &["ggml_backend_sched_graph_compute_async"],
             // llm_graph_result::set_inputs(llama_ubatch const *), since b5922.
-            Hook::Ubatch => "_ZN16llm_graph_result10set_inputsEPK12llama_ubatch",
+            Hook::Ubatch => &["_ZN16llm_graph_result10set_inputsEPK12llama_ubatch"],
             // llama_context::process_ubatch(llama_ubatch const &, llm_graph_type,
             // llama_memory_context_i *, ggml_status &): as of b11434. Where the signature differs,
             // schedulers stand for contexts.
-            Hook::Context => {
+            Hook::Context => &[
                 "_ZN13llama_context14process_ubatchERK12llama_ubatch14llm_graph_type\
-                 P22llama_memory_context_iR11ggml_status"
-            }
-            Hook::ContextEnd => "llama_free",
-            Hook::SchedulerEnd => "ggml_backend_sched_free",
+                 P22llama_memory_context_iR11ggml_status",
+            ],
+            Hook::ContextEnd => &["llama_free"],
+            Hook::SchedulerEnd => &["ggml_backend_sched_free"],
             // What glibc's and musl's dynamic linkers call whenever their list has changed, before
             // any code of a new library runs (elf/dl-debug.c, ldso/dynlink.c).
-            Hook::Libraries => "_dl_debug_state",
+            Hook::Libraries => &["_dl_debug_state"],
+            Hook::Split | Hook::SplitDone => &["ggml_graph_compute"],
+            // Compilers put the API's functions into the scheduler, which is in the same file. What
+            // they call by pointer stays: a device's own functions, where their names are kept.
+            Hook::Fetch => &[
+                "ggml_backend_tensor_get_async",
+                "_ZL34ggml_backend_cuda_get_tensor_asyncP12ggml_backendPK11ggml_tensorPvmm",
+                "_ZL32ggml_backend_vk_get_tensor_asyncP12ggml_backendPK11ggml_tensorPvmm",
+            ],
+            Hook::WeightsFollow => &[
+                "ggml_backend_tensor_set_async",
+                "_ZL34ggml_backend_cuda_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
+                "_ZL32ggml_backend_vk_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
+            ],
+            Hook::DeviceMulMatId => {
+                &["_ZL20ggml_cuda_mul_mat_idR25ggml_backend_cuda_contextP11ggml_tensor"]
+            }
+            Hook::DeviceMemcpy => &["cudaMemcpyAsync"],
+        }
+    }
+
+    /// Whether the probe is hit when the function returns, which costs about three times as much.
+    pub const fn on_return(self) -> bool {
+        matches!(self, Hook::SplitDone)
+    }
+
+    /// Another one without which this one shows nothing. Programs that have nothing to do with
+    /// llama.cpp use CUDA, too.
+    const fn needs(self) -> Option<Hook> {
+        match self {
+            Hook::DeviceMemcpy => Some(Hook::DeviceMulMatId),
+            _ => None,
         }
     }
 
@@ -79,11 +128,17 @@ impl Hook {
             Hook::Context => "process_ubatch",
             Hook::ContextEnd | Hook::SchedulerEnd => "leave_context",
             Hook::Libraries => "libraries",
+            Hook::Split => "cpu_split",
+            Hook::SplitDone => "cpu_split_done",
+            Hook::Fetch => "fetch",
+            Hook::WeightsFollow => "weights_follow",
+            Hook::DeviceMulMatId => "device_mul_mat_id",
+            Hook::DeviceMemcpy => "device_memcpy",
         }
     }
 }
 
-/// One probe to attach: an entry probe at a file offset.
+/// One probe to attach, at a file offset.
 #[derive(Clone, Debug, Serialize)]
 pub struct Probe {
     /// What it is for.
@@ -117,6 +172,10 @@ pub struct Plan {
     sources: u32,
     /// Something else than a probe tells when libraries are loaded.
     gated: bool,
+    /// Whether the choice is to be made from router logits, where those are all that the host has.
+    logits: bool,
+    /// Probes that show nothing without others, which have not been found yet.
+    waiting: Vec<Probe>,
 }
 
 /// A file, by device and inode: what the kernel sets uprobes in.
@@ -187,6 +246,16 @@ impl Plan {
             gated: true,
             ..Self::default()
         }
+    }
+
+    /// The same plan, with what reads router logits.
+    pub fn with_logits(self, logits: bool) -> Self {
+        Self { logits, ..self }
+    }
+
+    /// Whether router logits are read.
+    pub fn reads_logits(&self) -> bool {
+        self.logits
     }
 
     /// Whether there is a function that shows expert ids.
@@ -271,7 +340,9 @@ impl Plan {
     fn places(&self, file: &File, elf: &symbols::Elf) -> Vec<Place> {
         let mut places = Vec::new();
         for hook in self.hooks() {
-            for definition in elf.definitions.get(hook.symbol()).into_iter().flatten() {
+            let symbols = hook.symbols().iter();
+            let definitions = symbols.filter_map(|symbol| elf.definitions.get(*symbol));
+            for definition in definitions.flatten() {
                 let mut code = vec![0; LONGEST_INSTRUCTION];
                 let read = file.read_at(&mut code, definition.file_offset).unwrap_or(0);
                 code.truncate(read);
@@ -286,35 +357,53 @@ impl Plan {
     }
 
     fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
-        let gated = self.gated;
+        let Self { gated, logits, .. } = *self;
         let hooks = Hook::ALL.into_iter();
-        hooks.filter(move |hook| !(gated && *hook == Hook::Libraries))
+        hooks.filter(move |hook| match hook {
+            Hook::Libraries => !gated,
+            Hook::SplitDone => logits,
+            _ => true,
+        })
     }
 
-    fn add(&mut self, mut elf: symbols::Elf, id: FileId, file: &Path, attach_path: &Path) {
+    fn add(&mut self, elf: symbols::Elf, id: FileId, file: &Path, attach_path: &Path) {
         for hook in self.hooks() {
-            let definitions = elf.definitions.remove(hook.symbol()).unwrap_or_default();
-            for definition in definitions {
-                self.probes.push(Probe {
-                    hook,
-                    symbol: hook.symbol(),
-                    file: file.to_string_lossy().into_owned(),
-                    build_id: elf.build_id.clone(),
-                    definition,
-                    source: self.sources,
-                    file_id: id,
-                    attach_path: attach_path.to_owned(),
-                });
-                if hook == Hook::ExpertIds {
-                    self.sources += 1;
+            for symbol in hook.symbols() {
+                for definition in elf.definitions.get(*symbol).into_iter().flatten() {
+                    self.waiting.push(Probe {
+                        hook,
+                        symbol,
+                        file: file.to_string_lossy().into_owned(),
+                        build_id: elf.build_id.clone(),
+                        definition: definition.clone(),
+                        source: self.sources,
+                        file_id: id,
+                        attach_path: attach_path.to_owned(),
+                    });
+                    if hook == Hook::ExpertIds {
+                        self.sources += 1;
+                    }
                 }
             }
+        }
+        for probe in std::mem::take(&mut self.waiting) {
+            let ready = probe.hook.needs().is_none_or(|needed| self.has(needed));
+            let list = if ready {
+                &mut self.probes
+            } else {
+                &mut self.waiting
+            };
+            list.push(probe);
         }
     }
 }
 
 fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
-    let names = Hook::ALL.map(Hook::symbol);
+    let names: Vec<&str> = Hook::ALL
+        .into_iter()
+        .flat_map(Hook::symbols)
+        .copied()
+        .collect();
     // Read on demand: the file can be large, and can be truncated under us.
     let cache = ReadCache::new(file);
     symbols::resolve(Bounded(&cache), &names)

@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, MODEL_VARIABLE, Sinks, Start, Wanted, monotonic_ns};
+use super::{Capture, Sinks, Start, Variables, Wanted, monotonic_ns};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -16,6 +16,7 @@ use crate::{
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
+    router_on_cpu,
     signals::OwnSignal,
     target,
 };
@@ -31,6 +32,7 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let Attach {
         pid,
         duration,
+        router_on_cpu,
         recording,
     } = arguments;
     requirements::check(Purpose::Attach)?;
@@ -49,10 +51,14 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         .with_context(|| format!("cannot attach to process {pid}"));
     let exit = diagnosis::unless_ended(pid.get(), exit)?;
     let strict = recording.strict;
+    let command = target::command_line(pid.get()).unwrap_or_default();
+    let variables = Variables::from(|name| target::variable(pid.get(), name));
+    let logits = router_on_cpu
+        || router_on_cpu::is_asked_for(&command, variables.override_tensor.as_deref());
     let start = Start {
         pid,
         first_process: None,
-        plan: Plan::default(),
+        plan: Plan::default().with_logits(logits),
         from_start: false,
         recording,
     };
@@ -64,8 +70,8 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
     let mut capture = Capture::new(session, start, sinks)?;
     let main = &mut capture.targets.main;
-    main.command = target::command_line(pid.get()).unwrap_or_default();
-    main.model_variable = target::variable(pid.get(), MODEL_VARIABLE);
+    main.command = command;
+    main.variables = variables;
     main.look(pid.get());
     let files = target::mapped_files(pid.get())
         .with_context(|| format!("cannot read what process {pid} maps"));

@@ -20,7 +20,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 pub use self::{attach::attach, run::run};
 use self::{
     sinks::{Sinks, Wanted},
-    targets::Targets,
+    targets::{Targets, Variables},
 };
 use crate::{
     attach::{Events, Session},
@@ -33,9 +33,6 @@ use crate::{
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary,
 };
-
-/// Names the model to llama.cpp's programs (common/arg.cpp).
-const MODEL_VARIABLE: &str = "LLAMA_ARG_MODEL";
 
 /// How a capture begins.
 struct Start {
@@ -81,6 +78,9 @@ impl Capture {
             recording,
         } = start;
         session.forward_log();
+        if plan.reads_logits() {
+            session.read_logits()?;
+        }
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();

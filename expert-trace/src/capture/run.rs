@@ -15,7 +15,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, Sinks, Start, Wanted};
+use super::{Capture, Sinks, Start, Variables, Wanted};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -25,6 +25,7 @@ use crate::{
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
+    router_on_cpu,
     signals::OwnSignal,
     target,
     variables::{self, Decision, Flags},
@@ -65,9 +66,16 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     }
     let path = account
         .with_rights(|| Ok(launch::find(&arguments.command[0], environment.get("PATH"))))??;
+    let mut command = arguments.command.clone();
+    let inserted = arguments
+        .router_on_cpu
+        .then(|| router_on_cpu::insertion(&command));
+    if let Some(Some(insertion)) = &inserted {
+        insertion.apply(&mut command);
+    }
     let program = Program {
         path: &path,
-        arguments: &arguments.command,
+        arguments: &command,
         environment: &environment,
         account: &account,
     };
@@ -78,6 +86,11 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     account.with_rights(|| Ok(launch::check(&path)))??;
     if let Some(notice) = &caller.notice {
         say!("{notice}");
+    }
+    match &inserted {
+        Some(Some(insertion)) => say!("{}", router_on_cpu::added(insertion)),
+        Some(None) => say!("{}", router_on_cpu::equivalent(&command[0])),
+        None => {}
     }
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
 
@@ -94,16 +107,19 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
     let main_process = main_process.context("not a process id")?;
     let first_process = Some(session.0.first_child()?);
+    let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let start = Start {
         pid: main_process,
         first_process,
-        plan: Plan::gated(),
+        plan: Plan::gated().with_logits(
+            arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable),
+        ),
         from_start: true,
         recording: arguments.recording,
     };
     let mut capture = Capture::new(session, start, sinks)?;
-    capture.targets.main.command = arguments.command.clone();
-    capture.targets.main.model_variable = environment.get(super::MODEL_VARIABLE).map(Into::into);
+    capture.targets.main.command = command.clone();
+    capture.targets.main.variables = Variables::from(|name| environment.get(name).map(Into::into));
     capture.start()?;
     let gate = child.release(&program, |gate| {
         capture.serve(gate, follow);

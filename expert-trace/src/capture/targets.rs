@@ -9,7 +9,9 @@ use std::{
 use crate::{
     models::{self, KnownModels},
     probes::build_id,
-    redact, stats,
+    redact,
+    router_on_cpu::OVERRIDE_VARIABLE,
+    stats,
     target::{self, Reach},
 };
 
@@ -32,8 +34,8 @@ pub struct Targets {
 pub struct Target {
     /// Its arguments.
     pub command: Vec<OsString>,
-    /// `LLAMA_ARG_MODEL` of its environment.
-    pub model_variable: Option<OsString>,
+    /// Of its environment.
+    pub variables: Variables,
     /// Its working directory.
     pub directory: PathBuf,
     exe: Option<PathBuf>,
@@ -43,6 +45,25 @@ pub struct Target {
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
+}
+
+/// Variables that stand for options of llama.cpp's programs (common/arg.cpp).
+#[derive(Debug, Default)]
+pub struct Variables {
+    /// `LLAMA_ARG_MODEL`: the model.
+    pub model: Option<OsString>,
+    /// `LLAMA_ARG_OVERRIDE_TENSOR`: where tensors go.
+    pub override_tensor: Option<OsString>,
+}
+
+impl Variables {
+    /// Those of an environment.
+    pub fn from(get: impl Fn(&str) -> Option<OsString>) -> Self {
+        Self {
+            model: get("LLAMA_ARG_MODEL"),
+            override_tensor: get(OVERRIDE_VARIABLE),
+        }
+    }
 }
 
 impl Target {
@@ -103,13 +124,13 @@ impl Targets {
         target.look(pid);
         if !is_main && target.command.is_empty() {
             target.command = target::command_line(pid).unwrap_or_default();
-            target.model_variable = target::variable(pid, super::MODEL_VARIABLE);
+            target.variables = Variables::from(|name| target::variable(pid, name));
         }
         let files = target::mapped_files(pid).unwrap_or_default();
         let reach = target.reach.as_ref();
         let mut found = models::mapped(pid, &files, reach, &self.models);
         if found.is_empty() && self.models.is_empty() {
-            let variable = target.model_variable.as_deref();
+            let variable = target.variables.model.as_deref();
             found = models::named(&target.command, variable, &target.directory, reach);
         }
         if !found.is_empty() {

@@ -1,6 +1,6 @@
 //! What of a model the tracer has to know, put together from all files the model is split into.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::{Gguf, GgufError, Value};
@@ -49,6 +49,22 @@ pub struct ModelShape {
     pub nextn_predict_layers: u32,
     /// Layers with both a router and routed experts, ascending.
     pub moe_layers: Vec<u32>,
+    /// `<arch>.expert_gating_func`: what turns the router's logits into weights, as llama.cpp numbers
+    /// it; `None` where the architecture alone decides.
+    pub expert_gating_func: Option<u32>,
+    /// `<arch>.expert_group_count`: groups the experts are in; 0 when they are in none.
+    pub expert_group_count: u32,
+    /// `<arch>.expert_group_used_count`: groups that are kept before experts are chosen.
+    pub expert_group_used_count: u32,
+    /// Layers whose router has a bias (`ffn_gate_inp.bias`).
+    #[serde(skip)]
+    pub router_bias: BTreeSet<u32>,
+    /// Layers that choose by other values than they weigh with (`exp_probs_b`).
+    #[serde(skip)]
+    pub selection_bias: BTreeSet<u32>,
+    /// Layers that choose by token (`ffn_gate_tid2eid`).
+    #[serde(skip)]
+    pub chosen_by_token: BTreeSet<u32>,
 }
 
 impl ModelShape {
@@ -83,6 +99,18 @@ impl ModelShape {
                 .number("nextn_predict_layers", layers.into())?
                 .unwrap_or(0),
             moe_layers: moe_layers(shards, layers),
+            expert_gating_func: keys.number("expert_gating_func", u32::MAX.into())?,
+            expert_group_count: keys.number("expert_group_count", MAX_EXPERTS)?.unwrap_or(0),
+            expert_group_used_count: keys
+                .number("expert_group_used_count", MAX_EXPERTS)?
+                .unwrap_or(0),
+            router_bias: layers_with(shards, layers, |part| part == "ffn_gate_inp.bias"),
+            selection_bias: layers_with(shards, layers, |part| {
+                part == "exp_probs_b" || part.starts_with("exp_probs_b.")
+            }),
+            chosen_by_token: layers_with(shards, layers, |part| {
+                part.starts_with("ffn_gate_tid2eid")
+            }),
         })
     }
 }
@@ -160,6 +188,16 @@ fn moe_layers(shards: &[Gguf], layers: u32) -> Vec<u32> {
     }
     seen.retain(|_, seen| seen.router && seen.experts);
     seen.into_keys().collect()
+}
+
+/// Layers below `layers` that have a tensor of this kind.
+fn layers_with(shards: &[Gguf], layers: u32, is_it: impl Fn(&str) -> bool) -> BTreeSet<u32> {
+    let tensors = shards.iter().flat_map(|shard| &shard.tensors);
+    tensors
+        .filter_map(|tensor| layer_part(&tensor.name))
+        .filter(|(layer, part)| *layer < layers && is_it(part))
+        .map(|(layer, _)| layer)
+        .collect()
 }
 
 /// Splits `blk.<layer>.<part>`.

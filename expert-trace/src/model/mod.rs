@@ -7,11 +7,15 @@ mod pass;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use expert_trace_common::{Header, PassSource, Phase};
+use expert_trace_common::{Header, PassSource, Phase, Route};
 use serde::Serialize;
 
+use self::pass::Added;
 pub use self::pass::{Block, Pass};
-use crate::decode::{Body, Event, Malformed};
+use crate::{
+    decode::{Body, Event, Malformed, Scores},
+    selection::{self, CLOSE_CALL, Refusal, Router},
+};
 
 /// Contexts told apart. A target that makes up more is not believed.
 const MAX_CONTEXTS: usize = 4096;
@@ -35,6 +39,8 @@ pub struct ModelFacts {
     /// Numbers of experts of which a model does not normally choose all; `None` when no model is
     /// known.
     pub selective: Option<BTreeSet<u32>>,
+    /// How each model with experts chooses them.
+    pub routers: Vec<Router>,
 }
 
 /// Why a pass is not counted.
@@ -65,6 +71,22 @@ pub struct Received {
     pub rows: u64,
     /// Records that could not be believed, and were not counted.
     pub rejected: u64,
+    /// Rows that were read in two ways, and counted once.
+    pub repeated_rows: u64,
+    /// Those of them that were not the same both times.
+    pub differing_rows: u64,
+}
+
+/// Choices made from router logits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FromLogits {
+    /// Rows for which the choice was made.
+    pub rows: u64,
+    /// Those of them whose last chosen value lies so little above the next that the target, which
+    /// rounds in its own way, may have chosen otherwise.
+    pub close_calls: u64,
+    /// Rows for which it could not be made, and why.
+    pub refused: BTreeMap<Refusal, u64>,
 }
 
 /// How a capture ended.
@@ -102,6 +124,10 @@ pub struct Layer {
     pub k: u16,
     /// Experts to choose from, when the target's tensors show it; else 0.
     pub n_expert: u32,
+    /// Passes in which it was seen.
+    pub passes: u64,
+    /// Where it was read.
+    pub routes: BTreeSet<Route>,
     /// Tokens routed.
     pub tokens: [u64; 2],
     /// Activations by expert.
@@ -133,6 +159,10 @@ pub struct Context {
     pub passes: u64,
     /// Those of them whose ubatch was read, so that prefill and decode are known row by row.
     pub passes_with_ubatch: u64,
+    /// Those of them in which no output was wanted, so that the last layer had nothing to do.
+    pub passes_without_output: u64,
+    /// Passes that computed tokens, and of which no routing was seen.
+    pub unseen: Excluded,
     /// Counts by layer.
     pub layers: BTreeMap<u16, Layer>,
     /// Passes left out.
@@ -170,6 +200,7 @@ pub struct Model {
     contexts: Vec<Context>,
     by_key: HashMap<(u32, u64, u32), usize>,
     received: Received,
+    from_logits: FromLogits,
     blind: Vec<BlindTime>,
     /// Status, as waitpid tells it, of processes that have ended.
     ended: HashMap<u32, u32>,
@@ -197,6 +228,11 @@ impl Model {
     /// What arrived.
     pub fn received(&self) -> Received {
         self.received
+    }
+
+    /// Choices made from router logits.
+    pub fn from_logits(&self) -> &FromLogits {
+        &self.from_logits
     }
 
     /// Passes left out, over all contexts.
@@ -303,11 +339,21 @@ impl Model {
             .get_or_insert_with(|| Pass::new(index, &header));
         match body {
             Body::Rows(ids) => {
-                self.received.rows += u64::from(header.rows);
                 context.source = header.source;
-                if !pass.add_rows(&header, ids) {
-                    self.received.rejected += 1;
-                }
+                let route = Route::ALL[usize::from(header.route)];
+                let added = pass.add_rows(&header, route, ids.iter().map(|id| id as u16));
+                self.received.note_rows(&header, added);
+            }
+            Body::Scores(scores) => {
+                context.source = header.source;
+                let (chosen, ids) = self
+                    .from_logits
+                    .choose(&self.facts.routers, &header, scores);
+                let added = match chosen {
+                    Some(chosen) => pass.add_rows(&chosen, Route::Logits, ids.into_iter()),
+                    None => Added::Counted,
+                };
+                self.received.note_rows(&header, added);
             }
             Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
             Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
@@ -411,6 +457,9 @@ impl Model {
         let warmups = context.excluded.get(&Exclusion::Warmup);
         let first = warmups.is_none_or(|warmups| warmups.passes == 0);
         if !context.worked && pass.is_warmup(&self.facts, first) {
+            if !pass.has_rows() {
+                return;
+            }
             if !self.options.include_warmup {
                 self.exclude(index, &pass, Exclusion::Warmup);
                 return;
@@ -469,14 +518,23 @@ impl Model {
         let phases = pass.row_phases(&context.in_prompt);
         pass.note_outputs(&mut context.in_prompt);
         if !pass.has_rows() {
+            if pass.has_ubatch() {
+                context.unseen.passes += 1;
+                context.unseen.tokens += u64::from(pass.token_count());
+            }
             return;
         }
         context.passes += 1;
+        context.passes_without_output += u64::from(pass.has_no_output());
         context.knows_layers |= !pass.has_no_output();
+        for layer in pass.layers() {
+            context.layers.entry(layer).or_default().passes += 1;
+        }
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
         for block in &pass.blocks {
             let layer = context.layers.entry(block.layer).or_default();
             layer.k = layer.k.max(block.k);
+            layer.routes.insert(block.route);
             layer.n_expert = layer.n_expert.max(block.n_expert());
             for (i, ids) in pass.rows(block).enumerate() {
                 let phase = phases.of(block.first_row as usize + i, block.total_rows);
@@ -492,6 +550,61 @@ impl Model {
             }
         }
         on_pass(&pass);
+    }
+}
+
+impl Received {
+    fn note_rows(&mut self, header: &Header, added: Added) {
+        self.rows += u64::from(header.rows);
+        match added {
+            Added::Counted => {}
+            Added::Repeated { differing } => {
+                self.repeated_rows += u64::from(header.rows);
+                self.differing_rows += differing;
+            }
+            Added::Refused => self.rejected += 1,
+        }
+    }
+}
+
+impl FromLogits {
+    /// Makes the choice for all rows of a record. Gives the header that a record of the chosen ids would
+    /// have; none when one of the rows does not allow it.
+    fn choose(
+        &mut self,
+        routers: &[Router],
+        header: &Header,
+        scores: Scores<'_>,
+    ) -> (Option<Header>, Vec<u16>) {
+        let n_expert = header.k;
+        let rows = u64::from(header.rows);
+        let mut ids = Vec::new();
+        let mut choose = || {
+            let router = selection::router_of(routers, header.layer, n_expert)?;
+            let values: Vec<f32> = scores.iter().collect();
+            let mut close_calls = 0;
+            for row in values.chunks_exact(usize::from(n_expert)) {
+                let margin = router.choose(header.layer, scores.stage, row, &mut ids)?;
+                close_calls += u64::from(margin < CLOSE_CALL);
+            }
+            Ok((router.layers[&header.layer].k, close_calls))
+        };
+        match choose() {
+            Ok((k, close_calls)) => {
+                self.rows += rows;
+                self.close_calls += close_calls;
+                let chosen = Header {
+                    k,
+                    row_stride: u32::from(n_expert),
+                    ..*header
+                };
+                (Some(chosen), ids)
+            }
+            Err(refusal) => {
+                *self.refused.entry(refusal).or_default() += rows;
+                (None, Vec::new())
+            }
+        }
     }
 }
 

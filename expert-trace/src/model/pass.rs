@@ -5,10 +5,12 @@ use std::{
     ops::Range,
 };
 
-use expert_trace_common::{Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, RowInfo};
+use expert_trace_common::{
+    Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, Route, RowInfo,
+};
 
 use super::ModelFacts;
-use crate::decode::{Numbers, RowInfos};
+use crate::decode::RowInfos;
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
 /// believed.
@@ -27,8 +29,21 @@ pub struct Block {
     pub rows: u32,
     /// Rows of the pass in this layer.
     pub total_rows: u32,
+    /// Where it was read.
+    pub route: Route,
     row_stride: u32,
     start: usize,
+}
+
+/// What became of rows that were to be added to a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Added {
+    /// They count.
+    Counted,
+    /// The layer was read in another way before. So many of them are not what was read then.
+    Repeated { differing: u64 },
+    /// The pass has more than can be.
+    Refused,
 }
 
 impl Block {
@@ -85,13 +100,19 @@ impl Pass {
         }
     }
 
-    /// Adds a record's rows; false when the pass has more than can be.
-    pub(super) fn add_rows(&mut self, header: &Header, ids: Numbers<'_>) -> bool {
-        if self.ids.len() + ids.iter().len() > MAX_PASS_IDS {
-            return false;
+    /// Adds a record's rows. A layer counts once, whichever way it was read first, except that ids win
+    /// over a choice made from logits.
+    pub(super) fn add_rows(
+        &mut self,
+        header: &Header,
+        route: Route,
+        ids: impl ExactSizeIterator<Item = u16>,
+    ) -> Added {
+        if self.ids.len() + ids.len() > MAX_PASS_IDS {
+            return Added::Refused;
         }
         if header.total_rows == 0 {
-            return true;
+            return Added::Counted;
         }
         let block = Block {
             layer: header.layer,
@@ -99,13 +120,28 @@ impl Pass {
             first_row: header.first_row,
             rows: header.rows,
             total_rows: header.total_rows,
+            route,
             row_stride: header.row_stride,
             start: self.ids.len(),
         };
-        self.ids.extend(ids.iter().map(|id| id as u16));
+        self.ids.extend(ids);
+        let mut others = self.blocks.iter();
+        let other = others.find(|other| other.layer == block.layer && other.route != route);
+        if let Some(other) = other.map(|other| other.route) {
+            let differing = self.differing(&block, other);
+            if other == Route::Logits {
+                self.blocks
+                    .retain(|known| known.layer != block.layer || known.route != other);
+                self.blocks.push(block);
+            } else {
+                self.ids.truncate(block.start);
+            }
+            return Added::Repeated { differing };
+        }
         match self.blocks.last_mut() {
             Some(last)
                 if last.layer == block.layer
+                    && last.route == block.route
                     && last.k == block.k
                     && block.first_row > 0
                     && last.first_row + last.rows == block.first_row =>
@@ -114,7 +150,22 @@ impl Pass {
             }
             _ => self.blocks.push(block),
         }
-        true
+        Added::Counted
+    }
+
+    /// How many rows of `block` were read otherwise by another route.
+    fn differing(&self, block: &Block, other: Route) -> u64 {
+        let known = |row: u32| {
+            let mut blocks = self.blocks.iter().filter(|known| {
+                known.layer == block.layer && known.route == other && known.k == block.k
+            });
+            let known = blocks
+                .find(|known| (known.first_row..known.first_row + known.rows).contains(&row))?;
+            self.rows(known).nth((row - known.first_row) as usize)
+        };
+        let rows = self.rows(block).zip(block.first_row..);
+        rows.filter(|(ids, row)| known(*row).is_some_and(|known| known != *ids))
+            .count() as u64
     }
 
     /// Adds what the ubatch says about some of its tokens.
@@ -185,11 +236,10 @@ impl Pass {
             None => first && self.blocks.iter().all(Block::shows_all_experts),
         };
         self.scheduler
-            && self.has_rows()
             && self.token_count() <= MAX_WARMUP_TOKENS
             && (self.tokens == [0, 0]
                 || (!self.tokens.is_empty() && facts.warmup_tokens.contains(&self.tokens))
-                || all_experts)
+                || (self.has_rows() && all_experts))
     }
 
     /// Prefill or decode, for each token of the ubatch.

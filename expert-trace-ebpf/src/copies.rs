@@ -1,0 +1,184 @@
+//! Hooks C and D: expert ids on their way from a device to the host.
+//!
+//! Nothing is read when a copy is asked for: it is read when the thread does what it can only do with
+//! the ids at hand.
+//!
+//! | who wants the ids | asks for them by | has them when it enters |
+//! |---|---|---|
+//! | the scheduler, to stream the chosen experts' weights (`ggml_backend_sched_compute_splits`) | `get_tensor_async(backend, tensor, data, …)` | `set_tensor_async`, for the first weight |
+//! | CUDA's MUL_MAT_ID, to sort tokens by expert (`ggml_cuda_mul_mat_id`) | `cudaMemcpyAsync(host, ids->data, …)` | the next `cudaMemcpyAsync`, of the sorted rows |
+
+use aya_ebpf::{EbpfContext, macros::map, maps::LruHashMap};
+use expert_trace_common::{Counter, Kind, Route, TENSOR_LAYOUTS};
+
+use crate::{
+    maps::count,
+    rows::{Routed, emit_routed, is_first_sight},
+    target::{Address, cookie, process_and_thread},
+    tensor::{DataAndName, ids_layer, source},
+};
+
+/// `cudaMemcpyKind` (driver_types.h).
+const HOST_TO_DEVICE: u64 = 1;
+const DEVICE_TO_HOST: u64 = 2;
+
+/// By thread: the ids it waits for.
+#[map]
+static AWAITED: LruHashMap<u64, Awaited> = LruHashMap::with_max_entries(4096, 0);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Awaited {
+    tensor: u64,
+    /// Where they are on the device, until the copy has been asked for.
+    device: u64,
+    /// Where they will be on the host; 0 until the copy has been asked for.
+    host: u64,
+    layer: u16,
+    /// A [`Route`].
+    route: u16,
+    padding: u32,
+}
+
+/// `get_tensor_async(backend, tensor, data, offset, size)` is entered.
+#[inline(always)]
+pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
+    let Some(read) = DataAndName::read(tensor, &TENSOR_LAYOUTS[0]) else {
+        return;
+    };
+    let Some(layer) = ids_layer(&read.name) else {
+        return;
+    };
+    // The scheduler takes all of it at once.
+    if offset != 0 {
+        return;
+    }
+    await_ids(Awaited {
+        tensor: tensor.0,
+        device: read.data,
+        host: data,
+        layer,
+        route: Route::Fetch as u16,
+        padding: 0,
+    });
+}
+
+/// `set_tensor_async` is entered.
+#[inline(always)]
+pub fn on_weights_follow<C: EbpfContext>(ctx: &C) {
+    if let Some(awaited) = awaited()
+        && awaited.route == Route::Fetch as u16
+    {
+        arrived(ctx, &awaited);
+    }
+}
+
+/// `ggml_cuda_mul_mat_id(context, dst)` is entered. It may go on without a copy.
+#[inline(always)]
+pub fn on_device_mul_mat_id(dst: Address) {
+    let Some((tensor, read, layer)) = ids_of(dst) else {
+        return;
+    };
+    let awaited = Awaited {
+        tensor: tensor.0,
+        device: read.data,
+        host: 0,
+        layer,
+        route: Route::DeviceCopy as u16,
+        padding: 0,
+    };
+    remember(&awaited);
+}
+
+/// `cudaMemcpyAsync(dst, src, count, kind, stream)` is entered.
+#[inline(always)]
+pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, dst: u64, src: u64, kind: u64) {
+    let Some(awaited) = awaited() else {
+        return;
+    };
+    let kind = kind & 0xffff_ffff;
+    if awaited.host == 0 {
+        if kind == DEVICE_TO_HOST && src == awaited.device {
+            await_ids(Awaited {
+                host: dst,
+                ..awaited
+            });
+        }
+    } else if kind == HOST_TO_DEVICE {
+        arrived(ctx, &awaited);
+    }
+}
+
+/// `src[2]` of a MUL_MAT_ID, if it is a tensor of expert ids.
+#[inline(always)]
+fn ids_of(dst: Address) -> Option<(Address, DataAndName, u16)> {
+    let layout = &TENSOR_LAYOUTS[0];
+    if let Some(ids) = source(dst, layout, 2)
+        && let Some(read) = DataAndName::read(ids, layout)
+        && let Some(layer) = ids_layer(&read.name)
+    {
+        return Some((ids, read, layer));
+    }
+    let layout = &TENSOR_LAYOUTS[1];
+    let ids = source(dst, layout, 2)?;
+    let read = DataAndName::read(ids, layout)?;
+    let layer = ids_layer(&read.name)?;
+    Some((ids, read, layer))
+}
+
+#[inline(always)]
+fn awaited() -> Option<Awaited> {
+    let awaited = AWAITED.get_ptr(process_and_thread())?;
+    // SAFETY: the map's value is alive during the program, and belongs to this thread.
+    Some(unsafe { *awaited })
+}
+
+#[inline(always)]
+fn remember(next: &Awaited) {
+    if let Some(last) = awaited()
+        && last.host != 0
+        // An interface and what stands behind it are asked one after the other.
+        && last.host != next.host
+    {
+        count(Counter::IdsCopiesLost, 1);
+    }
+    if AWAITED.insert(process_and_thread(), next, 0).is_err() {
+        count(Counter::StateLost, 1);
+    }
+}
+
+#[inline(always)]
+fn await_ids(next: Awaited) {
+    if awaited().is_none_or(|last| last.host != next.host) {
+        count(Counter::IdsCopies, 1);
+    }
+    remember(&next);
+}
+
+#[inline(always)]
+fn arrived<C: EbpfContext>(ctx: &C, awaited: &Awaited) {
+    // It fails only when there is no such entry.
+    let _ = AWAITED.remove(process_and_thread());
+    let route = if awaited.route == Route::Fetch as u16 {
+        count(Counter::FetchedIds, 1);
+        Route::Fetch
+    } else {
+        count(Counter::DeviceIds, 1);
+        Route::DeviceCopy
+    };
+    let tensor = Address(awaited.tensor);
+    if !is_first_sight(tensor) {
+        return;
+    }
+    emit_routed(
+        ctx,
+        &Routed {
+            kind: Kind::Rows,
+            route,
+            layer: awaited.layer,
+            source: cookie(ctx),
+            tensor,
+            data: Address(awaited.host),
+        },
+    );
+}

@@ -1,0 +1,172 @@
+//! Hook A: expert ids at the entry of `ggml_compute_forward_get_rows`.
+//!
+//! llama.cpp gathers the weights of the chosen experts with GET_ROWS (`ffn_moe_weights-N`), whose
+//! `src[1]` is the ids tensor `ffn_moe_topk-N` (llama-graph.cpp, `build_moe_ffn`). A barrier between
+//! graph nodes guarantees that the ids are complete when the function is entered. Every thread of
+//! the pool enters it; the one with `ith == 0` is the one that entered the scheduler.
+
+use core::ptr;
+
+use aya_ebpf::programs::ProbeContext;
+use expert_trace_common::{
+    Counter, Header, Kind, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS, Route, TENSOR_LAYOUTS,
+    TensorLayout, payload,
+};
+
+use crate::{
+    maps::{EVENTS, LAYOUT, Record, THREADS, count},
+    pass::header,
+    rows::{Routed, emit_routed},
+    target::{Address, cookie, process_and_thread},
+    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, source, starts_with},
+};
+
+const TOKENS: &[u8; 11] = b"inp_tokens\0";
+/// Start of the names of the rows whose output is wanted; tells a dense model from an unknown layout.
+const OUTPUT_ROWS: [&[u8; 7]; 2] = [b"inp_out", b"out_ids"];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    ExpertIds { layer: u16 },
+    Tokens,
+    OutputRows,
+}
+
+#[inline(always)]
+pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
+    // `ith` is the first field of `ggml_compute_params` since b3209 (ggml-cpu-impl.h).
+    let Some(ith) = params.read::<i32>() else {
+        return count(Counter::HitUnreadable, 1);
+    };
+    if ith != 0 {
+        return count(Counter::FilteredThread, 1);
+    }
+    // After the filter: most hits end there.
+    let source = cookie(ctx);
+    let Some(known_layout) = LAYOUT.get_ptr_mut(source) else {
+        return count(Counter::HitUnreadable, 1);
+    };
+    // SAFETY: the map's value is alive during the program.
+    let layout_number = unsafe { ptr::read_volatile(known_layout) };
+
+    let (index, tensor) = match layout_number {
+        0 => match find_layout(dst) {
+            Some((number, index, tensor)) => {
+                // SAFETY: as above. Racing hits of one library write the same number.
+                unsafe { ptr::write_volatile(known_layout, number) };
+                (index, tensor)
+            }
+            None => return count(Counter::LayoutUnknown, 1),
+        },
+        1 => match read_index(dst, &TENSOR_LAYOUTS[0]) {
+            Some(read) => read,
+            None => return count(Counter::HitUnreadable, 1),
+        },
+        _ => match read_index(dst, &TENSOR_LAYOUTS[1]) {
+            Some(read) => read,
+            None => return count(Counter::HitUnreadable, 1),
+        },
+    };
+    match recognise(&tensor.name) {
+        Some(Known::ExpertIds { layer }) => {
+            count(Counter::Routed, 1);
+            emit_routed(
+                ctx,
+                &Routed {
+                    kind: Kind::Rows,
+                    route: Route::Router,
+                    layer,
+                    source,
+                    tensor: index,
+                    data: Address(tensor.data),
+                },
+            );
+        }
+        Some(Known::Tokens) => {
+            count(Counter::TokenLookup, 1);
+            on_tokens(index, tensor.data, source);
+        }
+        Some(Known::OutputRows) | None => count(Counter::FilteredTensor, 1),
+    }
+}
+
+/// Tries the candidates until a tensor shows a name that is only there when the offsets are right.
+#[inline(always)]
+fn find_layout(dst: Address) -> Option<(u32, Address, DataAndName)> {
+    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[0])
+        && recognise(&tensor.name).is_some()
+    {
+        return Some((1, index, tensor));
+    }
+    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[1])
+        && recognise(&tensor.name).is_some()
+    {
+        return Some((2, index, tensor));
+    }
+    None
+}
+
+/// Reads what `dst->src[1]`, the rows to gather, points to.
+#[inline(always)]
+fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndName)> {
+    let index = source(dst, layout, 1)?;
+    Some((index, DataAndName::read(index, layout)?))
+}
+
+#[inline(always)]
+fn recognise(name: &Name) -> Option<Known> {
+    if let Some(layer) = ids_layer(name) {
+        return Some(Known::ExpertIds { layer });
+    }
+    if starts_with(name, TOKENS) {
+        return Some(Known::Tokens);
+    }
+    if starts_with(name, OUTPUT_ROWS[0]) || starts_with(name, OUTPUT_ROWS[1]) {
+        return Some(Known::OutputRows);
+    }
+    None
+}
+
+/// Passes on the tokens of the passes among which a warm-up can be. All others are not looked at.
+#[inline(always)]
+fn on_tokens(index: Address, data: u64, source: u32) {
+    let Some(state) = THREADS.get_ptr_mut(process_and_thread()) else {
+        return;
+    };
+    // SAFETY: the map's value is alive during the program, and belongs to this thread.
+    let state = unsafe { *state };
+    if state.pass >= MAX_WARMUP_PASSES || state.context == 0 {
+        return;
+    }
+    let Some(shape) = index.read::<Shape>() else {
+        return;
+    };
+    let tokens = shape.ne[0];
+    if shape.kind != TYPE_I32 || tokens < 1 || tokens > i64::from(MAX_WARMUP_TOKENS) {
+        return;
+    }
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
+        return count(Counter::EventsRingFull, 1);
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record.
+    unsafe {
+        (&raw mut (*record).header).write(Header {
+            kind: Kind::Tokens as u8,
+            rows: tokens as u32,
+            total_rows: tokens as u32,
+            source,
+            ..header(&state)
+        })
+    };
+    let ids = unsafe { (&raw mut (*record).payload).cast::<u8>() };
+    let len = if tokens == 1 { 4 } else { 8 };
+    // SAFETY: the payload has room for more than two tokens.
+    if unsafe { Address(data).read_to(ids, len) }.is_none() {
+        entry.discard(0);
+        return count(Counter::EventsUnreadable, 1);
+    }
+    entry.submit(0);
+    count(Counter::EventsEmitted, 1);
+}

@@ -1,0 +1,150 @@
+//! `--router-on-cpu`: what makes llama.cpp compute the routers' logits on the host, so that they can be
+//! read there while everything else stays on a device.
+
+use std::{
+    ffi::{OsStr, OsString},
+    path::Path,
+};
+
+/// Keeps the routers' weights on the CPU, with the biases that take part in the choice; the gates of
+/// shared experts (`ffn_gate_inp_shexp`) stay where they are. A value of llama.cpp's
+/// `--override-tensor`, which searches for the pattern in the names of tensors.
+pub const OVERRIDE: &str = r"blk\.[0-9]+\.(ffn_gate_inp\.(weight|bias)|exp_probs_b.*)=CPU";
+
+/// What every override of the routers' weights has in it.
+const ROUTER_TENSOR: &str = "ffn_gate_inp";
+
+/// The variable that llama.cpp's programs read overrides from (common/arg.cpp, since b7525).
+pub const OVERRIDE_VARIABLE: &str = "LLAMA_ARG_OVERRIDE_TENSOR";
+
+/// Options for a program, and where among its arguments they go: before all others, since of several
+/// overrides that match, llama.cpp takes the first.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Insertion {
+    position: usize,
+    options: [&'static str; 4],
+    used: usize,
+}
+
+impl Insertion {
+    /// The options.
+    pub fn options(&self) -> &[&'static str] {
+        &self.options[..self.used]
+    }
+
+    /// Puts them into a command line.
+    pub fn apply(&self, command: &mut Vec<OsString>) {
+        let options = self.options().iter().map(OsString::from);
+        command.splice(self.position..self.position, options);
+    }
+}
+
+/// The options for a command line; `None` when the program is none of llama.cpp's.
+pub fn insertion(command: &[OsString]) -> Option<Insertion> {
+    let name = Path::new(command.first()?).file_name()?.to_str()?;
+    let common = |position| Insertion {
+        position,
+        options: ["--override-tensor", OVERRIDE, "--no-op-offload", ""],
+        used: 3,
+    };
+    match name {
+        "llama-bench" => Some(Insertion {
+            position: 1,
+            options: ["--override-tensor", OVERRIDE, "--no-op-offload", "1"],
+            used: 4,
+        }),
+        // One program for all of them: the first argument says which it is to be.
+        "llama" if command.len() > 1 => Some(common(2)),
+        _ if name.starts_with("llama-") => Some(common(1)),
+        _ => None,
+    }
+}
+
+/// Whether a process was started with routers on the CPU, as far as its arguments and environment tell.
+pub fn is_asked_for(command: &[OsString], variable: Option<&OsStr>) -> bool {
+    let names_router = |text: &OsStr| text.to_string_lossy().contains(ROUTER_TENSOR);
+    let mut arguments = command.iter().skip_while(|argument| {
+        *argument != "-ot"
+            && *argument != "--override-tensor"
+            && !argument.to_string_lossy().starts_with("--override-tensor=")
+    });
+    arguments.any(|argument| names_router(argument)) || variable.is_some_and(names_router)
+}
+
+/// Says what has been added to a command line, and what that costs.
+pub fn added(insertion: &Insertion) -> String {
+    let options: Vec<String> = insertion
+        .options()
+        .iter()
+        .map(|option| {
+            if option.contains('\\') {
+                format!("'{option}'")
+            } else {
+                (*option).to_owned()
+            }
+        })
+        .collect();
+    format!(
+        "--router-on-cpu adds to the program's options: {}\n\
+         The device now waits for the host once in every MoE layer of every pass, and prompts are no \
+         longer computed with weights streamed to it: the program is slower than without. The \
+         experts are chosen from the logits by expert-trace.",
+        options.join(" ")
+    )
+}
+
+/// Says what a program that does not take llama.cpp's options has to be told.
+pub fn equivalent(program: &OsStr) -> String {
+    let pattern = OVERRIDE.trim_end_matches("=CPU");
+    format!(
+        "--router-on-cpu: {} is not known to take llama.cpp's options; nothing is added to its command \
+         line. It has to set the same by itself: llama_model_params.tensor_buft_overrides with the \
+         pattern {pattern} and the CPU's buffer type, and llama_context_params.op_offload = false",
+        Path::new(program).display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn changed(text: &str) -> Option<String> {
+        let mut command = words(text);
+        insertion(&command)?.apply(&mut command);
+        Some(command.join(OsStr::new(" ")).into_string().unwrap())
+    }
+
+    #[test]
+    fn options_come_before_the_users() {
+        assert_eq!(
+            changed("/opt/llama-cli -ot .*=CUDA0").unwrap(),
+            format!("/opt/llama-cli --override-tensor {OVERRIDE} --no-op-offload -ot .*=CUDA0")
+        );
+        assert_eq!(
+            changed("llama-bench -m m").unwrap(),
+            format!("llama-bench --override-tensor {OVERRIDE} --no-op-offload 1 -m m")
+        );
+        assert_eq!(
+            changed("llama serve -m m").unwrap(),
+            format!("llama serve --override-tensor {OVERRIDE} --no-op-offload -m m")
+        );
+        for other in ["python3 serve.py", "sh llama-cli", "llama", ""] {
+            assert_eq!(changed(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_was_started_so_is_recognised() {
+        let asked = |text: &str| is_asked_for(&words(text), None);
+        assert!(asked(r"llama-server -m m -ot blk\.\d+\.ffn_gate_inp.*=CPU"));
+        assert!(asked("llama-server --override-tensor=ffn_gate_inp=CPU"));
+        assert!(!asked("llama-server -m ffn_gate_inp.gguf -ot exps=CPU"));
+        assert!(!asked("llama-server -p ffn_gate_inp"));
+        assert!(is_asked_for(&[], Some("ffn_gate_inp=CPU".as_ref())));
+        assert!(!is_asked_for(&[], Some("exps=CPU".as_ref())));
+    }
+}

@@ -1,12 +1,12 @@
-//! Small `qwen3moe` models for tests, written without llama.cpp and without Python.
+//! Small models for tests, written without llama.cpp and without Python.
 //!
-//! Both kinds have the tensors and keys that `src/models/qwen3moe.cpp` of llama.cpp asks for, and
-//! the tokenizer of an existing vocabulary-only GGUF file. The same [`ModelSpec`] and vocabulary
-//! give the same bytes on every machine.
+//! All kinds have the tensors and keys that llama.cpp's source of their architecture asks for, in
+//! `src/models`, and the tokenizer of an existing vocabulary-only GGUF file. The same [`ModelSpec`] or
+//! [`Shape`] and vocabulary give the same bytes on every machine.
 //!
 //! # Known routing
 //!
-//! [`write_known_routing`] makes a model whose routing is known without running it:
+//! [`write_known_routing`] makes a `qwen3moe` model whose routing is known without running it:
 //!
 //! - Token `t` has the class `t mod n_embd`, and its embedding is 1 at its class, else 0.
 //! - The output of attention and of every expert is multiplied by zero, so the embedding is also what
@@ -21,6 +21,10 @@
 //!
 //! [`write_random`] fills the same tensors with normally distributed weights: routing depends on
 //! everything, and is known only to an oracle that runs the model.
+//!
+//! # Shapes
+//!
+//! [`write_shape`] does the same for other architectures, with their kinds of routers.
 //!
 //! # Dense
 //!

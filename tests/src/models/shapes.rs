@@ -1,9 +1,8 @@
 //! Small models of random weights in the shapes of the models that are traced in the field: same
 //! architecture, same kind of router, same numbers of experts; few layers and narrow ones.
 //!
-//! Each has the keys and tensors that its file under `src/models` of llama.cpp asks for. What the
-//! weights make of a token is known only to an oracle that runs the model; what is known beforehand is
-//! the [`Shape`].
+//! Which experts a token gets is known only to an oracle that runs the model; what is known beforehand
+//! is the [`Shape`].
 
 mod deepseek2;
 mod gpt_oss;
@@ -40,7 +39,7 @@ pub enum Architecture {
     Mixtral,
     /// `olmoe`: softmax.
     Olmoe,
-    /// `qwen3moe`: softmax. See [`write_random`].
+    /// `qwen3moe`: softmax. What [`write_random`] writes.
     Qwen3Moe,
     /// `qwen3next`: softmax; a shared expert with a gate of its own. Three of four layers are recurrent
     /// (gated delta net), the others have full attention.

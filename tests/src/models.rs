@@ -1,12 +1,12 @@
-//! Small `qwen3moe` models for tests, written without llama.cpp and without Python.
+//! Small models for tests, written without llama.cpp and without Python.
 //!
-//! Both kinds have the tensors and keys that `src/models/qwen3moe.cpp` of llama.cpp asks for, and
-//! the tokenizer of an existing vocabulary-only GGUF file. The same [`ModelSpec`] and vocabulary
-//! give the same bytes on every machine.
+//! All kinds have the tensors and keys that llama.cpp's source of their architecture asks for, in
+//! `src/models`, and the tokenizer of an existing vocabulary-only GGUF file. The same [`ModelSpec`] or
+//! [`Shape`] and vocabulary give the same bytes on every machine.
 //!
 //! # Known routing
 //!
-//! [`write_known_routing`] makes a model whose routing is known without running it:
+//! [`write_known_routing`] makes a `qwen3moe` model whose routing is known without running it:
 //!
 //! - Token `t` has the class `t mod n_embd`, and its embedding is 1 at its class, else 0.
 //! - The output of attention and of every expert is multiplied by zero, so the embedding is also what
@@ -22,23 +22,30 @@
 //! [`write_random`] fills the same tensors with normally distributed weights: routing depends on
 //! everything, and is known only to an oracle that runs the model.
 //!
+//! # Shapes
+//!
+//! [`write_shape`] does the same for other architectures, with their kinds of routers.
+//!
 //! # Dense
 //!
 //! [`write_dense`] makes a `llama` model that has no experts at all.
 
 mod dense;
 mod file;
+mod model;
 mod rng;
+mod shapes;
 
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use expert_trace::gguf::{Gguf, Value};
+use anyhow::{Context, Result, ensure};
 
 pub use dense::write_dense;
-use file::{Data, GgufFile, Tensor};
+use file::Data;
+use model::Model;
 use rng::Rng;
+pub use shapes::{Architecture, Shape, write_shape};
 
 /// Distance between the logits of neighbouring ranks, down to the first expert not chosen.
 const STEP: f32 = 0.375;
@@ -46,11 +53,6 @@ const STEP: f32 = 0.375;
 const MIN_GAP: f32 = 0.1;
 const N_HEAD: u32 = 4;
 const N_HEAD_KV: u32 = 2;
-/// Above any prompt of the tests; costs nothing in the file.
-const CONTEXT_LENGTH: u32 = 8192;
-/// `<role>: <content>` per line, enough for llama-cli and llama-server to chat.
-const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}: \
-    {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
 /// The shape of a model to write.
 #[derive(Debug, Clone, Copy)]
@@ -175,18 +177,18 @@ impl Expected {
 /// A `spec` that makes no model, a `vocab` without tokenizer or with too few tokens, or a failure to
 /// read or write.
 pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<Expected> {
-    let mut model = Model::new(vocab, spec)?;
+    let mut model = qwen3moe(vocab, spec)?;
     let classes = spec.n_embd as usize;
-    model.embedding(Data::F16(one_hot_rows(model.n_vocab, classes)));
+    model.embedding(Data::F16(one_hot_rows(model.n_vocab(), classes)));
     let mut rng = Rng::new(spec.seed);
     let mut routing = Vec::new();
     for layer in 0..spec.layers {
         let (router, ids) = known_router(spec, &mut rng);
         check_gaps(&router, &ids)?;
-        model.layer(layer, Data::F32(router), || Data::ZeroF16);
+        add_layer(&mut model, spec, layer, Data::F32(router), || Data::ZeroF16);
         routing.push(ids);
     }
-    let output = successor_rows(model.n_vocab, classes, &mut rng)?;
+    let output = successor_rows(model.n_vocab(), classes, &mut rng)?;
     model.output(Data::F16(output));
     model.write(path, &mut rng)?;
     Ok(Expected { routing })
@@ -199,7 +201,7 @@ pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Resul
 ///
 /// As [`write_known_routing`].
 pub fn write_random(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
-    let mut model = Model::new(vocab, spec)?;
+    let mut model = qwen3moe(vocab, spec)?;
     let mut rng = Rng::new(spec.seed);
     let weights = || Data::NormalF16 { std: 0.05 };
     model.embedding(weights());
@@ -207,139 +209,63 @@ pub fn write_random(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
         // The router's input has an RMS of 1, so logits get a standard deviation of 3, enough to
         // keep neighbouring ones apart.
         let std = 3.0 / (spec.n_embd as f32).sqrt();
-        model.layer(layer, Data::NormalF32 { std }, weights);
+        add_layer(&mut model, spec, layer, Data::NormalF32 { std }, weights);
     }
     model.output(weights());
     model.write(path, &mut rng)
 }
 
-/// The tokenizer of a vocabulary-only GGUF file.
-struct Vocabulary {
-    bytes: Vec<u8>,
-    gguf: Gguf,
-    tokens: u32,
+/// A `qwen3moe` model of `spec` without layers.
+fn qwen3moe(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
+    spec.check()?;
+    let mut model = Model::new(vocab, "qwen3moe", "expert-trace test model", spec.n_embd)?;
+    let head_dim = spec.n_embd / N_HEAD;
+    model.keys(&[
+        ("block_count", spec.layers),
+        ("feed_forward_length", spec.n_ff),
+        ("expert_feed_forward_length", spec.n_ff),
+        ("expert_count", spec.n_expert),
+        ("expert_used_count", spec.k),
+        ("attention.head_count", N_HEAD),
+        ("attention.head_count_kv", N_HEAD_KV),
+        ("attention.key_length", head_dim),
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+    ]);
+    Ok(model)
 }
 
-impl Vocabulary {
-    fn read(path: &Path) -> Result<Vocabulary> {
-        let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        let gguf = Gguf::read(&mut std::io::Cursor::new(&bytes))
-            .with_context(|| format!("{} is no vocabulary", path.display()))?;
-        let tokens = match gguf.kv.get("tokenizer.ggml.tokens") {
-            Some(Value::Skipped { len, .. }) => u32::try_from(*len)?,
-            _ => bail!("{} has no tokens", path.display()),
-        };
-        Ok(Vocabulary {
-            bytes,
-            gguf,
-            tokens,
-        })
-    }
-
-    fn copy(&self, file: &mut GgufFile) {
-        for (key, span) in &self.gguf.kv_spans {
-            if key.starts_with("tokenizer.") {
-                file.copied(&self.bytes[span.start as usize..span.end as usize]);
-            }
-        }
-        if !self.gguf.kv.contains_key("tokenizer.chat_template") {
-            file.string("tokenizer.chat_template", CHAT_TEMPLATE);
-        }
-    }
-}
-
-/// A model while its tensors are being added in the order of the file.
-struct Model {
-    file: GgufFile,
-    spec: ModelSpec,
-    n_vocab: u32,
-}
-
-impl Model {
-    fn new(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
-        spec.check()?;
-        let vocabulary = Vocabulary::read(vocab)?;
-        let mut file = GgufFile::default();
-        file.string("general.architecture", "qwen3moe");
-        file.string("general.name", "expert-trace test model");
-        let head_dim = spec.n_embd / N_HEAD;
-        for (key, value) in [
-            ("block_count", spec.layers),
-            ("context_length", CONTEXT_LENGTH),
-            ("embedding_length", spec.n_embd),
-            ("feed_forward_length", spec.n_ff),
-            ("expert_feed_forward_length", spec.n_ff),
-            ("expert_count", spec.n_expert),
-            ("expert_used_count", spec.k),
-            ("attention.head_count", N_HEAD),
-            ("attention.head_count_kv", N_HEAD_KV),
-            ("attention.key_length", head_dim),
-            ("attention.value_length", head_dim),
-            ("rope.dimension_count", head_dim),
-        ] {
-            file.u32(&format!("qwen3moe.{key}"), value);
-        }
-        file.f32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6);
-        vocabulary.copy(&mut file);
-        Ok(Model {
-            file,
-            spec: *spec,
-            n_vocab: vocabulary.tokens,
-        })
-    }
-
-    fn tensor(&mut self, name: String, shape: &[u32], data: Data) {
-        let shape = shape.iter().map(|n| u64::from(*n)).collect();
-        self.file.tensor(Tensor { name, shape, data });
-    }
-
-    fn ones(&mut self, name: String, n: u32) {
-        self.tensor(name, &[n], Data::F32(vec![1.0; n as usize]));
-    }
-
-    fn embedding(&mut self, data: Data) {
-        let shape = [self.spec.n_embd, self.n_vocab];
-        self.tensor("token_embd.weight".to_owned(), &shape, data);
-    }
-
-    fn output(&mut self, data: Data) {
-        let shape = [self.spec.n_embd, self.n_vocab];
-        self.ones("output_norm.weight".to_owned(), self.spec.n_embd);
-        self.tensor("output.weight".to_owned(), &shape, data);
-    }
-
-    /// Adds a layer with the given router, and `weights` everywhere else.
-    fn layer(&mut self, layer: u32, router: Data, weights: impl Fn() -> Data) {
-        let ModelSpec {
-            n_expert,
-            n_embd,
-            n_ff,
-            ..
-        } = self.spec;
-        let head_dim = n_embd / N_HEAD;
-        let name = |part: &str| format!("blk.{layer}.{part}.weight");
-        self.ones(name("attn_norm"), n_embd);
-        self.ones(name("attn_q_norm"), head_dim);
-        self.ones(name("attn_k_norm"), head_dim);
-        self.ones(name("ffn_norm"), n_embd);
-        self.tensor(name("ffn_gate_inp"), &[n_embd, n_expert], router);
-        for (part, shape) in [
-            ("attn_q", [n_embd, n_embd, 1]),
-            ("attn_k", [n_embd, head_dim * N_HEAD_KV, 1]),
-            ("attn_v", [n_embd, head_dim * N_HEAD_KV, 1]),
-            ("attn_output", [n_embd, n_embd, 1]),
-            ("ffn_gate_exps", [n_embd, n_ff, n_expert]),
-            ("ffn_up_exps", [n_embd, n_ff, n_expert]),
-            ("ffn_down_exps", [n_ff, n_embd, n_expert]),
-        ] {
-            self.tensor(name(part), &shape, weights());
-        }
-    }
-
-    fn write(self, path: &Path, rng: &mut Rng) -> Result<()> {
-        self.file
-            .write(path, rng)
-            .with_context(|| format!("write {}", path.display()))
+/// Adds a layer with the given router, and `weights` everywhere else.
+fn add_layer(
+    model: &mut Model,
+    spec: &ModelSpec,
+    layer: u32,
+    router: Data,
+    weights: impl Fn() -> Data,
+) {
+    let ModelSpec {
+        n_expert,
+        n_embd,
+        n_ff,
+        ..
+    } = *spec;
+    let head_dim = n_embd / N_HEAD;
+    let name = |part: &str| format!("blk.{layer}.{part}.weight");
+    model.norm(name("attn_norm"), n_embd);
+    model.norm(name("attn_q_norm"), head_dim);
+    model.norm(name("attn_k_norm"), head_dim);
+    model.norm(name("ffn_norm"), n_embd);
+    model.tensor(name("ffn_gate_inp"), &[n_embd, n_expert], router);
+    for (part, shape) in [
+        ("attn_q", [n_embd, n_embd, 1]),
+        ("attn_k", [n_embd, head_dim * N_HEAD_KV, 1]),
+        ("attn_v", [n_embd, head_dim * N_HEAD_KV, 1]),
+        ("attn_output", [n_embd, n_embd, 1]),
+        ("ffn_gate_exps", [n_embd, n_ff, n_expert]),
+        ("ffn_up_exps", [n_embd, n_ff, n_expert]),
+        ("ffn_down_exps", [n_ff, n_embd, n_expert]),
+    ] {
+        model.tensor(name(part), &shape, weights());
     }
 }
 

@@ -78,6 +78,10 @@ impl GgufFile {
         self.pair(key, 6, &value.to_le_bytes());
     }
 
+    pub fn bool(&mut self, key: &str, value: bool) {
+        self.pair(key, 7, &[value.into()]);
+    }
+
     pub fn string(&mut self, key: &str, value: &str) {
         self.pair(key, 8, &string(value));
     }

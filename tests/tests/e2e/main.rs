@@ -14,6 +14,7 @@ mod loss;
 mod outputs;
 mod processes;
 mod rpc;
+mod shapes;
 mod shell;
 mod specification;
 mod sudo;

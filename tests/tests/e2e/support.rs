@@ -9,8 +9,8 @@ use std::{
 
 use expert_trace_tests::{
     llama::LlamaCpp,
-    models::{self, Expected, ModelSpec},
-    oracle::Oracle,
+    models::{self, Expected, ModelSpec, Shape},
+    oracle::{Oracle, read_dump},
     tracer::{self, Stats, read_log},
 };
 use tempfile::TempDir;
@@ -77,6 +77,13 @@ pub fn dense() -> &'static Path {
         publish("dense.gguf", |path| {
             models::write_dense(path, &llama().vocab).unwrap();
         })
+    })
+}
+
+/// Random weights in the shape of a model that is traced in the field.
+pub fn shape(name: &str, shape: &Shape) -> PathBuf {
+    publish(&format!("shape-{name}.gguf"), |path| {
+        models::write_shape(path, &llama().vocab, shape).unwrap();
     })
 }
 
@@ -172,6 +179,31 @@ impl Traced {
         let log = read_log(&self.directory.path().join("log")).unwrap();
         (stats, log)
     }
+}
+
+/// Has a traced driver do `commands`, and fails unless the rows are, in the same order, those that its
+/// own eval callback sees. Gives the document and the rows.
+pub fn compare_with_callback(
+    model: &Path,
+    options: &[&str],
+    commands: &[&str],
+) -> (Stats, Vec<(u32, Vec<u32>)>) {
+    let directory = scratch();
+    let dump = directory.path().join("dump");
+    let dump_path = dump.to_string_lossy();
+    let mut traced = Traced::start(model, &[options, &["--dump", &dump_path]].concat());
+    for command in commands {
+        traced.command(command);
+    }
+    let (stats, seen) = traced.finish();
+
+    let oracle: Vec<(u32, Vec<u32>)> = read_dump(&dump)
+        .unwrap()
+        .into_iter()
+        .map(|row| (row.layer, row.ids))
+        .collect();
+    assert_eq!(seen, oracle);
+    (stats, seen)
 }
 
 /// A command line of one of llama.cpp's programs, with its standard input closed.

@@ -1,0 +1,87 @@
+//! The routers of the architectures that are traced in the field: the rows that a program's own eval
+//! callback sees, and the layers and numbers of experts that the model was written with.
+
+use std::collections::BTreeSet;
+
+use expert_trace_tests::models::Shape;
+
+use crate::support::{compare_with_callback, shape};
+
+/// Prompts in two sequences, the first of two micro-batches, and decoding in both.
+const COMMANDS: [&str; 5] = [
+    "prompt 0 48 4000",
+    "generate 0 8 17",
+    "prompt 1 20 12000",
+    "batch 0:77 1:78",
+    "generate 1 4 5",
+];
+/// Tokens of [`COMMANDS`]: of the prompts, and of the rest.
+const PREFILL: u64 = 68;
+const DECODE: u64 = 14;
+
+fn compare(name: &str, expected: &Shape) {
+    let (stats, rows) = compare_with_callback(
+        &shape(name, expected),
+        &["-t", "2", "-c", "512", "-ub", "32"],
+        &COMMANDS,
+    );
+
+    let with_experts: Vec<u32> = expected.layers_with_experts().collect();
+    let traced = stats.0["contexts"][0]["layers"].as_array().unwrap();
+    let layers: Vec<_> = traced.iter().map(|layer| &layer["layer_id"]).collect();
+    assert_eq!(layers, with_experts.iter().collect::<Vec<_>>());
+    for layer in traced {
+        assert_eq!(layer["n_expert"], expected.n_expert);
+        assert_eq!(layer["k"], expected.k);
+    }
+    assert_eq!(stats.0["models"][0]["n_expert"], expected.n_expert);
+
+    for layer in 0..with_experts.len() - 1 {
+        let layer = format!("/contexts/0/layers/{layer}");
+        assert_eq!(stats.number(&format!("{layer}/prefill_tokens")), PREFILL);
+        assert_eq!(stats.number(&format!("{layer}/decode_tokens")), DECODE);
+    }
+    for layer in with_experts {
+        let of_layer = rows.iter().filter(|(of, _)| *of == layer);
+        let distinct: BTreeSet<&[u32]> = of_layer.map(|(_, ids)| ids.as_slice()).collect();
+        assert!(
+            distinct.len() > 10,
+            "layer {layer} routes only {distinct:?}"
+        );
+    }
+}
+
+#[test]
+fn deepseek2() {
+    compare("deepseek2", &Shape::DEEPSEEK2);
+}
+
+#[test]
+fn gpt_oss_20b() {
+    compare("gpt-oss-20b", &Shape::GPT_OSS_20B);
+}
+
+#[test]
+fn gpt_oss_120b() {
+    compare("gpt-oss-120b", &Shape::GPT_OSS_120B);
+}
+
+#[test]
+fn mixtral() {
+    compare("mixtral", &Shape::MIXTRAL);
+}
+
+#[test]
+fn olmoe() {
+    compare("olmoe", &Shape::OLMOE);
+}
+
+#[test]
+fn qwen3moe() {
+    compare("qwen3moe", &Shape::QWEN3MOE);
+}
+
+#[test]
+fn qwen3next() {
+    compare("qwen3next", &Shape::QWEN3NEXT);
+}

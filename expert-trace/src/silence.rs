@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::{
     diagnosis,
     stats::{ModelFile, Stats},
+    summary::MAKE_VISIBLE,
     target::printable,
 };
 
@@ -75,8 +76,10 @@ impl Facts<'_> {
     }
 
     fn no_moe_layer_ran(&self) -> String {
-        const ON_DEVICE: &str = "run the program with -ngl 0; where an RPC server computes on its \
-                                 CPU, trace the server";
+        let on_device = format!(
+            "{MAKE_VISIBLE}, or run the program with -ngl 0; where an RPC server computes on its \
+             CPU, trace the server"
+        );
         // The one with the most layers speaks for the others, such as a draft model's.
         let model = self
             .models
@@ -85,7 +88,7 @@ impl Facts<'_> {
         match model {
             None => format!(
                 "tokens were decoded, but no MoE layer ran on the CPU: the model is dense, or its \
-                 router is on a GPU or another device; if it is no dense model, {ON_DEVICE}"
+                 router is on a GPU or another device; if it is no dense model, {on_device}"
             ),
             Some(model) => {
                 let path = printable(model.path.as_ref());
@@ -96,7 +99,7 @@ impl Facts<'_> {
                     layers => format!(
                         "MoE layers are not visible: {path} has {layers} MoE layers, and none of \
                          their routing ran on the CPU (the router is on a GPU or another device); \
-                         {ON_DEVICE}"
+                         {on_device}"
                     ),
                 }
             }
@@ -106,6 +109,8 @@ impl Facts<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::gguf::{ExpertsUsed, ModelShape};
 
@@ -121,6 +126,12 @@ mod tests {
                 n_expert_used: ExpertsUsed::Uniform(2 * moe_layers.min(1)),
                 nextn_predict_layers: 0,
                 moe_layers: (0..moe_layers).collect(),
+                expert_gating_func: None,
+                expert_group_count: 0,
+                expert_group_used_count: 0,
+                router_bias: BTreeSet::new(),
+                selection_bias: BTreeSet::new(),
+                chosen_by_token: BTreeSet::new(),
             },
         }
     }

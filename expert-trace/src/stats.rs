@@ -3,13 +3,13 @@
 //! `layers` has exactly the shape of the original specification's statistics; all that we know
 //! beyond it stands beside. docs/json-schema.md explains every key.
 
-use expert_trace_common::Counter;
+use expert_trace_common::{Counter, Route};
 use serde::Serialize;
 
 use crate::{
     attach::Counters,
     gguf::ModelShape,
-    model::{Context, Excluded, Exclusion, Layer, Received},
+    model::{Context, Coverage, Excluded, Exclusion, FromLogits, Layer, Received},
     probes::Probe,
 };
 
@@ -169,6 +169,10 @@ pub struct ContextStats {
     pub phase_source: &'static str,
     /// Passes left out.
     pub excluded: Vec<ExcludedPasses>,
+    /// Passes that computed tokens, and of which no routing was seen: it stayed on a device.
+    pub passes_not_visible: Excluded,
+    /// Layers with experts, by the model file, of which no routing was seen in any pass.
+    pub layers_not_visible: Vec<u32>,
     /// Counts by layer.
     pub layers: Vec<LayerStats>,
 }
@@ -182,6 +186,14 @@ pub struct LayerStats {
     pub n_expert: Option<u32>,
     /// Experts chosen per token (the largest seen).
     pub k: u16,
+    /// Whether its routing was seen in every pass.
+    pub coverage: Coverage,
+    /// Passes in which it was seen.
+    pub passes: u64,
+    /// Where its routing was read: see [`route_name`].
+    pub routes: Vec<&'static str>,
+    /// Experts never chosen; `null` when their number is not known.
+    pub experts_never_chosen: Option<u64>,
     /// Tokens routed.
     pub total_tokens: u64,
     /// Those of prompts.
@@ -192,6 +204,17 @@ pub struct LayerStats {
     pub activations: u64,
     /// Activated experts, most activations first.
     pub experts: Vec<ExpertStats>,
+}
+
+/// Name of a route in the document.
+pub fn route_name(route: Route) -> &'static str {
+    match route {
+        Route::Router => "router",
+        Route::SplitInput => "split_input",
+        Route::Fetch => "fetch",
+        Route::DeviceCopy => "device_copy",
+        Route::Logits => "logits",
+    }
 }
 
 /// Counts of one expert.
@@ -228,8 +251,12 @@ pub struct Integrity {
     pub complete: bool,
     /// What is wrong, if anything, in words.
     pub problems: Vec<String>,
-    /// Entries of the probed function.
+    /// Entries of `ggml_compute_forward_get_rows`.
     pub hits: Hits,
+    /// What the other ways to read routing have shown.
+    pub routes: Routes,
+    /// Choices made from router logits.
+    pub logits: Logits,
     /// Records: `seen = emitted + dropped`.
     pub events: Flow,
     /// Rows: `seen = emitted + dropped`.
@@ -267,6 +294,40 @@ pub struct Hits {
     pub state_lost: u64,
 }
 
+/// What was seen where a router does not run on the CPU, or not all of it.
+#[derive(Debug, Serialize)]
+pub struct Routes {
+    /// Entries of `ggml_graph_compute`: the CPU's parts of graphs.
+    pub splits: u64,
+    /// Those of them with expert ids among their inputs.
+    pub split_inputs: u64,
+    /// Those of them that computed router logits which were read.
+    pub split_logits: u64,
+    /// Copies of expert ids to the host that a device was asked for.
+    pub ids_copies: u64,
+    /// Those of them that were read, for the scheduler.
+    pub fetches: u64,
+    /// Those of them that were read, for the device.
+    pub device_copies: u64,
+    /// Those of them whose arrival was not seen.
+    pub copies_lost: u64,
+    /// Ids that were seen again in the same pass, for another weight of the layer.
+    pub repeated: u64,
+}
+
+/// Choices made from router logits.
+#[derive(Debug, Serialize)]
+pub struct Logits {
+    /// Rows for which the choice was made.
+    pub rows: u64,
+    /// Those of them in which the target, rounding in its own way, may have chosen otherwise.
+    pub close_calls: u64,
+    /// Rows for which it could not be made.
+    pub refused: u64,
+    /// Time in which the host computed logits, in milliseconds; the device had to wait for it.
+    pub host_ms: f64,
+}
+
 /// A balance.
 #[derive(Debug, Serialize)]
 pub struct Flow {
@@ -298,7 +359,12 @@ pub struct UnknownRows {
 
 impl Integrity {
     /// Draws up the balance.
-    pub fn new(counters: &Counters, received: Received, ring_buffer_bytes: u32) -> Self {
+    pub fn new(
+        counters: &Counters,
+        received: Received,
+        from_logits: &FromLogits,
+        ring_buffer_bytes: u32,
+    ) -> Self {
         let get = |counter| counters.get(counter);
         let mut integrity = Self {
             complete: true,
@@ -314,6 +380,22 @@ impl Integrity {
                 passes: get(Counter::Passes),
                 ubatch_unreadable: get(Counter::UbatchUnreadable),
                 state_lost: get(Counter::StateLost),
+            },
+            routes: Routes {
+                splits: get(Counter::CpuSplits),
+                split_inputs: get(Counter::SplitIds),
+                split_logits: get(Counter::SplitLogits),
+                ids_copies: get(Counter::IdsCopies),
+                fetches: get(Counter::FetchedIds),
+                device_copies: get(Counter::DeviceIds),
+                copies_lost: get(Counter::IdsCopiesLost),
+                repeated: get(Counter::RepeatedIds),
+            },
+            logits: Logits {
+                rows: from_logits.rows,
+                close_calls: from_logits.close_calls,
+                refused: from_logits.refused.values().sum(),
+                host_ms: get(Counter::SplitLogitsNs) as f64 / 1e6,
             },
             events: Flow {
                 seen: get(Counter::EventsSeen),
@@ -339,6 +421,12 @@ impl Integrity {
             ring_buffer_bytes,
         };
         integrity.problems = integrity.find_problems();
+        for (refusal, rows) in &from_logits.refused {
+            integrity.problems.push(format!(
+                "{rows} rows of router logits tell no experts: {}",
+                refusal.text()
+            ));
+        }
         integrity.complete = integrity.problems.is_empty();
         integrity
     }
@@ -413,6 +501,14 @@ impl Integrity {
         loss(
             self.received.rejected,
             "records with impossible contents, not counted",
+        );
+        loss(
+            self.received.differing_rows,
+            "rows that were read in two ways, and differ",
+        );
+        loss(
+            self.routes.copies_lost,
+            "copies of expert ids to the host whose arrival was not seen",
         );
         loss(
             self.hits.state_lost,
@@ -502,10 +598,20 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
             _ => "mixed",
         },
         excluded: excluded_list(&context.excluded),
+        passes_not_visible: context.unseen,
+        layers_not_visible: model.map_or_else(Vec::new, |model| {
+            let expected = models[model].shape.moe_layers.iter().copied();
+            expected
+                .filter(|id| context.layers.keys().all(|seen| u32::from(*seen) != *id))
+                .collect()
+        }),
         layers: context
             .layers
             .iter()
-            .map(|(layer_id, layer)| layer_stats(*layer_id, layer, n_expert))
+            .map(|(layer_id, layer)| LayerStats {
+                coverage: context.coverage(*layer_id),
+                ..layer_stats(*layer_id, layer, n_expert)
+            })
             .collect(),
     }
 }
@@ -553,10 +659,16 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
         .collect();
     experts.sort_by_key(|expert| (std::cmp::Reverse(expert.activations), expert.expert_id));
     let seen = (layer.n_expert > 0).then_some(layer.n_expert);
+    let n_expert = seen.or(model_experts);
     LayerStats {
         layer_id,
-        n_expert: seen.or(model_experts),
+        n_expert,
         k: layer.k,
+        coverage: Coverage::Observed,
+        passes: layer.passes,
+        routes: layer.routes.iter().copied().map(route_name).collect(),
+        experts_never_chosen: n_expert
+            .map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64)),
         total_tokens,
         prefill_tokens: layer.tokens[0],
         decode_tokens: layer.tokens[1],

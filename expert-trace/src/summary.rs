@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    model::{Exclusion, Pass},
+    model::{Coverage, Exclusion, Pass},
     stats::Stats,
 };
 
@@ -52,6 +52,7 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
             stats.contexts.len()
         )?;
     }
+    coverage(text, stats)?;
     for excluded in &stats.excluded {
         let what = match excluded.kind {
             Exclusion::Warmup => "warm-up (--include-warmup counts it)",
@@ -64,7 +65,88 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
             count.passes, count.tokens
         )?;
     }
+    logits(text, stats)?;
     writeln!(text, "{}", integrity_line(stats))
+}
+
+/// What a user can change where routing stays on a device.
+pub const MAKE_VISIBLE: &str =
+    "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)";
+
+/// What was not seen of the context that is shown.
+fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
+    let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) else {
+        return Ok(());
+    };
+    let unseen = context.passes_not_visible;
+    let passes = context.passes + unseen.passes;
+    let mut anything = false;
+    if unseen.passes > 0 {
+        anything = true;
+        writeln!(
+            text,
+            "Not visible: {} of {passes} passes, {} tokens: their routing stayed on a device.",
+            unseen.passes, unseen.tokens
+        )?;
+    }
+    if !context.layers_not_visible.is_empty() {
+        anything = true;
+        writeln!(
+            text,
+            "Not visible: layers {}: their routing stayed on a device.",
+            ranges(&context.layers_not_visible)
+        )?;
+    }
+    let partly: Vec<u32> = context
+        .layers
+        .iter()
+        .filter(|layer| layer.coverage == Coverage::PartlyObserved && layer.passes < context.passes)
+        .map(|layer| u32::from(layer.layer_id))
+        .collect();
+    if !partly.is_empty() {
+        anything = true;
+        writeln!(
+            text,
+            "Seen in some of the {passes} passes only: layers {}.",
+            ranges(&partly)
+        )?;
+    }
+    if anything {
+        writeln!(text, "  To see all: {MAKE_VISIBLE}.")?;
+    }
+    Ok(())
+}
+
+/// What choices made from router logits rest on, and cost.
+fn logits(text: &mut String, stats: &Stats) -> std::fmt::Result {
+    let logits = &stats.integrity.logits;
+    if logits.rows == 0 {
+        return Ok(());
+    }
+    let duration_ms = stats.capture.duration_s * 1e3;
+    writeln!(
+        text,
+        "Chosen from router logits: {} rows, {} of them close calls. The host computed logits for \
+         {:.1} ms ({:.1} % of the capture), in which the device waited.",
+        logits.rows,
+        logits.close_calls,
+        logits.host_ms,
+        100.0 * logits.host_ms / duration_ms
+    )
+}
+
+/// Ascending numbers, those that follow each other as one range.
+fn ranges(numbers: &[u32]) -> String {
+    let mut text = String::new();
+    for run in numbers.chunk_by(|a, b| a + 1 == *b) {
+        let separator = if text.is_empty() { "" } else { ", " };
+        let _ = match run {
+            [one] => write!(text, "{separator}{one}"),
+            [first, .., last] => write!(text, "{separator}{first}-{last}"),
+            [] => Ok(()),
+        };
+    }
+    text
 }
 
 /// One line that says whether anything was lost.
@@ -132,5 +214,17 @@ impl<W: Write> Log<W> {
     /// When the output cannot be written.
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ranges;
+
+    #[test]
+    fn numbers_in_a_row_are_one_range() {
+        assert_eq!(ranges(&[]), "");
+        assert_eq!(ranges(&[3]), "3");
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
     }
 }

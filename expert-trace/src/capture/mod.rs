@@ -208,8 +208,12 @@ impl Capture {
         loop {
             while !self.take_events() {}
             let counters = self.session.counters()?;
-            let integrity =
-                Integrity::new(&counters, self.model.received(), self.recording.buffer_size);
+            let integrity = Integrity::new(
+                &counters,
+                self.model.received(),
+                self.model.from_logits(),
+                self.recording.buffer_size,
+            );
             if integrity.adds_up() || Instant::now() > deadline {
                 self.report_blind_times();
                 return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));

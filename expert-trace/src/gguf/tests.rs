@@ -218,12 +218,19 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
     let shards = [
         moe()
             .u32("qwen3moe.nextn_predict_layers", 1)
+            .u32("qwen3moe.expert_gating_func", 2)
+            .u32("qwen3moe.expert_group_count", 4)
             .tensor("blk.0.ffn_gate_inp.weight", &[128, 8])
             .tensor("blk.1.ffn_gate_inp.weight", &[128, 8])
             .gguf(),
         Builder::default()
             .tensor("blk.1.ffn_gate_up_exps.weight", &[1])
             .tensor("blk.2.ffn_down_exps.weight", &[1])
+            .tensor("blk.0.ffn_gate_inp.bias", &[8])
+            .tensor("blk.1.exp_probs_b.bias", &[8])
+            .tensor("blk.2.exp_probs_b", &[8])
+            .tensor("blk.9.exp_probs_b.bias", &[8])
+            .tensor("blk.2.ffn_gate_tid2eid.weight", &[1])
             .gguf(),
         Builder::default()
             .tensor("blk.2.ffn_gate_inp.weight", &[128, 8])
@@ -242,6 +249,12 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             n_expert_used: ExpertsUsed::Uniform(2),
             nextn_predict_layers: 1,
             moe_layers: vec![1, 2],
+            expert_gating_func: Some(2),
+            expert_group_count: 4,
+            expert_group_used_count: 0,
+            router_bias: [0].into(),
+            selection_bias: [1, 2].into(),
+            chosen_by_token: [2].into(),
         }
     );
 }

@@ -117,6 +117,16 @@ impl BlindTime {
     }
 }
 
+/// Whether the routing of a layer was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Coverage {
+    /// In every pass.
+    Observed,
+    /// In some passes: it stayed on a device in others.
+    PartlyObserved,
+}
+
 /// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layer {
@@ -186,6 +196,22 @@ impl Context {
             .map(Layer::total_tokens)
             .max()
             .unwrap_or(0)
+    }
+
+    /// In how many passes the routing of a layer was seen, of those in which it ran.
+    pub fn coverage(&self, layer: u16) -> Coverage {
+        let seen = self.layers.get(&layer).map_or(0, |layer| layer.passes);
+        // The last layer works on output rows alone, and empty nodes are not computed.
+        let idle = if self.layers.keys().next_back() == Some(&layer) {
+            self.passes_without_output
+        } else {
+            0
+        };
+        if seen + idle >= self.passes + self.unseen.passes {
+            Coverage::Observed
+        } else {
+            Coverage::PartlyObserved
+        }
     }
 }
 

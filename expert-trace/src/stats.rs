@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::{
     attach::Counters,
     gguf::ModelShape,
-    model::{Context, Coverage, Excluded, Exclusion, FromLogits, Layer, Received},
+    model::{CloseCall, Context, Coverage, Excluded, Exclusion, FromLogits, Layer, Received},
     probes::Probe,
 };
 
@@ -192,6 +192,9 @@ pub struct LayerStats {
     pub passes: u64,
     /// Where its routing was read: see [`route_name`].
     pub routes: Vec<&'static str>,
+    /// Rows in which the choice was made from logits, and the target, rounding in its own way, may have
+    /// chosen otherwise.
+    pub close_calls: Vec<CloseCall>,
     /// Experts never chosen; `null` when their number is not known.
     pub experts_never_chosen: Option<u64>,
     /// Tokens routed.
@@ -320,8 +323,6 @@ pub struct Routes {
 pub struct Logits {
     /// Rows for which the choice was made.
     pub rows: u64,
-    /// Those of them in which the target, rounding in its own way, may have chosen otherwise.
-    pub close_calls: u64,
     /// Rows for which it could not be made.
     pub refused: u64,
     /// Time in which the host computed logits, in milliseconds; the device had to wait for it.
@@ -393,7 +394,6 @@ impl Integrity {
             },
             logits: Logits {
                 rows: from_logits.rows,
-                close_calls: from_logits.close_calls,
                 refused: from_logits.refused.values().sum(),
                 host_ms: get(Counter::SplitLogitsNs) as f64 / 1e6,
             },
@@ -666,6 +666,7 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
         k: layer.k,
         coverage: Coverage::Observed,
         passes: layer.passes,
+        close_calls: layer.close_calls.clone(),
         routes: layer.routes.iter().copied().map(route_name).collect(),
         experts_never_chosen: n_expert
             .map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64)),

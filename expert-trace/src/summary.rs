@@ -123,13 +123,15 @@ fn logits(text: &mut String, stats: &Stats) -> std::fmt::Result {
     if logits.rows == 0 {
         return Ok(());
     }
+    let layers = stats.contexts.iter().flat_map(|context| &context.layers);
+    let close_calls: usize = layers.map(|layer| layer.close_calls.len()).sum();
     let duration_ms = stats.capture.duration_s * 1e3;
     writeln!(
         text,
         "Chosen from router logits: {} rows, {} of them close calls. The host computed logits for \
          {:.1} ms ({:.1} % of the capture), in which the device waited.",
         logits.rows,
-        logits.close_calls,
+        close_calls,
         logits.host_ms,
         100.0 * logits.host_ms / duration_ms
     )

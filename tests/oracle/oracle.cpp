@@ -9,6 +9,10 @@
 //            by ggml itself. Without --dump no callback is set, as in a program in the field.
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
+//               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
+//
+// Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
+// programs, and --rpc adds the device of an RPC server.
 //
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
@@ -51,6 +55,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -64,6 +69,10 @@ struct Options {
     int n_ctx = 0;
     int n_batch = 0;
     int n_ubatch = 0;
+    int n_gpu_layers = 0;
+    bool op_offload = true;
+    std::string rpc;
+    std::vector<std::pair<std::string, std::string>> overrides;
 };
 
 Options parse_options(int argc, char ** argv) {
@@ -86,6 +95,18 @@ Options parse_options(int argc, char ** argv) {
             options.n_batch = std::stoi(value);
         } else if (flag == "-ub") {
             options.n_ubatch = std::stoi(value);
+        } else if (flag == "-ngl") {
+            options.n_gpu_layers = std::stoi(value);
+        } else if (flag == "--op-offload") {
+            options.op_offload = std::stoi(value) != 0;
+        } else if (flag == "--rpc") {
+            options.rpc = value;
+        } else if (flag == "-ot") {
+            const char * equals = std::strrchr(value, '=');
+            if (equals == nullptr) {
+                throw std::runtime_error("expected PATTERN=BUFFER_TYPE");
+            }
+            options.overrides.emplace_back(std::string(value, equals), equals + 1);
         } else {
             throw std::runtime_error("unknown option " + flag);
         }
@@ -135,6 +156,27 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     return true;
 }
 
+void add_rpc_server(const std::string & endpoint) {
+    using AddServer = ggml_backend_reg_t (*)(const char * endpoint);
+    ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    const auto add_server =
+        rpc == nullptr ? nullptr : (AddServer) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
+    if (add_server == nullptr) {
+        throw std::runtime_error("built without RPC");
+    }
+    ggml_backend_register(add_server(endpoint.c_str()));
+}
+
+ggml_backend_buffer_type_t buffer_type(const std::string & name) {
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(ggml_backend_dev_get(i));
+        if (type != nullptr && name == ggml_backend_buft_name(type)) {
+            return type;
+        }
+    }
+    throw std::runtime_error("no buffer type " + name);
+}
+
 struct Entry {
     llama_seq_id seq;
     llama_token token;
@@ -150,7 +192,18 @@ class Driver {
                 throw std::runtime_error("cannot write " + options.dump);
             }
         }
-        model = llama_model_load_from_file(options.model.c_str(), llama_model_default_params());
+        if (!options.rpc.empty()) {
+            add_rpc_server(options.rpc);
+        }
+        llama_model_params params = llama_model_default_params();
+        params.n_gpu_layers = options.n_gpu_layers;
+        std::vector<llama_model_tensor_buft_override> overrides;
+        for (const auto & [pattern, type] : options.overrides) {
+            overrides.push_back({ pattern.c_str(), buffer_type(type) });
+        }
+        overrides.push_back({ nullptr, nullptr });
+        params.tensor_buft_overrides = overrides.data();
+        model = llama_model_load_from_file(options.model.c_str(), params);
         if (model == nullptr) {
             throw std::runtime_error("cannot load " + options.model);
         }
@@ -290,6 +343,7 @@ class Driver {
         params.n_seq_max = N_SEQ_MAX;
         // One cache for all sequences: each may use all of it, and they share micro-batches.
         params.kv_unified = true;
+        params.op_offload = options.op_offload;
         params.n_threads = options.threads;
         params.n_threads_batch = options.threads;
         if (options.n_ctx > 0) {

@@ -82,9 +82,6 @@ pub struct Received {
 pub struct FromLogits {
     /// Rows for which the choice was made.
     pub rows: u64,
-    /// Those of them whose last chosen value lies so little above the next that the target, which
-    /// rounds in its own way, may have chosen otherwise.
-    pub close_calls: u64,
     /// Rows for which it could not be made, and why.
     pub refused: BTreeMap<Refusal, u64>,
 }
@@ -127,8 +124,17 @@ pub enum Coverage {
     PartlyObserved,
 }
 
+/// A row whose last chosen value lies less than [`CLOSE_CALL`] above the next.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct CloseCall {
+    /// Number of the row among those that are counted in its layer, from 0: its line in the log.
+    pub row: u64,
+    /// The distance, in units of what is chosen from.
+    pub margin: f32,
+}
+
 /// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layer {
     /// Experts chosen per token; the largest seen.
     pub k: u16,
@@ -138,6 +144,8 @@ pub struct Layer {
     pub passes: u64,
     /// Where it was read.
     pub routes: BTreeSet<Route>,
+    /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
+    pub close_calls: Vec<CloseCall>,
     /// Tokens routed.
     pub tokens: [u64; 2],
     /// Activations by expert.
@@ -372,12 +380,18 @@ impl Model {
             }
             Body::Scores(scores) => {
                 context.source = header.source;
-                let (chosen, ids) = self
-                    .from_logits
-                    .choose(&self.facts.routers, &header, scores);
-                let added = match chosen {
-                    Some(chosen) => pass.add_rows(&chosen, Route::Logits, ids.into_iter()),
-                    None => Added::Counted,
+                let mut choice = Choice::default();
+                let added = match choice.make(&self.facts.routers, &header, scores) {
+                    Ok(chosen) => {
+                        self.from_logits.rows += u64::from(header.rows);
+                        pass.close_calls.append(&mut choice.close_calls);
+                        pass.add_rows(&chosen, Route::Logits, choice.ids.into_iter())
+                    }
+                    Err(refusal) => {
+                        let refused = self.from_logits.refused.entry(refusal).or_default();
+                        *refused += u64::from(header.rows);
+                        Added::Counted
+                    }
                 };
                 self.received.note_rows(&header, added);
             }
@@ -557,6 +571,11 @@ impl Model {
             context.layers.entry(layer).or_default().passes += 1;
         }
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
+        for (number, call) in &pass.close_calls {
+            let layer = context.layers.entry(*number).or_default();
+            let row = layer.total_tokens() + call.row;
+            layer.close_calls.push(CloseCall { row, ..*call });
+        }
         for block in &pass.blocks {
             let layer = context.layers.entry(block.layer).or_default();
             layer.k = layer.k.max(block.k);
@@ -593,44 +612,38 @@ impl Received {
     }
 }
 
-impl FromLogits {
-    /// Makes the choice for all rows of a record. Gives the header that a record of the chosen ids would
-    /// have; none when one of the rows does not allow it.
-    fn choose(
+/// The choice for all rows of a record.
+#[derive(Default)]
+struct Choice {
+    ids: Vec<u16>,
+    /// By layer; rows are counted within the pass.
+    close_calls: Vec<(u16, CloseCall)>,
+}
+
+impl Choice {
+    /// Makes it. Gives the header that a record of the chosen ids would have.
+    fn make(
         &mut self,
         routers: &[Router],
         header: &Header,
         scores: Scores<'_>,
-    ) -> (Option<Header>, Vec<u16>) {
+    ) -> Result<Header, Refusal> {
         let n_expert = header.k;
-        let rows = u64::from(header.rows);
-        let mut ids = Vec::new();
-        let mut choose = || {
-            let router = selection::router_of(routers, header.layer, n_expert)?;
-            let values: Vec<f32> = scores.iter().collect();
-            let mut close_calls = 0;
-            for row in values.chunks_exact(usize::from(n_expert)) {
-                let margin = router.choose(header.layer, scores.stage, row, &mut ids)?;
-                close_calls += u64::from(margin < CLOSE_CALL);
-            }
-            Ok((router.layers[&header.layer].k, close_calls))
-        };
-        match choose() {
-            Ok((k, close_calls)) => {
-                self.rows += rows;
-                self.close_calls += close_calls;
-                let chosen = Header {
-                    k,
-                    row_stride: u32::from(n_expert),
-                    ..*header
-                };
-                (Some(chosen), ids)
-            }
-            Err(refusal) => {
-                *self.refused.entry(refusal).or_default() += rows;
-                (None, Vec::new())
+        let router = selection::router_of(routers, header.layer, n_expert)?;
+        let values: Vec<f32> = scores.iter().collect();
+        for (row, values) in values.chunks_exact(usize::from(n_expert)).enumerate() {
+            let margin = router.choose(header.layer, scores.stage, values, &mut self.ids)?;
+            if margin < CLOSE_CALL {
+                let row = u64::from(header.first_row) + row as u64;
+                self.close_calls
+                    .push((header.layer, CloseCall { row, margin }));
             }
         }
+        Ok(Header {
+            k: router.layers[&header.layer].k,
+            row_stride: u32::from(n_expert),
+            ..*header
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use expert_trace_common::{
     Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, Route, RowInfo,
 };
 
-use super::ModelFacts;
+use super::{CloseCall, ModelFacts};
 use crate::decode::RowInfos;
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
@@ -80,6 +80,8 @@ pub struct Pass {
     /// Its tokens, when it is short enough to be a warm-up; else empty.
     pub(super) tokens: Vec<i32>,
     ids: Vec<u16>,
+    /// By layer; rows are counted within the pass.
+    pub(super) close_calls: Vec<(u16, CloseCall)>,
     ubatch_tokens: u32,
     infos: Vec<RowInfo>,
     scheduler: bool,
@@ -94,6 +96,7 @@ impl Pass {
             blocks: Vec::new(),
             tokens: Vec::new(),
             ids: Vec::new(),
+            close_calls: Vec::new(),
             ubatch_tokens: header.ubatch_tokens,
             infos: Vec::new(),
             scheduler: header.pass_source == PassSource::Scheduler as u8,
@@ -132,6 +135,7 @@ impl Pass {
             if other == Route::Logits {
                 self.blocks
                     .retain(|known| known.layer != block.layer || known.route != other);
+                self.close_calls.retain(|(layer, _)| *layer != block.layer);
                 self.blocks.push(block);
             } else {
                 self.ids.truncate(block.start);

@@ -553,7 +553,7 @@ fn a_dense_model() {
 #[test]
 fn a_router_on_another_device() {
     let server = Server::start();
-    let endpoint = format!("127.0.0.1:{}", server.port);
+    let endpoint = server.endpoint();
     let model = &known_small().path;
     let options = ["-p", "Hello", "-n", "2", "-no-cnv", "--no-warmup"];
     let rpc = ["--rpc", &endpoint, "-ngl", "99"];

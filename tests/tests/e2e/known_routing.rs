@@ -1,75 +1,12 @@
 //! Every (token, layer) of a model whose experts follow from the token id alone.
 
-use std::collections::BTreeMap;
+use expert_trace_tests::tracer::count;
 
-use expert_trace_tests::tracer::{Counts, count};
+use crate::support::{Known, Traced, compare_with_tokens, known_small, known_wide};
 
-use crate::support::{Known, Traced, known_small, known_wide};
-
-/// Traces a driver that decodes prompts and then generates, and compares every row.
 fn compare(known: &Known, threads: &str, ubatch: &str) {
-    let prompts = [1, 7, 512, 1300, 1];
-    let mut traced = Traced::start(
-        &known.path,
-        &["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch],
-    );
-
-    // The tokens that go through the model, and those whose output is wanted.
-    let mut tokens: Vec<u32> = Vec::new();
-    let mut outputs: Vec<u32> = Vec::new();
-    let mut prefill = 0;
-    let mut next = 0;
-    for (sequence, length) in prompts.into_iter().enumerate() {
-        let start = 1000 + 17 * sequence as u32;
-        let answer = traced.command(&format!("prompt {sequence} {length} {start}"));
-        tokens.extend(start..start + length);
-        outputs.push(start + length - 1);
-        prefill += u64::from(length);
-        next = answer[0];
-    }
-    let last = prompts.len() - 1;
-    let generated = traced.command(&format!("generate {last} 40 {next}"));
-    let decoded: Vec<u32> = [&[next], &generated[..39]].concat();
-    tokens.extend(&decoded);
-    outputs.extend(&decoded);
-    let (stats, log) = traced.finish();
-
-    let layers = known.expected.layers();
-    let of_layer = |layer| {
-        if layer + 1 == layers {
-            &outputs
-        } else {
-            &tokens
-        }
-    };
-    let mut logged: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
-    for (layer, ids) in log {
-        logged.entry(layer).or_default().push(ids);
-    }
-    let mut expected_counts = Counts::new();
-    for layer in 0..layers {
-        let expected: Vec<&[u32]> = of_layer(layer)
-            .iter()
-            .map(|token| known.expected.ids(layer, *token))
-            .collect();
-        assert_eq!(logged[&layer], expected, "layer {layer}");
-        expected_counts.extend(count(expected.into_iter().map(|ids| (layer, ids))));
-    }
-    assert_eq!(stats.counts(), expected_counts);
-    assert_eq!(stats.context_counts(0), expected_counts);
-
-    let first = &stats.0["contexts"][0]["layers"][0];
-    assert_eq!(first["prefill_tokens"], prefill);
-    assert_eq!(first["decode_tokens"], decoded.len());
-    let last = &stats.0["contexts"][0]["layers"][layers as usize - 1];
-    assert_eq!(last["prefill_tokens"], prompts.len());
-    assert_eq!(last["decode_tokens"], decoded.len());
-    assert_eq!(first["n_expert"], known.spec.n_expert);
-    assert_eq!(first["k"], known.spec.k);
-    assert_eq!(stats.0["contexts"][0]["phase_source"], "ubatch");
-    assert_eq!(stats.0["contexts"][0]["model"], 0);
-    assert_eq!(stats.0["models"][0]["n_expert"], known.spec.n_expert);
-    assert_eq!(stats.0["excluded"].as_array().map(Vec::len), Some(0));
+    let options = ["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch];
+    compare_with_tokens(known, &options);
 }
 
 #[test]

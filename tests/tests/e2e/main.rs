@@ -4,6 +4,8 @@
 
 mod attach;
 mod callback;
+mod cuda;
+mod devices;
 mod errors;
 mod help;
 mod imatrix;

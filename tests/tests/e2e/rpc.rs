@@ -17,7 +17,7 @@ use crate::support::{assert_tokens_of, known_small, llama, llama_program, scratc
 /// A server on a free port of the loopback interface.
 pub struct Server {
     child: Child,
-    pub port: u16,
+    port: u16,
 }
 
 impl Server {
@@ -42,6 +42,16 @@ impl Server {
             std::thread::yield_now();
         }
         Self { child, port }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where it listens, for `--rpc`.
+    pub fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 }
 
@@ -81,14 +91,14 @@ fn the_server_shows_the_ids_of_its_client() {
 
     let server = Server::start();
     let tracer = Attached::to(
-        server.child.id(),
+        server.pid(),
         &[
             format!("--output={}", path.display()),
             format!("--log={}", log.display()),
         ],
     )
     .unwrap();
-    let endpoint = format!("127.0.0.1:{}", server.port);
+    let endpoint = server.endpoint();
     let output = llama_program(
         "llama-completion",
         &known.path,

@@ -1,6 +1,7 @@
 //! Models and programs that the tests share.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -11,7 +12,7 @@ use expert_trace_tests::{
     llama::LlamaCpp,
     models::{self, Expected, ModelSpec, Shape},
     oracle::{Oracle, read_dump},
-    tracer::{self, Stats, read_log},
+    tracer::{self, Counts, Stats, count, read_log},
 };
 use tempfile::TempDir;
 
@@ -153,13 +154,19 @@ pub struct Traced {
 impl Traced {
     /// Starts it.
     pub fn start(model: &Path, options: &[&str]) -> Self {
+        Self::start_with(&[], model, options)
+    }
+
+    /// The same, with options of the tracer.
+    pub fn start_with(tracer_options: &[&str], model: &Path, options: &[&str]) -> Self {
         let directory = scratch();
-        let tracer_options = [
+        let mut all_options = vec![
             format!("--output={}", directory.path().join("stats.json").display()),
             format!("--log={}", directory.path().join("log").display()),
             "--top=0".to_owned(),
         ];
-        let command = tracer::run(&tracer_options, &driver(model, options));
+        all_options.extend(tracer_options.iter().map(|option| (*option).to_owned()));
+        let command = tracer::run(&all_options, &driver(model, options));
         Self {
             target: Oracle::spawn(&mut command.unwrap()).unwrap(),
             directory,
@@ -178,6 +185,14 @@ impl Traced {
         stats.assert_complete();
         let log = read_log(&self.directory.path().join("log")).unwrap();
         (stats, log)
+    }
+
+    /// Ends the target, of which not all could be counted; gives the document.
+    pub fn finish_incomplete(self) -> Stats {
+        assert!(self.target.quit().unwrap().success());
+        let stats = Stats::read(&self.directory.path().join("stats.json")).unwrap();
+        assert_eq!(stats.0["integrity"]["complete"], false);
+        stats
     }
 }
 
@@ -204,6 +219,116 @@ pub fn compare_with_callback(
         .collect();
     assert_eq!(seen, oracle);
     (stats, seen)
+}
+
+/// Traces a driver that decodes prompts and then generates, and fails unless every row is what follows
+/// from its token. Gives the document.
+pub fn compare_with_tokens(known: &Known, options: &[&str]) -> Stats {
+    let prompts = [1, 7, 512, 1300, 1];
+    let mut traced = Traced::start(&known.path, options);
+
+    // The tokens that go through the model, and those whose output is wanted.
+    let mut tokens: Vec<u32> = Vec::new();
+    let mut outputs: Vec<u32> = Vec::new();
+    let mut prefill = 0;
+    let mut next = 0;
+    for (sequence, length) in prompts.into_iter().enumerate() {
+        let start = 1000 + 17 * sequence as u32;
+        let answer = traced.command(&format!("prompt {sequence} {length} {start}"));
+        tokens.extend(start..start + length);
+        outputs.push(start + length - 1);
+        prefill += u64::from(length);
+        next = answer[0];
+    }
+    let last = prompts.len() - 1;
+    let generated = traced.command(&format!("generate {last} 40 {next}"));
+    let decoded: Vec<u32> = [&[next], &generated[..39]].concat();
+    tokens.extend(&decoded);
+    outputs.extend(&decoded);
+    let (stats, log) = traced.finish();
+
+    let layers = known.expected.layers();
+    let of_layer = |layer| {
+        if layer + 1 == layers {
+            &outputs
+        } else {
+            &tokens
+        }
+    };
+    let mut logged: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+    for (layer, ids) in log {
+        logged.entry(layer).or_default().push(ids);
+    }
+    let mut expected_counts = Counts::new();
+    for layer in 0..layers {
+        let expected: Vec<&[u32]> = of_layer(layer)
+            .iter()
+            .map(|token| known.expected.ids(layer, *token))
+            .collect();
+        assert_eq!(logged[&layer], expected, "layer {layer}");
+        expected_counts.extend(count(expected.into_iter().map(|ids| (layer, ids))));
+    }
+    assert_eq!(stats.counts(), expected_counts);
+    assert_eq!(stats.context_counts(0), expected_counts);
+
+    let first = &stats.0["contexts"][0]["layers"][0];
+    assert_eq!(first["prefill_tokens"], prefill);
+    assert_eq!(first["decode_tokens"], decoded.len());
+    let last = &stats.0["contexts"][0]["layers"][layers as usize - 1];
+    assert_eq!(last["prefill_tokens"], prompts.len());
+    assert_eq!(last["decode_tokens"], decoded.len());
+    assert_eq!(first["n_expert"], known.spec.n_expert);
+    assert_eq!(first["k"], known.spec.k);
+    assert_eq!(stats.0["contexts"][0]["phase_source"], "ubatch");
+    assert_eq!(stats.0["contexts"][0]["model"], 0);
+    assert_eq!(stats.0["models"][0]["n_expert"], known.spec.n_expert);
+    assert_eq!(stats.0["excluded"].as_array().map(Vec::len), Some(0));
+    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+        assert_eq!(layer["coverage"], "observed");
+    }
+    stats
+}
+
+/// Fails unless the experts that we have chosen from logits are those that the target has chosen. Where
+/// they are not, the values must lie so close together that rounding decides.
+pub fn assert_same_choice(
+    stats: &Stats,
+    chosen: &[(u32, Vec<u32>)],
+    by_target: &[(u32, Vec<u32>)],
+) {
+    assert!(!chosen.is_empty());
+    let rows = |log: &[(u32, Vec<u32>)]| {
+        let mut rows: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+        for (layer, ids) in log {
+            let mut ids = ids.clone();
+            ids.sort_unstable();
+            rows.entry(*layer).or_default().push(ids);
+        }
+        rows
+    };
+    let (chosen, by_target) = (rows(chosen), rows(by_target));
+    assert_eq!(
+        chosen.keys().collect::<Vec<_>>(),
+        by_target.keys().collect::<Vec<_>>()
+    );
+    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+        let id = layer["layer_id"].as_u64().unwrap() as u32;
+        let (ours, theirs) = (&chosen[&id], &by_target[&id]);
+        assert_eq!(ours.len(), theirs.len(), "layer {id}");
+        for (row, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            if ours == theirs {
+                continue;
+            }
+            let mut calls = layer["close_calls"].as_array().unwrap().iter();
+            let close = calls.find(|call| call["row"] == row);
+            let margin = close.and_then(|call| call["margin"].as_f64());
+            println!("layer {id}, row {row}: {ours:?} or {theirs:?}, margin {margin:?}");
+            assert!(
+                margin.is_some_and(|margin| margin < 1e-3),
+                "layer {id}, row {row}: we chose {ours:?}, and the target {theirs:?}"
+            );
+        }
+    }
 }
 
 /// A command line of one of llama.cpp's programs, with its standard input closed.

@@ -1,0 +1,214 @@
+//! Routers and experts on a device and on the host, in all combinations that the host can see. The
+//! device is that of an RPC server, which is a CPU llama.cpp itself: where everything is on the device,
+//! the ids that the server shows are what our choice from the logits is compared with.
+
+use std::collections::BTreeMap;
+
+use expert_trace::router_on_cpu::OVERRIDE;
+use expert_trace_tests::{
+    models::Shape,
+    oracle::Oracle,
+    tracer::{Attached, Stats, read_log},
+};
+
+use crate::{
+    rpc::Server,
+    support::{
+        Known, Traced, assert_same_choice, compare_with_tokens, driver, known_small, known_wide,
+        scratch, shape,
+    },
+};
+
+const EXPERTS_ON_CPU: &str = "ffn_.*_exps=CPU";
+const SIZES: [&str; 8] = ["-t", "2", "-c", "4096", "-b", "2048", "-ub", "512"];
+
+/// Options of the driver: everything on the server, but what matches `on_cpu`.
+fn options<'a>(endpoint: &'a str, on_cpu: &'a str) -> Vec<&'a str> {
+    let device = [
+        "--rpc",
+        endpoint,
+        "-ngl",
+        "99",
+        "--op-offload",
+        "0",
+        "-ot",
+        on_cpu,
+    ];
+    [&SIZES[..], &device].concat()
+}
+
+fn assert_routes(stats: &Stats, expected: &[&str]) {
+    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+        let routes: Vec<&str> = layer["routes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|route| route.as_str().unwrap())
+            .collect();
+        assert_eq!(routes, expected, "layer {}", layer["layer_id"]);
+    }
+}
+
+fn experts_on_the_cpu(known: &Known) {
+    let server = Server::start();
+    let stats = compare_with_tokens(known, &options(&server.endpoint(), EXPERTS_ON_CPU));
+    assert_routes(&stats, &["split_input"]);
+}
+
+#[test]
+fn experts_on_the_cpu_small() {
+    experts_on_the_cpu(known_small());
+}
+
+#[test]
+fn experts_on_the_cpu_wide() {
+    experts_on_the_cpu(known_wide());
+}
+
+/// An eval callback has the CPU's splits computed piece by piece: ids come for every weight.
+#[test]
+fn ids_that_come_again_count_once() {
+    let server = Server::start();
+    let directory = scratch();
+    let dump = directory.path().join("dump");
+    let dump = dump.to_string_lossy();
+    let endpoint = server.endpoint();
+    let options = [options(&endpoint, EXPERTS_ON_CPU), vec!["--dump", &dump]].concat();
+    compare_with_tokens(known_small(), &options);
+}
+
+fn router_on_the_cpu(known: &Known) {
+    let server = Server::start();
+    let stats = compare_with_tokens(known, &options(&server.endpoint(), OVERRIDE));
+    assert_routes(&stats, &["logits"]);
+    assert!(stats.number("/integrity/logits/rows") > 0);
+    assert_eq!(stats.number("/integrity/logits/refused"), 0);
+}
+
+#[test]
+fn router_on_the_cpu_small() {
+    router_on_the_cpu(known_small());
+}
+
+#[test]
+fn router_on_the_cpu_wide() {
+    router_on_the_cpu(known_wide());
+}
+
+/// Everything is on the server, but the router's logits: the choice from them is what the server does.
+fn choice_is_the_servers(name: &str, expected: &Shape) {
+    let server = Server::start();
+    let directory = scratch();
+    let log = directory.path().join("server.log");
+    let of_server = Attached::to(server.pid(), &[format!("--log={}", log.display())]).unwrap();
+    let mut traced = Traced::start(
+        &shape(name, expected),
+        &options(&server.endpoint(), OVERRIDE),
+    );
+    for command in ["prompt 0 48 4000", "generate 0 8 17", "prompt 1 20 12000"] {
+        traced.command(command);
+    }
+    let (stats, chosen) = traced.finish();
+    of_server.interrupt().unwrap();
+
+    let chosen_by_server = read_log(&log).unwrap();
+    assert_same_choice(&stats, &chosen, &chosen_by_server);
+    let layers = stats.tokens();
+    let with_experts: Vec<u32> = expected.layers_with_experts().collect();
+    assert_eq!(layers.keys().copied().collect::<Vec<_>>(), with_experts);
+    assert_eq!(layers[&with_experts[0]], 76);
+    assert_routes(&stats, &["logits"]);
+}
+
+#[test]
+fn choice_deepseek2() {
+    choice_is_the_servers("deepseek2", &Shape::DEEPSEEK2);
+}
+
+#[test]
+fn choice_gpt_oss() {
+    choice_is_the_servers("gpt-oss-20b", &Shape::GPT_OSS_20B);
+}
+
+#[test]
+fn choice_mixtral() {
+    choice_is_the_servers("mixtral", &Shape::MIXTRAL);
+}
+
+#[test]
+fn choice_olmoe() {
+    choice_is_the_servers("olmoe", &Shape::OLMOE);
+}
+
+#[test]
+fn choice_qwen3moe() {
+    choice_is_the_servers("qwen3moe", &Shape::QWEN3MOE);
+}
+
+#[test]
+fn choice_qwen3next() {
+    choice_is_the_servers("qwen3next", &Shape::QWEN3NEXT);
+}
+
+/// The biases stay on the server: logits alone do not tell what is chosen.
+#[test]
+fn logits_without_the_models_bias_are_refused() {
+    for (name, expected) in [
+        ("deepseek2", Shape::DEEPSEEK2),
+        ("gpt-oss-20b", Shape::GPT_OSS_20B),
+    ] {
+        let server = Server::start();
+        let on_cpu = r"blk\.[0-9]+\.ffn_gate_inp\.weight=CPU";
+        let mut traced = Traced::start(
+            &shape(name, &expected),
+            &options(&server.endpoint(), on_cpu),
+        );
+        traced.command("prompt 0 8 4000");
+        let stats = traced.finish_incomplete();
+        assert!(stats.0["layers"].as_array().unwrap().is_empty(), "{name}");
+        assert!(stats.number("/integrity/logits/refused") > 0, "{name}");
+        let problems = stats.0["integrity"]["problems"].to_string();
+        assert!(problems.contains("exp_probs_b"), "{problems}");
+    }
+}
+
+/// Layers whose experts are on the device are not visible, and said to be so.
+#[test]
+fn part_of_the_layers_on_the_device() {
+    let known = known_small();
+    let server = Server::start();
+    let on_cpu = r"blk\.[12]\.ffn_.*_exps=CPU";
+    let mut traced = Traced::start(&known.path, &options(&server.endpoint(), on_cpu));
+    traced.command("prompt 0 9 500");
+    let (stats, log) = traced.finish();
+
+    let expected: Vec<(u32, Vec<u32>)> = [1, 2]
+        .into_iter()
+        .flat_map(|layer| {
+            (500..509).map(move |token| (layer, known.expected.ids(layer, token).to_vec()))
+        })
+        .collect();
+    assert_eq!(log, expected);
+    let context = &stats.0["contexts"][0];
+    assert_eq!(context["layers_not_visible"].to_string(), "[0,3]");
+    assert_eq!(context["layers"][0]["coverage"], "observed");
+}
+
+/// Where nothing crosses to the host, nothing is counted, and the user is told what to change.
+#[test]
+fn everything_on_the_device() {
+    let known = known_small();
+    let directory = scratch();
+    let server = Server::start();
+    let endpoint = server.endpoint();
+    let path = directory.path().join("stats.json");
+    let mut command = driver(&known.path, &options(&endpoint, "nothing=CPU"));
+    let mut target = Oracle::spawn(&mut command).unwrap();
+    let tracer = Attached::to(target.pid(), &[format!("--output={}", path.display())]).unwrap();
+    target.command("prompt 0 9 500").unwrap();
+    let said = tracer.interrupt().unwrap();
+    assert!(said.contains("--router-on-cpu"), "{said}");
+    assert!(target.quit().unwrap().success());
+    let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.counts(), BTreeMap::new());
+}

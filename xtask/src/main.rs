@@ -5,12 +5,15 @@ mod command;
 mod demo;
 mod ebpf;
 mod llama;
+mod npm;
 mod packages;
+mod pip;
+mod prebuilt;
 mod system;
 mod test;
 mod workspace;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -46,6 +49,8 @@ enum Task {
     ///
     /// `cargo xtask test` does this itself; this is for running a test by hand.
     Llama,
+    /// Download builds of llama.cpp for the tests, and print the environment that they need
+    Prebuilt,
 }
 
 fn main() -> ExitCode {
@@ -63,11 +68,15 @@ fn run() -> Result<ExitCode> {
         Task::BuildEbpf { out, .. } => ebpf::build(&root, out.as_deref())?,
         Task::Demo(arguments) => demo::run(&root, &arguments)?,
         Task::Test(arguments) => return test::run(&root, &arguments),
-        Task::Llama => {
-            for (variable, path) in llama::provision(&root)?.to_env() {
-                println!("export {variable}={}", path.display());
-            }
-        }
+        Task::Llama => export(&llama::provision(&root)?.to_env()),
+        Task::Prebuilt => export(&prebuilt::provision()?.to_env()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints variables for a shell to read.
+fn export(variables: &[(&str, &Path)]) {
+    for (variable, path) in variables {
+        println!("export {variable}={}", path.display());
+    }
 }

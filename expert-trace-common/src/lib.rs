@@ -49,8 +49,10 @@ pub enum Kind {
     Logits = 9,
     /// The same, with the router's bias added (`ffn_moe_logits_biased-N`).
     BiasedLogits = 10,
-    /// The same, with the gating function and the selection bias applied (`ffn_moe_probs_biased-N`).
-    Selection = 11,
+    /// The same, with the gating function applied (`ffn_moe_probs-N`).
+    Probs = 11,
+    /// The same, with the selection bias added (`ffn_moe_probs_biased-N`).
+    Selection = 12,
 }
 
 impl Kind {
@@ -67,7 +69,8 @@ impl Kind {
             8 => Self::ProcessStart,
             9 => Self::Logits,
             10 => Self::BiasedLogits,
-            11 => Self::Selection,
+            11 => Self::Probs,
+            12 => Self::Selection,
             _ => return None,
         })
     }

@@ -18,7 +18,7 @@ use crate::{
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, cookie, process_and_thread},
-    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, source, starts_with},
+    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, source},
 };
 
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
@@ -118,10 +118,10 @@ fn recognise(name: &Name) -> Option<Known> {
     if let Some(layer) = ids_layer(name) {
         return Some(Known::ExpertIds { layer });
     }
-    if starts_with(name, TOKENS) {
+    if name.starts_with(TOKENS) {
         return Some(Known::Tokens);
     }
-    if starts_with(name, OUTPUT_ROWS[0]) || starts_with(name, OUTPUT_ROWS[1]) {
+    if name.starts_with(OUTPUT_ROWS[0]) || name.starts_with(OUTPUT_ROWS[1]) {
         return Some(Known::OutputRows);
     }
     None

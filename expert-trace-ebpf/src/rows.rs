@@ -13,9 +13,6 @@ use crate::{
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
 };
 
-/// Rows one record can hold; bounds the loop that the verifier has to walk through.
-const MAX_CHUNK_ROWS: u32 = 512;
-
 /// A tensor that tells the routing of a layer.
 pub struct Routed {
     /// What its elements are.
@@ -182,6 +179,62 @@ impl RowsWalk {
     }
 }
 
+/// Pieces of the target's memory that go to a record side by side.
+#[repr(C)]
+struct Copy {
+    to: *mut u8,
+    from: Address,
+    /// Bytes from the start of a piece to the start of the next.
+    stride: u64,
+    /// Bytes of a piece.
+    bytes: u32,
+    failed: u32,
+}
+
+impl Copy {
+    #[inline(always)]
+    fn run(&mut self, pieces: u32, copy: extern "C" fn(u32, *mut Copy) -> i64) -> Option<()> {
+        if pieces > 0 {
+            run_chunks(pieces, copy, self);
+        }
+        // Volatile: the compiler does not see that the callback writes there.
+        // SAFETY: a read of a live reference.
+        (unsafe { ptr::read_volatile(&self.failed) } == 0).then_some(())
+    }
+}
+
+/// Copies the `index`th piece, of at most `PIECE` bytes, to a payload of `PAYLOAD` bytes. A callback,
+/// which the verifier looks at once, where it would walk through each turn of a loop.
+#[inline(never)]
+extern "C" fn copy_piece<const PAYLOAD: usize, const PIECE: usize>(
+    index: u32,
+    copy: *mut Copy,
+) -> i64 {
+    // SAFETY: the caller keeps the copy on its stack during the loop.
+    let copy = unsafe { &mut *copy };
+    // Volatile: the compiler knows these bounds from the caller and would drop the checks that the
+    // verifier, which does not, needs to see.
+    // SAFETY: reads of a live reference.
+    let (to, len) = unsafe {
+        (
+            ptr::read_volatile(&copy.to),
+            ptr::read_volatile(&copy.bytes),
+        )
+    };
+    let offset = u64::from(index) * u64::from(len);
+    let from = copy.from.offset(u64::from(index) * copy.stride);
+    if len as usize <= PIECE
+        && offset <= (PAYLOAD - PIECE) as u64
+        // SAFETY: `offset + len` is within the payload by the checks before.
+        && unsafe { from.read_to(to.add(offset as usize), len) }.is_some()
+    {
+        return 0;
+    }
+    // SAFETY: a write to a live reference.
+    unsafe { ptr::write_volatile(&mut copy.failed, 1) };
+    1
+}
+
 /// Rows of up to so many bytes (64 elements) waste little of a record.
 const ROW_NARROW: usize = 256;
 const ROW_WIDE: usize = MAX_EXPERTS * ELEMENT_SIZE as usize;
@@ -190,7 +243,7 @@ const ROW_WIDE: usize = MAX_EXPERTS * ELEMENT_SIZE as usize;
 fn chunked<const PAYLOAD: usize, const ROW: usize>(walk: &mut RowsWalk) {
     // The last row must begin at or before PAYLOAD - ROW, so that the verifier sees it end inside.
     let fit = ((PAYLOAD - ROW) as u32 / walk.row_bytes.max(1)) + 1;
-    walk.chunk_rows = fit.min(MAX_CHUNK_ROWS);
+    walk.chunk_rows = fit;
     run_chunks(
         walk.header.total_rows.div_ceil(walk.chunk_rows).max(1),
         rows_chunk::<PAYLOAD, ROW>,
@@ -228,25 +281,17 @@ extern "C" fn rows_chunk<const PAYLOAD: usize, const ROW: usize>(
             ..walk.header
         })
     };
-    let ids = unsafe { (&raw mut (*record).payload).cast::<u8>() };
-    let mut end = 0u32;
-    for i in 0..MAX_CHUNK_ROWS {
-        // Volatile: the compiler knows these bounds from the caller and would drop the checks that
-        // the verifier, which does not, needs to see.
-        // SAFETY: reads of a live reference.
-        let len = unsafe { ptr::read_volatile(&walk.row_bytes) };
-        if i >= rows || len as usize > ROW || end as usize > PAYLOAD - ROW {
-            break;
-        }
-        let row = walk
-            .data
-            .offset((u64::from(first_row) + u64::from(i)) * walk.row_stride);
-        // SAFETY: `end + len` is within the payload by the check above.
-        if unsafe { row.read_to(ids.add(end as usize), len) }.is_none() {
-            entry.discard(0);
-            return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-        }
-        end += len;
+    let mut copy = Copy {
+        // SAFETY: as above.
+        to: unsafe { (&raw mut (*record).payload).cast() },
+        from: walk.data.offset(u64::from(first_row) * walk.row_stride),
+        stride: walk.row_stride,
+        bytes: walk.row_bytes,
+        failed: 0,
+    };
+    if copy.run(rows, copy_piece::<PAYLOAD, ROW>).is_none() {
+        entry.discard(0);
+        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
     entry.submit(0);
     count(Counter::EventsEmitted, 1);
@@ -276,19 +321,22 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
             ..walk.header
         })
     };
-    let ids = unsafe { (&raw mut (*record).payload).cast::<u32>() };
-    let row = walk.data.offset(u64::from(first_row) * walk.row_stride);
     let k = if rows == 0 { 0 } else { walk.header.k };
-    for i in 0..MAX_EXPERTS {
-        if i >= usize::from(k) {
-            break;
-        }
-        let Some(id) = row.offset(i as u64 * walk.element_stride).read::<u32>() else {
-            entry.discard(0);
-            return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-        };
-        // SAFETY: `i` is below MAX_EXPERTS, and the payload has room for twice as many.
-        unsafe { ids.add(i).write(id) };
+    let mut copy = Copy {
+        // SAFETY: as above.
+        to: unsafe { (&raw mut (*record).payload).cast() },
+        from: walk.data.offset(u64::from(first_row) * walk.row_stride),
+        stride: walk.element_stride,
+        bytes: ELEMENT_SIZE as u32,
+        failed: 0,
+    };
+    let copied = copy.run(
+        u32::from(k),
+        copy_piece::<{ payload::LARGE }, { ELEMENT_SIZE as usize }>,
+    );
+    if copied.is_none() {
+        entry.discard(0);
+        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
     entry.submit(0);
     count(Counter::EventsEmitted, 1);

@@ -17,7 +17,7 @@ use crate::{
     maps::{control, count},
     rows::{Routed, emit_routed, is_first_sight, run_chunks},
     target::{Address, cookie, process_and_thread},
-    tensor::{DataAndName, Name, copied_ids_layer, layer_behind, source},
+    tensor::{DataAndName, Name, copied_ids_layer, is_view, layer_behind, source},
 };
 
 /// Weights can be kept on the CPU while their layer is on a device since `--override-tensor` (2025),
@@ -27,6 +27,9 @@ const LAYOUT: &TensorLayout = &TENSOR_LAYOUTS[0];
 /// Ids are an input of the first expert weight, and the split begins where the first weight is that
 /// the CPU has: with it, or a few nodes before.
 const NODES_LOOKED_AT: u32 = 64;
+
+/// Views of the last node can follow it: the grouped choice looks at it in two other shapes.
+const VIEWS_BEHIND: u32 = 6;
 
 /// Start of `ggml_cgraph` (ggml-impl.h).
 #[repr(C)]
@@ -39,6 +42,7 @@ struct Graph {
 }
 
 const BIASED_LOGITS: u16 = Kind::BiasedLogits as u16;
+const PROBS: u16 = Kind::Probs as u16;
 const SELECTION: u16 = Kind::Selection as u16;
 
 /// By thread: the logits that the split it is in will have computed when it returns.
@@ -136,13 +140,23 @@ extern "C" fn look_at_node(index: u32, walk: *mut NodeWalk) -> i64 {
     0
 }
 
-/// Remembers the last node, if it is what experts are chosen by. All others can be overwritten before
-/// the split returns.
+/// Remembers the last node that computes something, if it is what experts are chosen by. All before it
+/// can be overwritten before the split returns.
 #[inline(always)]
 fn look_ahead(nodes: Address, n_nodes: u32) {
-    let Some(node) = nodes.offset(8 * u64::from(n_nodes - 1)).read() else {
-        return;
-    };
+    let mut node = 0u64;
+    let mut back = 1;
+    while back <= VIEWS_BEHIND && back <= n_nodes {
+        let Some(next) = nodes.offset(8 * u64::from(n_nodes - back)).read() else {
+            return;
+        };
+        node = next;
+        match is_view(Address(node), LAYOUT) {
+            Some(true) => back += 1,
+            Some(false) => break,
+            None => return,
+        }
+    }
     let Some(tensor) = DataAndName::read(Address(node), LAYOUT) else {
         return;
     };
@@ -172,6 +186,9 @@ fn scores(name: &Name) -> Option<(Kind, u16)> {
     if let Some(layer) = layer_behind(name, b"ffn_moe_logits_biased-", 0) {
         return Some((Kind::BiasedLogits, layer));
     }
+    if let Some(layer) = layer_behind(name, b"ffn_moe_probs-", 0) {
+        return Some((Kind::Probs, layer));
+    }
     if let Some(layer) = layer_behind(name, b"ffn_moe_probs_biased-", 0) {
         return Some((Kind::Selection, layer));
     }
@@ -196,6 +213,7 @@ pub fn on_split_done<C: EbpfContext>(ctx: &C) {
         ctx,
         &Routed {
             kind: match ahead.kind {
+                PROBS => Kind::Probs,
                 SELECTION => Kind::Selection,
                 BIASED_LOGITS => Kind::BiasedLogits,
                 _ => Kind::Logits,

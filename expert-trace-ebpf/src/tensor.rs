@@ -11,8 +11,50 @@ pub const TYPE_I32: u32 = 26;
 /// Bytes of an element of either type: `nb[0]` of a plain tensor.
 pub const ELEMENT_SIZE: u64 = 4;
 
-/// Start of a tensor's name.
-pub type Name = [u8; 32];
+/// Start of a tensor's name, in words of eight bytes: compared byte by byte, the verifier would follow
+/// every byte on a path of its own.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Name([u64; 4]);
+
+impl Name {
+    /// Whether it starts with `prefix`, which has at most 24 bytes.
+    #[inline(always)]
+    pub fn starts_with<const N: usize>(&self, prefix: &[u8; N]) -> bool {
+        let mut differences = 0;
+        let mut i = 0;
+        while i < N.div_ceil(8) {
+            let (word, mask) = word_of(prefix, i);
+            differences |= (self.0[i] ^ word) & mask;
+            i += 1;
+        }
+        differences == 0
+    }
+
+    /// The eight bytes from byte `N` on, which is below 24.
+    #[inline(always)]
+    fn behind<const N: usize>(&self) -> u64 {
+        let shift = N % 8 * 8;
+        if shift == 0 {
+            self.0[N / 8]
+        } else {
+            self.0[N / 8] >> shift | self.0[N / 8 + 1] << (64 - shift)
+        }
+    }
+}
+
+/// The `index`th eight bytes of `prefix`, and which of their bits count.
+#[inline(always)]
+fn word_of<const N: usize>(prefix: &[u8; N], index: usize) -> (u64, u64) {
+    let (mut word, mut mask) = (0, 0);
+    let mut i = 0;
+    while i < 8 && 8 * index + i < N {
+        word |= u64::from(prefix[8 * index + i]) << (8 * i);
+        mask |= 0xff << (8 * i);
+        i += 1;
+    }
+    (word, mask)
+}
 
 /// `data` and the start of `name`, which follow each other in `ggml_tensor`.
 #[repr(C)]
@@ -67,6 +109,13 @@ pub fn source(tensor: Address, layout: &TensorLayout, index: u64) -> Option<Addr
         .map(Address)
 }
 
+/// Whether a tensor shows another one's data: `view_src` stands before `view_offs` and `data`.
+#[inline(always)]
+pub fn is_view(tensor: Address, layout: &TensorLayout) -> Option<bool> {
+    let view_of: u64 = tensor.offset(u64::from(layout.data) - 16).read()?;
+    Some(view_of != 0)
+}
+
 /// The layer in the name of an ids tensor.
 #[inline(always)]
 pub fn ids_layer(name: &Name) -> Option<u16> {
@@ -80,38 +129,27 @@ pub fn copied_ids_layer(name: &Name) -> Option<u16> {
     layer_behind(name, b"CPU#ffn_moe_topk-", b'#')
 }
 
-#[inline(always)]
-pub fn starts_with<const N: usize>(name: &Name, prefix: &[u8; N]) -> bool {
-    let mut i = 0;
-    while i < N {
-        if name[i] != prefix[i] {
-            return false;
-        }
-        i += 1;
-    }
-    true
-}
-
 /// The number between `prefix` and `end`, when there is nothing else.
 #[inline(always)]
 pub fn layer_behind<const N: usize>(name: &Name, prefix: &[u8; N], end: u8) -> Option<u16> {
-    if !starts_with(name, prefix) {
+    if !name.starts_with(prefix) {
         return None;
     }
+    let mut rest = name.behind::<N>();
     let mut layer = 0u16;
     let mut digits = 0;
-    let mut i = N;
-    while i < N + 5 {
-        let byte = name[i];
+    while digits < 5 {
+        let byte = rest as u8;
         if byte == end {
             break;
         }
-        if !byte.is_ascii_digit() || digits == 4 {
+        let digit = byte.wrapping_sub(b'0');
+        if digit > 9 || digits == 4 {
             return None;
         }
-        layer = layer * 10 + u16::from(byte - b'0');
+        layer = layer * 10 + u16::from(digit);
         digits += 1;
-        i += 1;
+        rest >>= 8;
     }
     (digits > 0 && layer < MAX_LAYERS).then_some(layer)
 }

@@ -140,7 +140,11 @@ impl Session {
         programs.sort_unstable();
         programs.dedup();
         for program in programs {
-            uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
+            let loaded = uprobe(&mut ebpf, program)?;
+            loaded.load().map_err(load_error)?;
+            let verified = loaded.info().ok();
+            let verified = verified.and_then(|info| info.verified_instruction_count());
+            tracing::debug!("{program}: {} instructions verified", verified.unwrap_or(0));
         }
         let mut take = |name: &str| {
             ebpf.take_map(name)

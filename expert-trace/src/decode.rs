@@ -159,6 +159,7 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
         }
         Kind::Logits => scores(Stage::Logits)?,
         Kind::BiasedLogits => scores(Stage::BiasedLogits)?,
+        Kind::Probs => scores(Stage::Probs)?,
         Kind::Selection => scores(Stage::Selection)?,
         Kind::Pass => Body::Pass(RowInfos(payload_of(size_of::<RowInfo>(), rows)?)),
         Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
@@ -268,7 +269,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=12 {
+        for kind in 0..=13 {
             let record = bytes(
                 Header {
                     kind,

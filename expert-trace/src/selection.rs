@@ -18,8 +18,10 @@ pub enum Stage {
     Logits,
     /// That, and the router's bias (`ffn_moe_logits_biased`).
     BiasedLogits,
-    /// What experts are chosen from: gating function and selection bias have been applied
-    /// (`ffn_moe_probs_biased`).
+    /// What the gating function makes of that (`ffn_moe_probs`; where it is applied to the chosen
+    /// experts alone, llama.cpp gives the biased logits this name).
+    Probs,
+    /// That, and the selection bias (`ffn_moe_probs_biased`).
     Selection,
 }
 
@@ -188,7 +190,7 @@ impl Router {
             return Ok(take_largest(row.iter().copied().zip(0..), k, ids));
         }
         let mut values = row.to_vec();
-        if stage < Stage::Selection {
+        if stage < Stage::Probs {
             self.gating
                 .ok_or(Refusal::UnknownGating)?
                 .apply(&mut values);
@@ -277,6 +279,10 @@ mod tests {
             chosen(&biased, Stage::BiasedLogits, &row),
             Err(Refusal::BiasElsewhere)
         );
+        assert_eq!(
+            chosen(&biased, Stage::Probs, &row),
+            Err(Refusal::BiasElsewhere)
+        );
         assert_eq!(chosen(&biased, Stage::Selection, &row), Ok((vec![1], 1.0)));
         let by_token = router(2, 1, None);
         assert_eq!(
@@ -299,10 +305,9 @@ mod tests {
         };
         // Group 0 has the largest value, group 1 the largest sum of two.
         let row = [5.0, -9.0, 3.0, 2.9, 0.0, 0.0];
-        assert_eq!(
-            chosen(&router, Stage::Selection, &row).unwrap().0,
-            vec![2, 3]
-        );
+        for stage in [Stage::Probs, Stage::Selection] {
+            assert_eq!(chosen(&router, stage, &row).unwrap().0, vec![2, 3]);
+        }
         assert_eq!(
             chosen(&router, Stage::Logits, &row),
             Err(Refusal::UnknownGating)

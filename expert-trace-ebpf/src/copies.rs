@@ -21,6 +21,9 @@ use crate::{
 /// `cudaMemcpyKind` (driver_types.h).
 const HOST_TO_DEVICE: u64 = 1;
 const DEVICE_TO_HOST: u64 = 2;
+/// `cudaStreamPerThread` (driver_api_types.h), on which the backend copies when somebody asks it for a
+/// tensor. What it copies for itself goes through the streams it has made, which are pointers.
+const STREAM_PER_THREAD: u64 = 2;
 
 /// By thread: the ids it waits for.
 #[map]
@@ -92,7 +95,10 @@ pub fn on_device_mul_mat_id(dst: Address) {
 
 /// `cudaMemcpyAsync(dst, src, count, kind, stream)` is entered.
 #[inline(always)]
-pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, dst: u64, src: u64, kind: u64) {
+pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, dst: u64, src: u64, kind: u64, stream: u64) {
+    if stream <= STREAM_PER_THREAD {
+        return;
+    }
     let Some(awaited) = awaited() else {
         return;
     };

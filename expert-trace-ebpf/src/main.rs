@@ -115,10 +115,14 @@ fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
 #[uprobe]
 fn device_memcpy(ctx: ProbeContext) -> u32 {
     if active()
-        && let (Some(dst), Some(src), Some(kind)) =
-            (ctx.arg::<u64>(0), ctx.arg::<u64>(1), ctx.arg::<u64>(3))
+        && let (Some(dst), Some(src), Some(kind), Some(stream)) = (
+            ctx.arg::<u64>(0),
+            ctx.arg::<u64>(1),
+            ctx.arg::<u64>(3),
+            ctx.arg::<u64>(4),
+        )
     {
-        copies::on_device_memcpy(&ctx, dst, src, kind);
+        copies::on_device_memcpy(&ctx, dst, src, kind, stream);
     }
     0
 }

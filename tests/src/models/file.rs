@@ -22,6 +22,17 @@ pub enum Data {
     NormalF32 {
         std: f32,
     },
+    /// Blocks of Q4_0 (`block_q4_0` in ggml-common.h) with this scale and uniformly drawn quants.
+    RandomQ4 {
+        scale: f32,
+    },
+}
+
+/// How a type is stored: `enum ggml_type`, elements of a block, and its bytes.
+struct Storage {
+    ggml_type: u32,
+    block: u64,
+    bytes: u64,
 }
 
 pub struct Tensor {
@@ -32,11 +43,16 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// `enum ggml_type` and the bytes of one element.
-    fn element(&self) -> (u32, u64) {
-        match self.data {
-            Data::F32(_) | Data::NormalF32 { .. } => (0, 4),
-            Data::F16(_) | Data::ZeroF16 | Data::NormalF16 { .. } => (1, 2),
+    fn storage(&self) -> Storage {
+        let (ggml_type, block, bytes) = match self.data {
+            Data::F32(_) | Data::NormalF32 { .. } => (0, 1, 4),
+            Data::F16(_) | Data::ZeroF16 | Data::NormalF16 { .. } => (1, 1, 2),
+            Data::RandomQ4 { .. } => (2, 32, 18),
+        };
+        Storage {
+            ggml_type,
+            block,
+            bytes,
         }
     }
 
@@ -57,6 +73,14 @@ impl Tensor {
                 .try_for_each(|_| out.write_all(&f16(rng.normal() * std).to_le_bytes())),
             Data::NormalF32 { std } => (0..self.elements())
                 .try_for_each(|_| out.write_all(&(rng.normal() * std).to_le_bytes())),
+            Data::RandomQ4 { scale } => {
+                let scale = f16(*scale).to_le_bytes();
+                (0..self.elements() / 32).try_for_each(|_| {
+                    out.write_all(&scale)?;
+                    out.write_all(&rng.next().to_le_bytes())?;
+                    out.write_all(&rng.next().to_le_bytes())
+                })
+            }
         }
     }
 }
@@ -110,14 +134,18 @@ impl GgufFile {
         let mut offsets = Vec::new();
         let mut end = 0;
         for tensor in &self.tensors {
-            let (ggml_type, size) = tensor.element();
+            let Storage {
+                ggml_type,
+                block,
+                bytes,
+            } = tensor.storage();
             header.extend(string(&tensor.name));
             header.extend((tensor.shape.len() as u32).to_le_bytes());
             header.extend(tensor.shape.iter().flat_map(|n| n.to_le_bytes()));
             header.extend(ggml_type.to_le_bytes());
             header.extend(u64::to_le_bytes(end));
             offsets.push(end);
-            end = (end + tensor.elements() * size).next_multiple_of(ALIGNMENT);
+            end = (end + tensor.elements() / block * bytes).next_multiple_of(ALIGNMENT);
         }
         out.write_all(&header)?;
         let data = (header.len() as u64).next_multiple_of(ALIGNMENT);

@@ -10,9 +10,11 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
+//               [--count 0|1]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
-// programs, and --rpc adds the device of an RPC server.
+// programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
+// how often each expert was chosen, as a tracer inside the program would.
 //
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
@@ -51,10 +53,12 @@
 #include <cstring>
 #include <exception>
 #include <iostream>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -71,6 +75,7 @@ struct Options {
     int n_ubatch = 0;
     int n_gpu_layers = 0;
     bool op_offload = true;
+    bool count = false;
     std::string rpc;
     std::vector<std::pair<std::string, std::string>> overrides;
 };
@@ -99,6 +104,8 @@ Options parse_options(int argc, char ** argv) {
             options.n_gpu_layers = std::stoi(value);
         } else if (flag == "--op-offload") {
             options.op_offload = std::stoi(value) != 0;
+        } else if (flag == "--count") {
+            options.count = std::stoi(value) != 0;
         } else if (flag == "--rpc") {
             options.rpc = value;
         } else if (flag == "-ot") {
@@ -122,6 +129,8 @@ struct Dump {
     int64_t pass = -1;
     int last_layer = -1;
     std::vector<uint8_t> bytes;
+    std::mutex mutex;
+    std::unordered_map<int, std::unordered_map<int32_t, uint64_t>> counts;
 };
 
 // ggml_backend_sched_eval_callback: asked before (`ask`) and called after a tensor is computed.
@@ -143,6 +152,18 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     // The tensor is a view of all experts sorted, so rows are further apart than k ids.
     dump.bytes.resize(ggml_nbytes(t));
     ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
+    if (dump.out == nullptr) {
+        std::lock_guard<std::mutex> lock(dump.mutex);
+        auto & experts = dump.counts[layer];
+        for (int64_t row = 0; row < t->ne[1]; row++) {
+            for (int64_t rank = 0; rank < t->ne[0]; rank++) {
+                int32_t id;
+                std::memcpy(&id, dump.bytes.data() + row * t->nb[1] + rank * t->nb[0], sizeof(id));
+                experts[id]++;
+            }
+        }
+        return true;
+    }
     for (int64_t row = 0; row < t->ne[1]; row++) {
         std::fprintf(dump.out, "%lld %d %lld", (long long) dump.pass, layer, (long long) row);
         for (int64_t rank = 0; rank < t->ne[0]; rank++) {
@@ -355,7 +376,7 @@ class Driver {
         if (options.n_ubatch > 0) {
             params.n_ubatch = options.n_ubatch;
         }
-        if (dump.out != nullptr) {
+        if (dump.out != nullptr || options.count) {
             params.cb_eval = on_tensor;
             params.cb_eval_user_data = &dump;
         }

@@ -1,6 +1,7 @@
 //! Models with known routing, oracles, and helpers for end-to-end tests.
 
 pub mod account;
+pub mod comparison;
 mod environment;
 pub mod imatrix;
 pub mod llama;

@@ -33,7 +33,7 @@
 mod dense;
 mod file;
 mod model;
-mod rng;
+pub(crate) mod rng;
 mod shapes;
 
 use std::fs::File;
@@ -98,6 +98,16 @@ impl ModelSpec {
         n_embd: 128,
         n_ff: 32,
         seed: 2,
+    };
+
+    /// 8 layers as wide as those of Qwen3-30B-A3B, with 128 experts, 8 of them chosen.
+    pub const REFERENCE: ModelSpec = ModelSpec {
+        layers: 8,
+        n_expert: 128,
+        k: 8,
+        n_embd: 2048,
+        n_ff: 768,
+        seed: 4,
     };
 
     fn check(&self) -> Result<()> {
@@ -201,9 +211,27 @@ pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Resul
 ///
 /// As [`write_known_routing`].
 pub fn write_random(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
+    write_drawn(path, vocab, spec, || Data::NormalF16 { std: 0.05 })
+}
+
+/// The same with Q4_0 weights, except for the routers.
+///
+/// # Errors
+///
+/// As [`write_known_routing`].
+pub fn write_quantized(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<()> {
+    // Uniform quants from -8 to 7 have a standard deviation of 4.6.
+    write_drawn(path, vocab, spec, || Data::RandomQ4 { scale: 0.05 / 4.6 })
+}
+
+fn write_drawn(
+    path: &Path,
+    vocab: &Path,
+    spec: &ModelSpec,
+    weights: impl Fn() -> Data + Copy,
+) -> Result<()> {
     let mut model = qwen3moe(vocab, spec)?;
     let mut rng = Rng::new(spec.seed);
-    let weights = || Data::NormalF16 { std: 0.05 };
     model.embedding(weights());
     for layer in 0..spec.layers {
         // The router's input has an RMS of 1, so logits get a standard deviation of 3, enough to

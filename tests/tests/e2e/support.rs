@@ -71,6 +71,16 @@ pub fn random_wide() -> &'static Path {
     MODEL.get_or_init(|| random("random-wide.gguf", &ModelSpec::WIDE))
 }
 
+/// Quantized random weights, as wide as a model in the field.
+pub fn reference() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        publish("reference.gguf", |path| {
+            models::write_quantized(path, &llama().vocab, &ModelSpec::REFERENCE).unwrap();
+        })
+    })
+}
+
 /// Two layers without experts.
 pub fn dense() -> &'static Path {
     static MODEL: OnceLock<PathBuf> = OnceLock::new();

@@ -200,9 +200,18 @@ pub struct Recording {
     /// Count warm-up passes too
     #[arg(long)]
     pub include_warmup: bool,
-    /// Size of the kernel's ring buffer (K, M, G; rounded up to a power of two)
-    #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_buffer_bytes)]
-    pub buffer_size: u32,
+    /// Size of the kernel's ring buffer (K, M, G; rounded up to a power of two) [default: 8M, or 64M
+    /// with routers on the CPU]
+    #[arg(long, value_name = "BYTES", value_parser = ring_buffer_bytes)]
+    pub buffer_size: Option<u32>,
+}
+
+impl Recording {
+    /// Size of the ring buffer, in bytes. Logits come in rows of all experts.
+    pub fn ring_bytes(&self, reads_logits: bool) -> u32 {
+        let default = if reads_logits { 64 << 20 } else { 8 << 20 };
+        self.buffer_size.unwrap_or(default)
+    }
 }
 
 fn variable(text: OsString) -> Result<(OsString, OsString), &'static str> {

@@ -21,6 +21,28 @@ use crate::{
 pub struct KnownModels {
     files: Vec<ModelFile>,
     warmup_tokens: Vec<Vec<i32>>,
+    /// Experts per token, by architecture, where a command line overrides what files say.
+    overridden: BTreeMap<String, u16>,
+}
+
+/// Ends the key that llama.cpp's `--override-kv` changes to have another number of experts chosen.
+const EXPERTS_USED: &str = ".expert_used_count=int:";
+
+/// Experts per token, by architecture, as a command line overrides them.
+fn overridden(command: &[OsString]) -> BTreeMap<String, u16> {
+    let mut overridden = BTreeMap::new();
+    for argument in command {
+        let argument = argument.to_string_lossy();
+        let argument = argument.trim_start_matches("--override-kv=");
+        for item in argument.split(',') {
+            if let Some((arch, k)) = item.split_once(EXPERTS_USED)
+                && let Ok(k) = k.parse()
+            {
+                overridden.insert(arch.to_owned(), k);
+            }
+        }
+    }
+    overridden
 }
 
 /// Reads the model files a process maps, but for those that are known. Shards that it does not map are
@@ -87,8 +109,9 @@ pub fn named(
     models
 }
 
-/// How a model chooses its experts; `None` when it has none.
-fn router(shape: &ModelShape) -> Option<Router> {
+/// How a model chooses its experts, `k` of them if that is not what its file says; `None` when it has
+/// none.
+fn router(shape: &ModelShape, k: Option<u16>) -> Option<Router> {
     let layer = |number: &u32| {
         let stage = if shape.chosen_by_token.contains(number) {
             None
@@ -99,7 +122,10 @@ fn router(shape: &ModelShape) -> Option<Router> {
         } else {
             Some(Stage::Logits)
         };
-        let k = u16::try_from(shape.n_expert_used.of(*number)).ok()?;
+        let k = match k {
+            Some(k) => k,
+            None => u16::try_from(shape.n_expert_used.of(*number)).ok()?,
+        };
         let number = u16::try_from(*number).ok()?;
         (k > 0).then_some((number, Layer { k, stage }))
     };
@@ -126,6 +152,11 @@ impl KnownModels {
     /// Whether none was found.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
+    }
+
+    /// Takes in what a process' command line says about its models.
+    pub fn take_overrides(&mut self, command: &[OsString]) {
+        self.overridden.extend(overridden(command));
     }
 
     /// Adds those of `others` that are not known yet.
@@ -171,7 +202,10 @@ impl KnownModels {
             routers: self
                 .files
                 .iter()
-                .filter_map(|model| router(&model.shape))
+                .filter_map(|model| {
+                    let k = self.overridden.get(&model.shape.arch);
+                    router(&model.shape, k.copied())
+                })
                 .collect(),
         }
     }
@@ -211,5 +245,21 @@ impl KnownModels {
             }
             Err(error) => say!("warning: {}: {error}", printable(path)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_can_change_how_many_experts_are_chosen() {
+        let words = |text: &str| -> Vec<OsString> { text.split(' ').map(OsString::from).collect() };
+        let command =
+            words("llama-cli --override-kv a.x=bool:true,qwen3moe.expert_used_count=int:6");
+        assert_eq!(overridden(&command), [("qwen3moe".to_owned(), 6)].into());
+        let command = words("llama-cli --override-kv=olmoe.expert_used_count=int:3 -p int:4");
+        assert_eq!(overridden(&command), [("olmoe".to_owned(), 3)].into());
+        assert!(overridden(&words("llama-cli -m expert_used_count=int:6")).is_empty());
     }
 }

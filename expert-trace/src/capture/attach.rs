@@ -62,7 +62,7 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         from_start: false,
         recording,
     };
-    let session = Session::load(start.recording.buffer_size, Scope::Process(pid))?;
+    let session = Session::load(start.recording.ring_bytes(logits), Scope::Process(pid))?;
     // Handlers would have disturbed the loading: the kernel breaks it off with EAGAIN.
     // A shell ignores it for its background jobs; who sends it all the same means it.
     let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;

@@ -212,7 +212,7 @@ impl Capture {
                 &counters,
                 self.model.received(),
                 self.model.from_logits(),
-                self.recording.buffer_size,
+                self.recording.ring_bytes(self.plan.reads_logits()),
             );
             if integrity.adds_up() || Instant::now() > deadline {
                 self.report_blind_times();

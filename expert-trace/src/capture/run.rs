@@ -95,7 +95,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
 
     let follow = !arguments.no_follow;
-    let buffer_size = arguments.recording.buffer_size;
+    let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
+    let logits =
+        arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable);
+    let buffer_size = arguments.recording.ring_bytes(logits);
     // What sees the fork must be there before it.
     let session = Session::load(buffer_size, Scope::FirstChild { forks: follow })?;
     // From here on there is something to lose. A handler would have disturbed the loading: the kernel
@@ -107,13 +110,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
     let main_process = main_process.context("not a process id")?;
     let first_process = Some(session.0.first_child()?);
-    let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let start = Start {
         pid: main_process,
         first_process,
-        plan: Plan::gated().with_logits(
-            arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable),
-        ),
+        plan: Plan::gated().with_logits(logits),
         from_start: true,
         recording: arguments.recording,
     };

@@ -136,6 +136,7 @@ impl Targets {
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;
         }
+        self.models.take_overrides(&target.command);
         self.models.merge(found);
         true
     }

@@ -2,20 +2,23 @@
 //! device is that of an RPC server, which is a CPU llama.cpp itself: where everything is on the device,
 //! the ids that the server shows are what our choice from the logits is compared with.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    process::{Command, Stdio},
+};
 
 use expert_trace::router_on_cpu::OVERRIDE;
 use expert_trace_tests::{
     models::Shape,
     oracle::Oracle,
-    tracer::{Attached, Stats, read_log},
+    tracer::{self, Attached, Stats, read_log},
 };
 
 use crate::{
     rpc::Server,
     support::{
-        Known, Traced, assert_same_choice, compare_with_tokens, driver, known_small, known_wide,
-        scratch, shape,
+        Known, Traced, assert_same_choice, assert_tokens_of, compare_with_tokens, driver,
+        known_small, known_wide, llama_program, scratch, shape,
     },
 };
 
@@ -170,6 +173,149 @@ fn logits_without_the_models_bias_are_refused() {
         let problems = stats.0["integrity"]["problems"].to_string();
         assert!(problems.contains("exp_probs_b"), "{problems}");
     }
+}
+
+/// Logits that the ring buffer has no room for are lost, and the loss is counted.
+#[test]
+fn logits_that_do_not_fit_are_counted() {
+    let known = known_small();
+    let server = Server::start();
+    let endpoint = server.endpoint();
+    let mut traced = Traced::start_with(
+        &["--buffer-size=4K"],
+        &known.path,
+        &options(&endpoint, OVERRIDE),
+    );
+    traced.command("prompt 0 300 500");
+    let stats = traced.finish_incomplete();
+    // All tokens in the first three layers, and the one that is followed in the last.
+    assert_eq!(stats.number("/integrity/rows/seen"), 901);
+    assert_eq!(stats.number("/integrity/rows/dropped/ring_full"), 900);
+    assert_eq!(stats.number("/integrity/rows/emitted"), 1);
+}
+
+/// A program that is none of llama.cpp's is told what it has to set; it is started as it is.
+#[test]
+fn a_program_that_does_not_take_the_options() {
+    let output = tracer::run(&["--router-on-cpu"], &Command::new("true"))
+        .unwrap()
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("tensor_buft_overrides"), "{said}");
+    assert!(said.contains("op_offload = false"), "{said}");
+}
+
+/// The option puts its own options into the command line, and says so.
+#[test]
+fn the_option_alone_is_enough() {
+    let known = known_small();
+    let server = Server::start();
+    let directory = scratch();
+    let log = directory.path().join("log");
+    let program = [
+        "--rpc",
+        &server.endpoint(),
+        "-ngl",
+        "99",
+        "-p",
+        "Hello world, this is a test",
+        "-n",
+        "12",
+        "-no-cnv",
+        "--no-warmup",
+    ];
+    let output = tracer::run(
+        &[
+            "--router-on-cpu".to_owned(),
+            "--strict".to_owned(),
+            format!("--log={}", log.display()),
+        ],
+        &llama_program("llama-completion", &known.path, &program),
+    )
+    .unwrap()
+    .stdin(Stdio::null())
+    .output()
+    .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("--no-op-offload"), "{said}");
+    assert!(said.contains("slower"), "{said}");
+    assert!(said.contains("Chosen from router logits: "), "{said}");
+    let rows = read_log(&log).unwrap();
+    assert!(rows.len() > 50, "{} rows", rows.len());
+    assert_tokens_of(known, &rows);
+}
+
+/// `attach` sees by the command line that the routers are on the CPU.
+#[test]
+fn attached_to_routers_on_the_cpu() {
+    let known = known_small();
+    let server = Server::start();
+    let directory = scratch();
+    let log = directory.path().join("log");
+    let endpoint = server.endpoint();
+    let mut command = driver(&known.path, &options(&endpoint, OVERRIDE));
+    let mut target = Oracle::spawn(&mut command).unwrap();
+    let tracer = Attached::to(target.pid(), &[format!("--log={}", log.display())]).unwrap();
+    target.command("prompt 0 9 500").unwrap();
+    target.command("prompt 0 1 509").unwrap();
+    let said = tracer.interrupt().unwrap();
+    assert!(said.contains("Complete: "), "{said}");
+    assert!(target.quit().unwrap().success());
+    let first: Vec<Vec<u32>> = read_log(&log)
+        .unwrap()
+        .into_iter()
+        .filter(|(layer, _)| *layer == 0)
+        .map(|(_, ids)| ids)
+        .collect();
+    let expected: Vec<&[u32]> = (500..510)
+        .map(|token| known.expected.ids(0, token))
+        .collect();
+    assert_eq!(first, expected);
+}
+
+/// A process that was started so is recognised, and its number of experts, too, when it was changed.
+#[test]
+fn a_process_that_was_started_so() {
+    let known = known_small();
+    let server = Server::start();
+    let directory = scratch();
+    let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
+    let program = [
+        "--rpc",
+        &server.endpoint(),
+        "-ngl",
+        "99",
+        "-ot",
+        r"ffn_gate_inp\.=CPU",
+        "--no-op-offload",
+        "--override-kv",
+        "qwen3moe.expert_used_count=int:3",
+        "-p",
+        "Hello world, this is a test",
+        "-n",
+        "12",
+        "-no-cnv",
+        "--no-warmup",
+    ];
+    let output = tracer::run(
+        &[
+            format!("--output={}", path.display()),
+            format!("--log={}", log.display()),
+        ],
+        &llama_program("llama-completion", &known.path, &program),
+    )
+    .unwrap()
+    .stdin(Stdio::null())
+    .output()
+    .unwrap();
+    assert!(output.status.success());
+    let stats = Stats::read(&path).unwrap();
+    stats.assert_complete();
+    assert_routes(&stats, &["logits"]);
+    assert_eq!(stats.number("/contexts/0/layers/0/k"), 3);
 }
 
 /// Layers whose experts are on the device are not visible, and said to be so.

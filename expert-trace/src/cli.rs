@@ -47,7 +47,7 @@ Examples:
     sudo expert-trace run --no-follow -- ./start.sh
 
   See the routing of a model that is fully on a GPU:
-    sudo expert-trace run --router-on-cpu -- llama-cli -m model.gguf -ngl 99 -p \"Hello\"
+    sudo expert-trace run --router-on-cpu -- llama-cli -m model.gguf -p \"Hello\"
 
   Run the program as somebody else:
     sudo expert-trace run --user nobody -- llama-cli -m model.gguf -p \"Hello\"

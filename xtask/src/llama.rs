@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use expert_trace_tests::llama::LlamaCpp;
 
 use crate::cache::{self, remove_directory};
@@ -47,10 +47,53 @@ const OPTIONS: [&str; 11] = [
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
 ];
 
+/// A way to build llama.cpp.
+struct Build {
+    /// In the name of its directory.
+    name: &'static str,
+    /// Options beside [`OPTIONS`].
+    options: &'static [&'static str],
+    targets: &'static [&'static str],
+    /// What a person is told to expect.
+    duration: &'static str,
+}
+
+const CPU: Build = Build {
+    name: "llama.cpp",
+    options: &[],
+    targets: &TARGETS,
+    duration: "5 minutes on 2 cores",
+};
+
+/// For the GPU that is here, without the kernels that take longest to compile and route nothing.
+const CUDA: Build = Build {
+    name: "llama.cpp-cuda",
+    options: &[
+        "-DGGML_CUDA=ON",
+        "-DGGML_CUDA_FA=OFF",
+        "-DCMAKE_CUDA_ARCHITECTURES=native",
+    ],
+    targets: &["llama"],
+    duration: "4 minutes on 16 cores",
+};
+
 /// All that the tests need.
 pub fn provision(root: &Path) -> Result<LlamaCpp> {
+    provision_build(root, &CPU)
+}
+
+/// The same, built for an NVIDIA GPU. Needs CUDA's compiler.
+pub fn provision_cuda(root: &Path) -> Result<LlamaCpp> {
+    ensure!(
+        packages::on_path("nvcc"),
+        "there is no nvcc on PATH: install NVIDIA's CUDA toolkit, and add its bin directory to PATH"
+    );
+    provision_build(root, &CUDA)
+}
+
+fn provision_build(root: &Path, how: &Build) -> Result<LlamaCpp> {
     let sources = sources()?;
-    let bin = build(&sources)?;
+    let bin = build(&sources, how)?;
     Ok(LlamaCpp {
         vocab: vocab(&sources),
         oracle: build_oracle(&root.join("tests/oracle/oracle.cpp"), &sources, &bin)?,
@@ -61,7 +104,7 @@ pub fn provision(root: &Path) -> Result<LlamaCpp> {
 
 /// `llama-cli`, built here.
 pub fn llama_cli() -> Result<PathBuf> {
-    Ok(build(&sources()?)?.join("llama-cli"))
+    Ok(build(&sources()?, &CPU)?.join("llama-cli"))
 }
 
 /// A tokenizer without a model.
@@ -103,19 +146,21 @@ fn sources() -> Result<PathBuf> {
 }
 
 /// The directory of programs and libraries.
-fn build(sources: &Path) -> Result<PathBuf> {
+fn build(sources: &Path, how: &Build) -> Result<PathBuf> {
     ensure_build_tools()?;
     let compiler = compiler_version()?;
     let key = cache::key(&[
         SDIST.sha256,
-        &OPTIONS.join(" "),
-        &TARGETS.join(" "),
+        &[&OPTIONS[..], how.options].concat().join(" "),
+        &how.targets.join(" "),
         &compiler,
         env::consts::ARCH,
     ]);
-    let built = cache::entry(&format!("llama.cpp-{}-{key}", SDIST.version), |partial| {
+    let name = format!("{}-{}-{key}", how.name, SDIST.version);
+    let built = cache::entry(&name, |partial| {
         eprintln!(
-            "Building llama.cpp, once: about 5 minutes on 2 cores. An interrupted build is continued."
+            "Building llama.cpp, once: about {}. An interrupted build is continued.",
+            how.duration
         );
         let build = partial.join("build");
         command::run(
@@ -124,14 +169,15 @@ fn build(sources: &Path) -> Result<PathBuf> {
                 .arg(sources)
                 .arg("-B")
                 .arg(&build)
-                .args(OPTIONS),
+                .args(OPTIONS)
+                .args(how.options),
         )?;
         command::run(
             Command::new("cmake")
                 .arg("--build")
                 .arg(&build)
                 .arg("--target")
-                .args(TARGETS),
+                .args(how.targets),
         )?;
         // Object files are of no more use.
         let bin = partial.join("bin");

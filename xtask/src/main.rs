@@ -2,6 +2,7 @@
 
 mod cache;
 mod command;
+mod cuda;
 mod demo;
 mod ebpf;
 mod llama;
@@ -9,6 +10,7 @@ mod npm;
 mod packages;
 mod pip;
 mod prebuilt;
+mod results;
 mod system;
 mod test;
 mod workspace;
@@ -49,6 +51,8 @@ enum Task {
     ///
     /// `cargo xtask test` does this itself; this is for running a test by hand.
     Llama,
+    /// Test and measure on an NVIDIA GPU, as root; writes docs/results/cuda.json
+    Cuda(cuda::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
     Prebuilt,
 }
@@ -68,6 +72,7 @@ fn run() -> Result<ExitCode> {
         Task::BuildEbpf { out, .. } => ebpf::build(&root, out.as_deref())?,
         Task::Demo(arguments) => demo::run(&root, &arguments)?,
         Task::Test(arguments) => return test::run(&root, &arguments),
+        Task::Cuda(arguments) => cuda::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
         Task::Prebuilt => export(&prebuilt::provision()?.to_env()),
     }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use expert_trace_tests::llama::LlamaCpp;
 
-use crate::{command, ebpf, llama, packages, system, workspace};
+use crate::{command, ebpf, llama, packages, results, system, workspace};
 use steps::{Results, Steps};
 
 #[derive(clap::Args)]
@@ -33,6 +33,9 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<ExitCode> {
         results.cargo_test(cargo.arg("--").args(filter))
     });
     end_to_end(root, filter, fresh.as_deref(), &mut steps);
+    steps.run("Results of suites that do not run here", |_| {
+        results::report_age(root)
+    });
     Ok(steps.finish())
 }
 

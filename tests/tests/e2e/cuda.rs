@@ -208,7 +208,7 @@ const ARMS: [Arm; 8] = [
         baseline: 5,
     },
 ];
-const ROUNDS: u64 = 25;
+const ROUNDS: u64 = 40;
 const PROMPT: usize = 512;
 const GENERATED: usize = 64;
 

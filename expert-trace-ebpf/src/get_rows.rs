@@ -22,6 +22,8 @@ use crate::{
 };
 
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
+/// Start of the names that ggml gives to nodes without one (`ggml_visit_parents` in ggml.c).
+const UNNAMED: &[u8; 5] = b"node_";
 /// Start of the names of the rows whose output is wanted; tells a dense model from an unknown layout.
 const OUTPUT_ROWS: [&[u8; 7]; 2] = [b"inp_out", b"out_ids"];
 
@@ -49,25 +51,28 @@ pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
     // SAFETY: the map's value is alive during the program.
     let layout_number = unsafe { ptr::read_volatile(known_layout) };
 
-    let (index, tensor) = match layout_number {
+    let (number, index, tensor) = match layout_number {
         0 => match find_layout(dst) {
             Some((number, index, tensor)) => {
                 // SAFETY: as above. Racing hits of one library write the same number.
                 unsafe { ptr::write_volatile(known_layout, number) };
-                (index, tensor)
+                (number, index, tensor)
             }
             None => return count(Counter::LayoutUnknown, 1),
         },
         1 => match read_index(dst, &TENSOR_LAYOUTS[0]) {
-            Some(read) => read,
+            Some((index, tensor)) => (1, index, tensor),
             None => return count(Counter::HitUnreadable, 1),
         },
         _ => match read_index(dst, &TENSOR_LAYOUTS[1]) {
-            Some(read) => read,
+            Some((index, tensor)) => (2, index, tensor),
             None => return count(Counter::HitUnreadable, 1),
         },
     };
     match recognise(&tensor.name) {
+        Some(Known::ExpertIds { .. }) if gathers_scales(dst, number) => {
+            count(Counter::FilteredTensor, 1);
+        }
         Some(Known::ExpertIds { layer }) => {
             count(Counter::Routed, 1);
             emit_routed(
@@ -111,6 +116,19 @@ fn find_layout(dst: Address) -> Option<(u32, Address, DataAndName)> {
 fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndName)> {
     let index = source(dst, layout, 1)?;
     Some((index, DataAndName::read(index, layout)?))
+}
+
+/// Whether the ids are used to gather something else than the weights of the chosen experts: experts
+/// with scales gather those by the same ids, once for each of their weights (`build_lora_mm_id` in
+/// llama-graph.cpp), in nodes that nobody has named.
+#[inline(always)]
+fn gathers_scales(dst: Address, layout_number: u32) -> bool {
+    let layout = if layout_number == 1 {
+        &TENSOR_LAYOUTS[0]
+    } else {
+        &TENSOR_LAYOUTS[1]
+    };
+    DataAndName::read(dst, layout).is_some_and(|dst| dst.name.starts_with(UNNAMED))
 }
 
 #[inline(always)]

@@ -110,12 +110,13 @@ pub fn is_first_sight(ids: Address) -> bool {
         return true;
     };
     // SAFETY: the map's value is alive during the program, and belongs to this thread.
-    let last = unsafe { &mut (*state).last_ids };
-    if *last == ids.0 {
+    let state = unsafe { &mut *state };
+    // Without a scheduler nothing tells a new pass from the old one.
+    if state.last_ids == ids.0 && state.context != 0 {
         count(Counter::RepeatedIds, 1);
         return false;
     }
-    *last = ids.0;
+    state.last_ids = ids.0;
     true
 }
 

@@ -69,6 +69,8 @@ pub struct ModelSpec {
     pub n_ff: u32,
     /// Models that differ only in this differ in all weights, and in routing.
     pub seed: u64,
+    /// Whether each expert's weights are multiplied by a scale (of 1), as some quantizations have it.
+    pub scales: bool,
 }
 
 impl ModelSpec {
@@ -80,6 +82,7 @@ impl ModelSpec {
         n_embd: 128,
         n_ff: 64,
         seed: 1,
+        scales: false,
     };
     /// 4 layers with 128 experts, 4 of them chosen, as in gpt-oss-120b.
     pub const MEDIUM: ModelSpec = ModelSpec {
@@ -89,6 +92,7 @@ impl ModelSpec {
         n_embd: 128,
         n_ff: 32,
         seed: 3,
+        scales: false,
     };
     /// 3 layers with 512 experts, 10 of them chosen, as in qwen3next.
     pub const WIDE: ModelSpec = ModelSpec {
@@ -98,6 +102,7 @@ impl ModelSpec {
         n_embd: 128,
         n_ff: 32,
         seed: 2,
+        scales: false,
     };
 
     /// 8 layers as wide as those of Qwen3-30B-A3B, with 128 experts, 8 of them chosen.
@@ -108,6 +113,7 @@ impl ModelSpec {
         n_embd: 2048,
         n_ff: 768,
         seed: 4,
+        scales: false,
     };
 
     fn check(&self) -> Result<()> {
@@ -294,6 +300,9 @@ fn add_layer(
         ("ffn_down_exps", [n_ff, n_embd, n_expert]),
     ] {
         model.tensor(name(part), &shape, weights());
+        if spec.scales && part.ends_with("_exps") {
+            model.norm(format!("blk.{layer}.{part}.scale"), n_expert);
+        }
     }
 }
 

@@ -123,6 +123,7 @@ impl Shape {
             n_embd: N_EMBD,
             n_ff: N_FF,
             seed: self.seed,
+            scales: false,
         }
     }
 }

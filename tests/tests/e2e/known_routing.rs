@@ -2,7 +2,7 @@
 
 use expert_trace_tests::tracer::count;
 
-use crate::support::{Known, Traced, compare_with_tokens, known_small, known_wide};
+use crate::support::{Known, Traced, compare_with_tokens, known_scaled, known_small, known_wide};
 
 fn compare(known: &Known, threads: &str, ubatch: &str) {
     let options = ["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch];
@@ -22,6 +22,12 @@ fn small_two_threads_one_large_ubatch() {
 #[test]
 fn small_three_threads_odd_ubatch() {
     compare(known_small(), "3", "77");
+}
+
+/// The scales of chosen experts are gathered by the same ids, which are no more tokens.
+#[test]
+fn experts_with_scales() {
+    compare(known_scaled(), "2", "512");
 }
 
 #[test]

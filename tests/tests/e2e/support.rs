@@ -47,6 +47,16 @@ pub fn known_draft() -> &'static Known {
     MODEL.get_or_init(|| known("known-draft.gguf", spec))
 }
 
+/// The same as the small one, with a scale for every weight of every expert.
+pub fn known_scaled() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    let spec = ModelSpec {
+        scales: true,
+        ..ModelSpec::SMALL
+    };
+    MODEL.get_or_init(|| known("known-scaled.gguf", spec))
+}
+
 /// 4 layers, 128 experts, top-4.
 pub fn known_medium() -> &'static Known {
     static MODEL: OnceLock<Known> = OnceLock::new();

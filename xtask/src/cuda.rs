@@ -48,8 +48,34 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     document["tests"] = found.sum.clone().into();
     document["costs"] = found.results.into();
     results::write(&root.join(&arguments.output), &document)?;
+    print!("\n{}", table(&document["costs"]));
     ensure!(found.passed, "{SUM}{}", found.sum);
     Ok(())
+}
+
+/// The measured costs as a table in Markdown, for docs/performance.md.
+fn table(costs: &Value) -> String {
+    let mut table =
+        "| model | phase | setup | tokens/s | time, in units of | ratio (95 % interval) |\n\
+                     |---|---|---|---|---|---|\n"
+            .to_owned();
+    for cost in costs.as_array().into_iter().flatten() {
+        let text = |key: &str| cost[key].as_str().unwrap_or_default().to_owned();
+        let ratio = |i: usize| cost["time_ratio"][i].as_f64().unwrap_or_default();
+        let compared = if cost["arm"] == cost["compared_with"] {
+            "| |".to_owned()
+        } else {
+            let [low, median, high] = [0, 1, 2].map(ratio);
+            format!(
+                "| {} | {median:.3} ({low:.3} – {high:.3}) |",
+                text("compared_with")
+            )
+        };
+        let speed = cost["tokens_per_second"].as_f64().unwrap_or_default();
+        let [model, phase, arm] = ["model", "phase", "arm"].map(text);
+        table += &format!("| {model} | {phase} | {arm} | {speed:.0} {compared}\n");
+    }
+    table
 }
 
 fn test_command(root: &Path, arguments: &Arguments, llama: &LlamaCpp) -> Result<Command> {

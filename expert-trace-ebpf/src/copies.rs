@@ -15,7 +15,7 @@ use crate::{
     maps::count,
     rows::{Routed, emit_routed, is_first_sight},
     target::{Address, cookie, process_and_thread},
-    tensor::{DataAndName, ids_layer, source},
+    tensor::{DataAndName, Shape, ids_layer, source},
 };
 
 /// `cudaMemcpyKind` (driver_types.h).
@@ -37,6 +37,10 @@ struct Awaited {
     device: u64,
     /// Where they will be on the host; 0 until the copy has been asked for.
     host: u64,
+    /// Bytes that the device copies for itself. Where ids were, other data can lie soon after.
+    bytes: u64,
+    /// On which it does.
+    stream: u64,
     layer: u16,
     /// A [`Route`].
     route: u16,
@@ -60,6 +64,8 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
         tensor: tensor.0,
         device: read.data,
         host: data,
+        bytes: 0,
+        stream: 0,
         layer,
         route: Route::Fetch as u16,
         padding: 0,
@@ -82,10 +88,15 @@ pub fn on_device_mul_mat_id(dst: Address) {
     let Some((tensor, read, layer)) = ids_of(dst) else {
         return;
     };
+    let Some(shape) = tensor.read::<Shape>() else {
+        return;
+    };
     let awaited = Awaited {
         tensor: tensor.0,
         device: read.data,
         host: 0,
+        bytes: shape.bytes(),
+        stream: 0,
         layer,
         route: Route::DeviceCopy as u16,
         padding: 0,
@@ -93,25 +104,50 @@ pub fn on_device_mul_mat_id(dst: Address) {
     remember(&awaited);
 }
 
-/// `cudaMemcpyAsync(dst, src, count, kind, stream)` is entered.
+/// A `cudaMemcpyAsync(dst, src, count, kind, stream)`.
+#[derive(Clone, Copy)]
+pub struct Memcpy {
+    pub to: u64,
+    pub from: u64,
+    pub bytes: u64,
+    pub kind: u64,
+    pub stream: u64,
+}
+
+/// `cudaMemcpyAsync` is entered.
 #[inline(always)]
-pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, dst: u64, src: u64, kind: u64, stream: u64) {
-    if stream <= STREAM_PER_THREAD {
+pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, copy: Memcpy) {
+    if copy.stream <= STREAM_PER_THREAD {
         return;
     }
     let Some(awaited) = awaited() else {
         return;
     };
-    let kind = kind & 0xffff_ffff;
+    if awaited.route != Route::DeviceCopy as u16 {
+        return;
+    }
+    let kind = copy.kind & 0xffff_ffff;
     if awaited.host == 0 {
-        if kind == DEVICE_TO_HOST && src == awaited.device {
+        if kind == DEVICE_TO_HOST && copy.from == awaited.device && copy.bytes == awaited.bytes {
             await_ids(Awaited {
-                host: dst,
+                host: copy.to,
+                stream: copy.stream,
                 ..awaited
             });
         }
-    } else if kind == HOST_TO_DEVICE {
+    } else if kind == HOST_TO_DEVICE && copy.stream == awaited.stream {
         arrived(ctx, &awaited);
+    }
+}
+
+/// A pass begins: what has not arrived in the last one does not any more.
+#[inline(always)]
+pub fn on_pass_begin() {
+    if let Some(awaited) = awaited() {
+        if awaited.host != 0 {
+            count(Counter::IdsCopiesLost, 1);
+        }
+        forget();
     }
 }
 
@@ -140,11 +176,16 @@ fn awaited() -> Option<Awaited> {
 }
 
 #[inline(always)]
+fn forget() {
+    // It fails only when there is no such entry.
+    let _ = AWAITED.remove(process_and_thread());
+}
+
+#[inline(always)]
 fn remember(next: &Awaited) {
     if let Some(last) = awaited()
         && last.host != 0
-        // An interface and what stands behind it are asked one after the other.
-        && last.host != next.host
+        && !is_same_copy(&last, next)
     {
         count(Counter::IdsCopiesLost, 1);
     }
@@ -155,16 +196,21 @@ fn remember(next: &Awaited) {
 
 #[inline(always)]
 fn await_ids(next: Awaited) {
-    if awaited().is_none_or(|last| last.host != next.host) {
+    if awaited().is_none_or(|last| !is_same_copy(&last, &next)) {
         count(Counter::IdsCopies, 1);
     }
     remember(&next);
 }
 
+/// An interface and what stands behind it are asked one after the other.
+#[inline(always)]
+fn is_same_copy(last: &Awaited, next: &Awaited) -> bool {
+    last.host == next.host && last.tensor == next.tensor
+}
+
 #[inline(always)]
 fn arrived<C: EbpfContext>(ctx: &C, awaited: &Awaited) {
-    // It fails only when there is no such entry.
-    let _ = AWAITED.remove(process_and_thread());
+    forget();
     let route = if awaited.route == Route::Fetch as u16 {
         count(Counter::FetchedIds, 1);
         Route::Fetch

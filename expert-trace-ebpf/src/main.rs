@@ -115,14 +115,22 @@ fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
 #[uprobe]
 fn device_memcpy(ctx: ProbeContext) -> u32 {
     if active()
-        && let (Some(dst), Some(src), Some(kind), Some(stream)) = (
+        && let (Some(to), Some(from), Some(bytes), Some(kind), Some(stream)) = (
             ctx.arg::<u64>(0),
             ctx.arg::<u64>(1),
+            ctx.arg::<u64>(2),
             ctx.arg::<u64>(3),
             ctx.arg::<u64>(4),
         )
     {
-        copies::on_device_memcpy(&ctx, dst, src, kind, stream);
+        let copy = copies::Memcpy {
+            to,
+            from,
+            bytes,
+            kind,
+            stream,
+        };
+        copies::on_device_memcpy(&ctx, copy);
     }
     0
 }
@@ -132,6 +140,7 @@ fn graph_compute(ctx: ProbeContext) -> u32 {
     if active()
         && let Some(sched) = ctx.arg::<u64>(0)
     {
+        copies::on_pass_begin();
         pass::on_graph_compute(sched);
     }
     0

@@ -106,13 +106,19 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
 /// of a layer, and a split or a copy for each of them shows it anew.
 #[inline(always)]
 pub fn is_first_sight(ids: Address) -> bool {
-    let Some(state) = THREADS.get_ptr_mut(process_and_thread()) else {
+    let key = process_and_thread();
+    let Some(state) = THREADS.get_ptr_mut(key) else {
+        // A pass that was under way when tracing began.
+        let state = ThreadState {
+            last_ids: ids.0,
+            ..NEW_THREAD
+        };
+        insert_thread(key, &state);
         return true;
     };
     // SAFETY: the map's value is alive during the program, and belongs to this thread.
     let state = unsafe { &mut *state };
-    // Without a scheduler nothing tells a new pass from the old one.
-    if state.last_ids == ids.0 && state.context != 0 {
+    if state.last_ids == ids.0 {
         count(Counter::RepeatedIds, 1);
         return false;
     }

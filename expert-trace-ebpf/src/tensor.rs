@@ -81,6 +81,19 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Bytes from its first element to the end of its last (`ggml_nbytes`).
+    #[inline(always)]
+    pub fn bytes(&self) -> u64 {
+        let mut bytes = ELEMENT_SIZE;
+        let mut i = 0;
+        while i < 4 {
+            let steps = (self.ne[i] as u64).wrapping_sub(1);
+            bytes = bytes.wrapping_add(steps.wrapping_mul(self.nb[i]));
+            i += 1;
+        }
+        bytes
+    }
+
     /// Whether it can be the shape of `rows` rows of expert ids or router logits, of this type.
     #[inline(always)]
     pub fn is_sane(&self, kind: u32) -> bool {

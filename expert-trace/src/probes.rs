@@ -386,15 +386,16 @@ impl Plan {
                 }
             }
         }
-        for probe in std::mem::take(&mut self.waiting) {
-            let ready = probe.hook.needs().is_none_or(|needed| self.has(needed));
-            let list = if ready {
-                &mut self.probes
-            } else {
-                &mut self.waiting
-            };
-            list.push(probe);
-        }
+        // What others need comes before them, whichever file they are in.
+        let (needed, needing): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|probe| probe.hook.needs().is_none());
+        self.probes.extend(needed);
+        let (ready, waiting): (Vec<_>, Vec<_>) = needing
+            .into_iter()
+            .partition(|probe| probe.hook.needs().is_none_or(|needed| self.has(needed)));
+        self.probes.extend(ready);
+        self.waiting = waiting;
     }
 }
 

@@ -438,6 +438,26 @@ impl Integrity {
         self
     }
 
+    /// Counts the copies that are still awaited as lost: nobody is left who could have them.
+    pub fn without_target(mut self) -> Self {
+        let Routes {
+            ids_copies,
+            fetches,
+            device_copies,
+            copies_lost,
+            ..
+        } = self.routes;
+        let awaited = ids_copies.saturating_sub(fetches + device_copies + copies_lost);
+        if awaited > 0 {
+            self.routes.copies_lost += awaited;
+            self.problems.push(format!(
+                "{awaited} copies of expert ids to the host were awaited when the target ended"
+            ));
+            self.complete = false;
+        }
+        self
+    }
+
     /// Whether the sums are right: they are not while a probe is running.
     pub fn adds_up(&self) -> bool {
         self.imbalances().is_empty()

@@ -234,7 +234,11 @@ impl Capture {
             .started
             .map_or(Duration::ZERO, |(_, began)| began.elapsed());
         self.session.set_active(false)?;
-        let integrity = self.settle()?;
+        let mut integrity = self.settle()?;
+        // What a target awaits that goes on, or that we know was killed, belongs to a pass that was cut.
+        if end == End::Exited || (!self.from_start && why == "target_exited") {
+            integrity = integrity.without_target();
+        }
         let first_process = self.first_process;
         let ended: HashMap<u32, u32> = self
             .model

@@ -1,7 +1,11 @@
 //! Layouts, shapes and faults that the llama.cpp at hand does not have, in a program that stands in
 //! for it.
 
-use std::{path::PathBuf, process::Command, sync::OnceLock};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
 
 use expert_trace_tests::tracer::{self, Stats, read_log};
 use tempfile::TempDir;
@@ -12,16 +16,21 @@ use crate::support::scratch;
 pub fn compile(source: &str, flags: &[&str]) -> (TempDir, PathBuf) {
     let directory = scratch();
     let program = directory.path().join("program");
-    let source = format!("{}/oracle/{source}", env!("CARGO_MANIFEST_DIR"));
+    compile_to(&program, &[source], flags);
+    (directory, program)
+}
+
+/// The same, for one of several sources.
+pub fn compile_to(file: &Path, sources: &[&str], flags: &[&str]) {
+    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("oracle");
     let status = Command::new("cc")
         .args(["-O1", "-o"])
-        .arg(&program)
-        .arg(source)
+        .arg(file)
+        .args(sources.iter().map(|source| oracle.join(source)))
         .args(flags)
         .status()
         .unwrap();
     assert!(status.success());
-    (directory, program)
 }
 
 fn standin() -> Command {

@@ -5,6 +5,7 @@
 mod attach;
 mod callback;
 mod cuda;
+mod cuda_standin;
 mod devices;
 mod errors;
 mod help;

@@ -22,4 +22,5 @@ mod specification;
 mod sudo;
 mod support;
 mod untrusted;
+mod vulkan;
 mod warmup;

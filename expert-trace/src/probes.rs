@@ -386,15 +386,17 @@ impl Plan {
                 }
             }
         }
-        for probe in std::mem::take(&mut self.waiting) {
-            let ready = probe.hook.needs().is_none_or(|needed| self.has(needed));
-            let list = if ready {
-                &mut self.probes
-            } else {
-                &mut self.waiting
-            };
-            list.push(probe);
-        }
+        self.take_ready(|_, probe| probe.hook.needs().is_none());
+        self.take_ready(|plan, probe| probe.hook.needs().is_some_and(|needed| plan.has(needed)));
+    }
+
+    /// Moves waiting probes to those that are to be attached.
+    fn take_ready(&mut self, is_ready: impl Fn(&Self, &Probe) -> bool) {
+        let waiting = std::mem::take(&mut self.waiting);
+        let (ready, waiting): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|probe| is_ready(self, probe));
+        self.probes.extend(ready);
+        self.waiting = waiting;
     }
 }
 

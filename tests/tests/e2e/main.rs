@@ -14,6 +14,7 @@ mod layouts;
 mod llama_cli;
 mod loss;
 mod outputs;
+mod prebuilt;
 mod processes;
 mod rpc;
 mod shapes;

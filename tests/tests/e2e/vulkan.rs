@@ -9,27 +9,20 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
 };
 
 use expert_trace::router_on_cpu::OVERRIDE;
 use expert_trace_tests::{
     models::Shape,
-    prebuilt::Prebuilt,
     server::Server,
     tracer::{self, Attached, Counts, Stats, count, read_log},
 };
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{Known, known_small, known_wide, scratch, shape};
+use crate::support::{Known, known_small, known_wide, prebuilt, scratch, shape};
 
 const EXPERTS_ON_CPU: [&str; 3] = ["-ngl", "99", "--cpu-moe"];
-
-fn prebuilt() -> &'static Prebuilt {
-    static PREBUILT: OnceLock<Prebuilt> = OnceLock::new();
-    PREBUILT.get_or_init(|| Prebuilt::from_env().unwrap())
-}
 
 /// A command line of the server, for one user at a time.
 fn server(model: &Path, options: &[&str]) -> Command {

@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
+    thread,
 };
 
 use expert_trace::router_on_cpu::OVERRIDE;
@@ -215,6 +216,42 @@ fn experts_on_the_cpu_small() {
 #[test]
 fn experts_on_the_cpu_wide() {
     experts_on_the_cpu(known_wide(), &["--no-mmap"], &[(1, 3), (40, 2)], 1);
+}
+
+/// Several users at a time, whose tokens share passes.
+#[test]
+fn parallel_users() {
+    let known = known_small();
+    let files = Files::new();
+    let options = [&EXPERTS_ON_CPU[..], &["-np", "2"]].concat();
+    let server = start_traced(&known.path, &[], &options, &files);
+    let ask = &|user: u32| -> Vec<u32> {
+        let prompt: Vec<u32> = (1000 + 50 * user..1030 + 51 * user).collect();
+        let mut generated = server.complete(&prompt, 4).unwrap();
+        generated.pop();
+        [prompt, generated].concat()
+    };
+    let tokens: Vec<u32> = thread::scope(|scope| {
+        let users: Vec<_> = (0..4).map(|user| scope.spawn(move || ask(user))).collect();
+        let users = users.into_iter();
+        users.flat_map(|user| user.join().unwrap()).collect()
+    });
+    finish(server);
+
+    let stats = files.stats();
+    stats.assert_complete();
+    let seen = files.rows();
+    for layer in 0..known.expected.layers() - 1 {
+        let mut expected: Vec<&[u32]> = tokens
+            .iter()
+            .map(|token| known.expected.ids(layer, *token))
+            .collect();
+        expected.sort_unstable();
+        let mut seen = seen[&layer].clone();
+        seen.sort_unstable();
+        assert_eq!(seen, expected, "layer {layer}");
+    }
+    assert_eq!(seen[&(known.expected.layers() - 1)].len(), 4 * 4);
 }
 
 /// Two layers on the CPU, and two on the device, whose experts are on the CPU: what the CPU chooses is

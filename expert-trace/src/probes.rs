@@ -320,6 +320,8 @@ impl Plan {
             symbols::Elf::default()
         });
         let places = self.places(file, &elf);
+        // Those that wait sit where the functions were.
+        self.waiting.retain(|probe| probe.file_id != id);
         let known = self.looked_at.insert(id, LookedAt { written, places });
         let stale = match known {
             // Its time was changed, or the same was written again.
@@ -386,14 +388,15 @@ impl Plan {
                 }
             }
         }
-        // What others need comes before them, whichever file they are in.
-        let (needed, needing): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|probe| probe.hook.needs().is_none());
-        self.probes.extend(needed);
-        let (ready, waiting): (Vec<_>, Vec<_>) = needing
-            .into_iter()
-            .partition(|probe| probe.hook.needs().is_none_or(|needed| self.has(needed)));
+        self.take_ready(|_, probe| probe.hook.needs().is_none());
+        self.take_ready(|plan, probe| probe.hook.needs().is_some_and(|needed| plan.has(needed)));
+    }
+
+    /// Moves waiting probes to those that are to be attached.
+    fn take_ready(&mut self, is_ready: impl Fn(&Self, &Probe) -> bool) {
+        let waiting = std::mem::take(&mut self.waiting);
+        let (ready, waiting): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|probe| is_ready(self, probe));
         self.probes.extend(ready);
         self.waiting = waiting;
     }

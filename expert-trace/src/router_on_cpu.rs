@@ -17,6 +17,15 @@ const ROUTER_TENSOR: &str = "ffn_gate_inp";
 /// The variable that llama.cpp's programs read overrides from (common/arg.cpp, since b7525).
 pub const OVERRIDE_VARIABLE: &str = "LLAMA_ARG_OVERRIDE_TENSOR";
 
+/// Set to anything, it keeps the Vulkan backend from computing several operations in one; other
+/// backends do not look at it.
+///
+/// Fused, the choice of experts can write the weights of some tokens over the logits of others before
+/// those are read. That inputs and outputs lie apart is checked (`ggml_backend_vk_graph_compute` in
+/// ggml-vulkan.cpp), but not of inputs that come from another backend, as the logits then do: tokens
+/// of a prompt would get other experts than by their logits.
+pub const NO_FUSION_VARIABLE: &str = "GGML_VK_DISABLE_FUSION";
+
 /// Options for a program, and where among its arguments they go: before all others, since of several
 /// overrides that match, llama.cpp takes the first.
 #[derive(Debug, PartialEq, Eq)]
@@ -86,6 +95,8 @@ pub fn added(insertion: &Insertion) -> String {
         .collect();
     format!(
         "--router-on-cpu adds to the program's options: {}\n\
+         and sets {NO_FUSION_VARIABLE}, without which Vulkan devices may choose otherwise than by logits \
+         that come from the CPU.\n\
          The device now waits for the host once in every MoE layer of every pass, and prompts are no \
          longer computed with weights streamed to it: the program is slower than without. The \
          experts are chosen from the logits by expert-trace.",
@@ -99,7 +110,8 @@ pub fn equivalent(program: &OsStr) -> String {
     format!(
         "--router-on-cpu: {} is not known to take llama.cpp's options; nothing is added to its command \
          line. It has to set the same by itself: llama_model_params.tensor_buft_overrides with the \
-         pattern {pattern} and the CPU's buffer type, and llama_context_params.op_offload = false",
+         pattern {pattern} and the CPU's buffer type, and llama_context_params.op_offload = false. \
+         {NO_FUSION_VARIABLE}, which Vulkan devices need for this, is set",
         Path::new(program).display()
     )
 }

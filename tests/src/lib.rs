@@ -9,5 +9,6 @@ pub mod models;
 pub mod oracle;
 pub mod prebuilt;
 pub mod reachable;
+pub mod server;
 pub mod terminal;
 pub mod tracer;

@@ -71,6 +71,28 @@ const CUDA_LIBRARIES: [&str; 5] = [
 ];
 const CUDA_EXTENSION_LIBRARIES: [&str; 1] = ["fallback/libggml-cuda.so"];
 
+/// CUDA's runtime library, which node-llama-cpp's libraries ask for and do not have beside them.
+const CUDA_RUNTIMES: [(pip::Distribution, &str); 2] = [
+    (
+        pip::Distribution {
+            package: "nvidia-cuda-runtime-cu12",
+            version: "12.9.79",
+            file: "nvidia_cuda_runtime_cu12-12.9.79-py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
+            sha256: "25bba2dfb01d48a9b59ca474a1ac43c6ebf7011f1b0b8cc44f54eb6ac48a96c3",
+        },
+        "nvidia/cuda_runtime/lib/libcudart.so.12",
+    ),
+    (
+        pip::Distribution {
+            package: "nvidia-cuda-runtime",
+            version: "13.5.37",
+            file: "nvidia_cuda_runtime-13.5.37-py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
+            sha256: "df2b79a8852f10d1fef8c848489c49eebb5754051bf870202a862831412b179d",
+        },
+        "nvidia/cu13/lib/libcudart.so.13",
+    ),
+];
+
 /// Section with the code for GPUs, nine tenths of a library.
 const GPU_CODE: &str = ".nv_fatbin";
 
@@ -83,6 +105,7 @@ pub fn provision() -> Result<Prebuilt> {
         vulkan_server: vulkan_server()?,
         shader_cache: shader_cache()?,
         cuda_libraries: node_llama_cpp_cuda()?,
+        cuda_runtimes: cuda_runtimes()?,
     })
 }
 
@@ -158,6 +181,29 @@ pub fn node_llama_cpp_cuda() -> Result<PathBuf> {
             &download,
             partial,
         )?;
+        remove_directory(&download)
+    })
+}
+
+/// The directory of NVIDIA's `libcudart.so.12` and `libcudart.so.13`.
+pub fn cuda_runtimes() -> Result<PathBuf> {
+    let versions = CUDA_RUNTIMES.map(|(wheel, _)| wheel.version).join("-");
+    let parts = CUDA_RUNTIMES.map(|(wheel, library)| format!("{} {library}", wheel.sha256));
+    let name = entry_name(
+        "cuda-runtime",
+        &versions,
+        &parts.each_ref().map(String::as_str),
+    );
+    cache::entry(&name, |partial| {
+        let download = start(partial)?;
+        eprintln!("Downloading CUDA's runtime libraries (6 MB).");
+        for (wheel, library) in &CUDA_RUNTIMES {
+            let unpacked = download.join(wheel.package);
+            pip::unpack_wheel(&wheel.download(&download)?, &unpacked)?;
+            let from = unpacked.join(library);
+            let name = from.file_name().context("a library has a name")?;
+            keep(&from, &partial.join(name))?;
+        }
         remove_directory(&download)
     })
 }

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use expert_trace_tests::llama::LlamaCpp;
+use expert_trace_tests::{llama::LlamaCpp, prebuilt::Prebuilt};
 
-use crate::{command, ebpf, llama, packages, results, system, workspace};
+use crate::{command, ebpf, llama, packages, prebuilt, results, system, workspace};
 use steps::{Results, Steps};
 
 #[derive(clap::Args)]
@@ -88,15 +88,26 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
         steps.skip(STEP, "there is no llama.cpp to trace");
         return;
     };
+    let Some(prebuilt) = steps.run("Prebuilt llama.cpp", |_| prebuilt::provision()) else {
+        steps.skip(STEP, "there is no prebuilt llama.cpp to trace");
+        return;
+    };
     steps.run("sudo", |_| ensure_sudo());
+    let targets = Targets { llama, prebuilt };
     steps.run(STEP, |results| {
-        end_to_end_with(root, filter, &llama, None, results)
+        end_to_end_with(root, filter, &targets, None, results)
     });
     if let Some(fresh) = fresh {
         steps.run("End-to-end tests with the fresh BPF objects", |results| {
-            end_to_end_with(root, filter, &llama, Some(fresh), results)
+            end_to_end_with(root, filter, &targets, Some(fresh), results)
         });
     }
+}
+
+/// What the end-to-end tests trace.
+struct Targets {
+    llama: LlamaCpp,
+    prebuilt: Prebuilt,
 }
 
 /// Some tests are those of a user who comes through `sudo`. They make the user and its rules.
@@ -114,7 +125,7 @@ fn ensure_sudo() -> Result<()> {
 fn end_to_end_with(
     root: &Path,
     filter: Option<&str>,
-    llama: &LlamaCpp,
+    targets: &Targets,
     objects: Option<&Path>,
     results: &mut Results,
 ) -> Result<()> {
@@ -124,7 +135,8 @@ fn end_to_end_with(
     cargo
         .args(["test", "--no-fail-fast", "--package", "expert-trace-tests"])
         .env("EXPERT_TRACE_TEST_BIN", workspace::release_program()?)
-        .envs(llama.to_env())
+        .envs(targets.llama.to_env())
+        .envs(targets.prebuilt.to_env())
         .envs(objects)
         .arg("--")
         .args(filter)

@@ -40,7 +40,8 @@ const INCOMPLETE: u8 = 3;
 /// When the tracer fails before the program has started, or the result cannot be written.
 pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let caller = Caller::detect()?;
-    let (account, environment) = caller.program(arguments.user.as_deref(), &arguments.variables)?;
+    let (account, mut environment) =
+        caller.program(arguments.user.as_deref(), &arguments.variables)?;
     let recording = &arguments.recording;
     let flags = Flags {
         output: recording.output.as_deref(),
@@ -72,6 +73,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         .then(|| router_on_cpu::insertion(&command));
     if let Some(Some(insertion)) = &inserted {
         insertion.apply(&mut command);
+    }
+    if arguments.router_on_cpu {
+        environment.set(router_on_cpu::NO_FUSION_VARIABLE, "1");
     }
     let program = Program {
         path: &path,

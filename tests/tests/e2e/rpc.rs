@@ -1,12 +1,15 @@
 //! An RPC server has no scheduler: passes are told apart by the layer number.
 
 use std::{
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use expert_trace_tests::tracer::{self, Attached, Stats, count, read_log};
+use expert_trace_tests::{
+    server::free_port,
+    tracer::{self, Attached, Stats, count, read_log},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -22,12 +25,7 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Self {
-        // The port is free when asked for; nothing else on this machine asks at the same time.
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = free_port().unwrap();
         let mut child = Command::new(llama().program("ggml-rpc-server"))
             .args(["-H", "127.0.0.1", "-p", &port.to_string(), "-t", "2"])
             .stdout(Stdio::null())

@@ -12,6 +12,7 @@ use expert_trace_tests::{
     llama::LlamaCpp,
     models::{self, Expected, ModelSpec, Shape},
     oracle::{Oracle, read_dump},
+    prebuilt::Prebuilt,
     tracer::{self, Counts, Stats, count, read_log},
 };
 use tempfile::TempDir;
@@ -20,6 +21,12 @@ use tempfile::TempDir;
 pub fn llama() -> &'static LlamaCpp {
     static LLAMA: OnceLock<LlamaCpp> = OnceLock::new();
     LLAMA.get_or_init(|| LlamaCpp::from_env().unwrap())
+}
+
+/// What others have built.
+pub fn prebuilt() -> &'static Prebuilt {
+    static PREBUILT: OnceLock<Prebuilt> = OnceLock::new();
+    PREBUILT.get_or_init(|| Prebuilt::from_env().unwrap())
 }
 
 /// A model whose experts follow from the token.

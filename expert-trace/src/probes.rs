@@ -320,8 +320,6 @@ impl Plan {
             symbols::Elf::default()
         });
         let places = self.places(file, &elf);
-        // Those that wait sit where the functions were.
-        self.waiting.retain(|probe| probe.file_id != id);
         let known = self.looked_at.insert(id, LookedAt { written, places });
         let stale = match known {
             // Its time was changed, or the same was written again.
@@ -331,6 +329,8 @@ impl Plan {
             Some(known) => (!known.places.is_empty()).then_some(id),
             None => None,
         };
+        // Those that wait sit where the functions were.
+        self.waiting.retain(|probe| probe.file_id != id);
         let first = self.probes.len();
         self.add(elf, id, shown, attach_path);
         Ok(Change {

@@ -18,7 +18,7 @@ use crate::{
     requirements::{self, Purpose},
     router_on_cpu,
     signals::OwnSignal,
-    target,
+    target::{self, MappedFile},
 };
 
 /// What `--strict` makes of an incomplete capture.
@@ -76,6 +76,9 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let files = target::mapped_files(pid.get())
         .with_context(|| format!("cannot read what process {pid} maps"));
     let files = diagnosis::unless_ended(pid.get(), files)?;
+    if logits {
+        warn_of_fusion(pid, &files);
+    }
     let changes = capture.plan.extend(pid.get(), &files);
     if !capture.plan.can_see_experts() {
         match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
@@ -155,6 +158,20 @@ impl Capture {
             say!("{name} was loaded, and is traced from now on");
         }
         self.model.libraries_probed(names, monotonic_ns());
+    }
+}
+
+/// A target with a Vulkan device that was started without `run --router-on-cpu` may choose otherwise than
+/// by the logits that we see: see [`router_on_cpu::NO_FUSION_VARIABLE`].
+fn warn_of_fusion(pid: NonZeroU32, files: &[MappedFile]) {
+    let mut names = files.iter().filter_map(|file| file.path.file_name());
+    let vulkan = names.any(|name| name.to_string_lossy().starts_with("libvulkan.so"));
+    let variable = router_on_cpu::NO_FUSION_VARIABLE;
+    if vulkan && target::variable(pid.get(), variable).is_none() {
+        say!(
+            "warning: process {pid} uses Vulkan, and was started without {variable}: for prompts, its \
+             device may choose other experts than its logits say"
+        );
     }
 }
 

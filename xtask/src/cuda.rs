@@ -63,7 +63,7 @@ fn table(costs: &Value) -> String {
         let text = |key: &str| cost[key].as_str().unwrap_or_default().to_owned();
         let ratio = |i: usize| cost["time_ratio"][i].as_f64().unwrap_or_default();
         let compared = if cost["arm"] == cost["compared_with"] {
-            "| |".to_owned()
+            "| | |".to_owned()
         } else {
             let [low, median, high] = [0, 1, 2].map(ratio);
             format!(

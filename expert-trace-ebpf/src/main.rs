@@ -78,7 +78,7 @@ fn cpu_split(ctx: ProbeContext) -> u32 {
 #[uretprobe]
 fn cpu_split_done(ctx: RetProbeContext) -> u32 {
     if active() {
-        split::on_split_done(&ctx);
+        split::on_split_done(&ctx, ctx.ret());
     }
     0
 }

@@ -71,6 +71,8 @@ pub fn on_split(ctx: &ProbeContext, cgraph: Address) {
     }
     let n_nodes = graph.n_nodes as u32;
     if control(CONTROL_LOGITS) != 0 {
+        // A return that was missed would pass for the next one. It fails only when there is no entry.
+        let _ = AHEAD.remove(process_and_thread());
         look_ahead(Address(graph.nodes), n_nodes);
     }
     let mut walk = NodeWalk {
@@ -195,8 +197,10 @@ fn scores(name: &Name) -> Option<(Kind, u16)> {
     None
 }
 
+/// `status` is what `ggml_graph_compute` returns: other than 0 (`GGML_STATUS_SUCCESS`), it has not
+/// computed everything.
 #[inline(always)]
-pub fn on_split_done<C: EbpfContext>(ctx: &C) {
+pub fn on_split_done<C: EbpfContext>(ctx: &C, status: i32) {
     let key = process_and_thread();
     let Some(ahead) = AHEAD.get_ptr(key) else {
         return;
@@ -205,6 +209,9 @@ pub fn on_split_done<C: EbpfContext>(ctx: &C) {
     let ahead = unsafe { *ahead };
     // It fails only when there is no such entry.
     let _ = AHEAD.remove(key);
+    if status != 0 {
+        return;
+    }
     count(Counter::SplitLogits, 1);
     // SAFETY: the helper takes no argument.
     let now = unsafe { bpf_ktime_get_ns() };

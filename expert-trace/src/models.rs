@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    gguf::{Gguf, GgufError, ModelShape, shard_paths, special_tokens},
+    gguf::{ExpertsUsed, Gguf, GgufError, ModelShape, shard_paths, special_tokens},
     model::ModelFacts,
     selection::{Gating, Layer, Router, Stage},
     stats::ModelFile,
@@ -21,28 +21,61 @@ use crate::{
 pub struct KnownModels {
     files: Vec<ModelFile>,
     warmup_tokens: Vec<Vec<i32>>,
-    /// Experts per token, by architecture, where a command line overrides what files say.
-    overridden: BTreeMap<String, u16>,
+    /// First shards that one process has, whether they were known or not.
+    seen: BTreeSet<String>,
+    of_process: BTreeMap<u32, OfProcess>,
 }
 
-/// Ends the key that llama.cpp's `--override-kv` changes to have another number of experts chosen.
-const EXPERTS_USED: &str = ".expert_used_count=int:";
+/// What one process has.
+#[derive(Debug, Default)]
+struct OfProcess {
+    /// First shards.
+    paths: BTreeSet<String>,
+    overrides: Overrides,
+}
 
-/// Experts per token, by architecture, as a command line overrides them.
-fn overridden(command: &[OsString]) -> BTreeMap<String, u16> {
-    let mut overridden = BTreeMap::new();
+/// Values that a command line sets in the place of a file's, by their keys (`--override-kv`).
+type Overrides = BTreeMap<String, u32>;
+
+/// The overrides that concern experts.
+fn overrides(command: &[OsString]) -> Overrides {
+    let mut overrides = Overrides::new();
     for argument in command {
         let argument = argument.to_string_lossy();
         let argument = argument.trim_start_matches("--override-kv=");
-        for item in argument.split(',') {
-            if let Some((arch, k)) = item.split_once(EXPERTS_USED)
-                && let Ok(k) = k.parse()
+        for item in argument.split(|c: char| c == ',' || c.is_whitespace()) {
+            if let Some((key, value)) = item.split_once("=int:")
+                && key.contains(".expert_")
+                && let Ok(value) = value.parse()
             {
-                overridden.insert(arch.to_owned(), k);
+                overrides.insert(key.to_owned(), value);
             }
         }
     }
-    overridden
+    overrides
+}
+
+/// What a file says of experts, as a command line overrides it.
+fn overridden(shape: &ModelShape, overrides: &Overrides) -> ModelShape {
+    let mut shape = shape.clone();
+    let arch = shape.arch.clone();
+    let value = |key: &str| overrides.get(&format!("{arch}.{key}")).copied();
+    if let Some(k) = value("expert_used_count") {
+        shape.n_expert_used = ExpertsUsed::Uniform(k);
+    }
+    if let Some(groups) = value("expert_group_count") {
+        shape.expert_group_count = groups;
+    }
+    if let Some(groups) = value("expert_group_used_count") {
+        shape.expert_group_used_count = groups;
+    }
+    if let Some(gating) = value("expert_gating_func") {
+        shape.expert_gating_func = Some(gating);
+    }
+    if let Some(n_expert) = value("expert_count") {
+        shape.n_expert = n_expert;
+    }
+    shape
 }
 
 /// Reads the model files a process maps, but for those that are known. Shards that it does not map are
@@ -69,6 +102,7 @@ pub fn mapped(
         of_known.extend(shards.iter().cloned());
         let first = shards.first().unwrap_or(path);
         let name = first.to_string_lossy();
+        models.seen.insert(name.clone().into_owned());
         if known.files.iter().any(|file| file.path == name) {
             continue;
         }
@@ -98,7 +132,8 @@ pub fn named(
     let by_argument = target::model_argument(command).map(|name| (name, "command_line"));
     // The command line wins, also where it names what we cannot read.
     let named = by_argument.or_else(|| Some((variable?, "environment")));
-    if let Some((name, found)) = named {
+    let draft = target::draft_argument(command).map(|name| (name, "command_line"));
+    for (name, found) in named.into_iter().chain(draft) {
         let name = Path::new(name);
         if open_named(name, reach).is_ok_and(|file| is_gguf(&file)) {
             let shards = shard_paths(name);
@@ -109,9 +144,10 @@ pub fn named(
     models
 }
 
-/// How a model chooses its experts, `k` of them if that is not what its file says; `None` when it has
-/// none.
-fn router(shape: &ModelShape, k: Option<u16>) -> Option<Router> {
+/// How a model chooses its experts; `None` when it has none.
+fn router(shape: &ModelShape) -> Option<Router> {
+    let groups = u16::try_from(shape.expert_group_count).ok()?;
+    let groups_used = u16::try_from(shape.expert_group_used_count).ok()?;
     let layer = |number: &u32| {
         let stage = if shape.chosen_by_token.contains(number) {
             None
@@ -122,19 +158,20 @@ fn router(shape: &ModelShape, k: Option<u16>) -> Option<Router> {
         } else {
             Some(Stage::Logits)
         };
-        let k = match k {
-            Some(k) => k,
-            None => u16::try_from(shape.n_expert_used.of(*number)).ok()?,
-        };
+        let k = u16::try_from(shape.n_expert_used.of(*number)).ok()?;
         let number = u16::try_from(*number).ok()?;
-        (k > 0).then_some((number, Layer { k, stage }))
+        let layer = Layer {
+            k,
+            stage,
+            gating: shape.expert_gating_func.and_then(Gating::from_number),
+            groups,
+            groups_used,
+        };
+        (k > 0).then_some((number, layer))
     };
     let layers: BTreeMap<u16, Layer> = shape.moe_layers.iter().filter_map(layer).collect();
     (!layers.is_empty()).then_some(Router {
         n_expert: u16::try_from(shape.n_expert).ok()?,
-        gating: shape.expert_gating_func.and_then(Gating::from_number),
-        groups: u16::try_from(shape.expert_group_count).ok()?,
-        groups_used: u16::try_from(shape.expert_group_used_count).ok()?,
         layers,
     })
 }
@@ -149,18 +186,32 @@ fn open_mapped(pid: u32, file: &MappedFile, reach: Option<&Reach>) -> io::Result
 }
 
 impl KnownModels {
+    /// Whether the process that was looked at has none.
+    pub fn has_none(&self) -> bool {
+        self.seen.is_empty()
+    }
+
     /// Whether none was found.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// Takes in what a process' command line says about its models.
-    pub fn take_overrides(&mut self, command: &[OsString]) {
-        self.overridden.extend(overridden(command));
+    /// Whether a process has a model that is known.
+    pub fn knows(&self, process: u32) -> bool {
+        let of_process = self.of_process.get(&process);
+        of_process.is_some_and(|of_process| !of_process.paths.is_empty())
+    }
+
+    /// Takes in what was found in a process, which has this command line.
+    pub fn add_process(&mut self, process: u32, command: &[OsString], found: KnownModels) {
+        let of_process = self.of_process.entry(process).or_default();
+        of_process.paths.extend(found.seen.iter().cloned());
+        of_process.overrides = overrides(command);
+        self.merge(found);
     }
 
     /// Adds those of `others` that are not known yet.
-    pub fn merge(&mut self, others: KnownModels) {
+    fn merge(&mut self, others: KnownModels) {
         for file in others.files {
             if self.files.iter().all(|known| known.path != file.path) {
                 self.files.push(file);
@@ -200,14 +251,19 @@ impl KnownModels {
                     .collect()
             }),
             routers: self
-                .files
+                .of_process
                 .iter()
-                .filter_map(|model| {
-                    let k = self.overridden.get(&model.shape.arch);
-                    router(&model.shape, k.copied())
-                })
+                .map(|(process, of_process)| (*process, self.routers(of_process)))
                 .collect(),
         }
+    }
+
+    fn routers(&self, of_process: &OfProcess) -> Vec<Router> {
+        let files = self.files.iter();
+        files
+            .filter(|file| of_process.paths.contains(&file.path))
+            .filter_map(|file| router(&overridden(&file.shape, &of_process.overrides)))
+            .collect()
     }
 
     /// The files, for the document.
@@ -237,6 +293,7 @@ impl KnownModels {
                 if let (Some(bos), Some(eos)) = (special.bos, special.eos) {
                     self.warmup_tokens.push(vec![bos as i32, eos as i32]);
                 }
+                self.seen.insert(path.to_string_lossy().into_owned());
                 self.files.push(ModelFile {
                     path: path.to_string_lossy().into_owned(),
                     found,
@@ -253,13 +310,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_line_can_change_how_many_experts_are_chosen() {
+    fn a_command_line_can_change_how_experts_are_chosen() {
         let words = |text: &str| -> Vec<OsString> { text.split(' ').map(OsString::from).collect() };
         let command =
             words("llama-cli --override-kv a.x=bool:true,qwen3moe.expert_used_count=int:6");
-        assert_eq!(overridden(&command), [("qwen3moe".to_owned(), 6)].into());
-        let command = words("llama-cli --override-kv=olmoe.expert_used_count=int:3 -p int:4");
-        assert_eq!(overridden(&command), [("olmoe".to_owned(), 3)].into());
-        assert!(overridden(&words("llama-cli -m expert_used_count=int:6")).is_empty());
+        let expected = [("qwen3moe.expert_used_count".to_owned(), 6)];
+        assert_eq!(overrides(&command), expected.into());
+        let command = words("llama-cli --override-kv=d.expert_group_used_count=int:3 -p int:4");
+        let expected = [("d.expert_group_used_count".to_owned(), 3)];
+        assert_eq!(overrides(&command), expected.into());
+        assert!(overrides(&words("llama-cli -m expert_used_count=int:6")).is_empty());
     }
 }

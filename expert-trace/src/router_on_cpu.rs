@@ -27,7 +27,7 @@ pub const OVERRIDE_VARIABLE: &str = "LLAMA_ARG_OVERRIDE_TENSOR";
 pub const NO_FUSION_VARIABLE: &str = "GGML_VK_DISABLE_FUSION";
 
 /// Options for a program, and where among its arguments they go: before all others, since of several
-/// overrides that match, llama.cpp takes the first.
+/// overrides that match, llama.cpp takes the first. Those of [`OVERRIDE_VARIABLE`] come before options.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Insertion {
     position: usize,
@@ -48,7 +48,26 @@ impl Insertion {
     }
 }
 
-/// The options for a command line; `None` when the program is none of llama.cpp's.
+/// llama.cpp's programs that take the options of common/arg.cpp. Others have names that begin alike.
+const PROGRAMS: [&str; 14] = [
+    "llama-batched-bench",
+    "llama-cli",
+    "llama-completion",
+    "llama-embedding",
+    "llama-eval-callback",
+    "llama-imatrix",
+    "llama-lookup",
+    "llama-mtmd-cli",
+    "llama-parallel",
+    "llama-perplexity",
+    "llama-retrieval",
+    "llama-server",
+    "llama-speculative",
+    "llama-speculative-simple",
+];
+
+/// The options for a command line; `None` when the program is none of llama.cpp's, or has to be told in
+/// another way.
 pub fn insertion(command: &[OsString]) -> Option<Insertion> {
     let name = Path::new(command.first()?).file_name()?.to_str()?;
     let common = |position| Insertion {
@@ -57,6 +76,8 @@ pub fn insertion(command: &[OsString]) -> Option<Insertion> {
         used: 3,
     };
     match name {
+        // To it, options that are given again are more configurations to measure.
+        "llama-bench" if command.iter().any(|argument| is_setting(argument)) => None,
         "llama-bench" => Some(Insertion {
             position: 1,
             options: ["--override-tensor", OVERRIDE, "--no-op-offload", "1"],
@@ -64,9 +85,23 @@ pub fn insertion(command: &[OsString]) -> Option<Insertion> {
         }),
         // One program for all of them: the first argument says which it is to be.
         "llama" if command.len() > 1 => Some(common(2)),
-        _ if name.starts_with("llama-") => Some(common(1)),
+        _ if PROGRAMS.contains(&name) => Some(common(1)),
         _ => None,
     }
+}
+
+fn is_setting(argument: &OsStr) -> bool {
+    let settings = ["-ot", "--override-tensor", "-nopo", "--no-op-offload"];
+    settings.iter().any(|setting| argument == *setting)
+}
+
+/// A value for [`OVERRIDE_VARIABLE`]. llama.cpp reads the variable before its options, so that an override
+/// in it would win.
+pub fn with_override(variable: &OsStr) -> OsString {
+    let mut value = OsString::from(OVERRIDE);
+    value.push(",");
+    value.push(variable);
+    value
 }
 
 /// Whether a process was started with routers on the CPU, as far as its arguments and environment tell.
@@ -144,7 +179,14 @@ mod tests {
             changed("llama serve -m m").unwrap(),
             format!("llama serve --override-tensor {OVERRIDE} --no-op-offload -m m")
         );
-        for other in ["python3 serve.py", "sh llama-cli", "llama", ""] {
+        for other in [
+            "python3 serve.py",
+            "sh llama-cli",
+            "llama",
+            "llama-swap --config x",
+            "llama-bench -m m -ot exps=CPU",
+            "",
+        ] {
             assert_eq!(changed(other), None, "{other}");
         }
     }

@@ -93,6 +93,12 @@ pub struct Layer {
     /// to be seen. `None` where experts are not chosen by logits (deepseek4's first layers choose by
     /// token).
     pub stage: Option<Stage>,
+    /// `None` when the file does not say, and the architecture decides.
+    pub gating: Option<Gating>,
+    /// Groups the experts are in; 0 or 1 when they are in none.
+    pub groups: u16,
+    /// Groups that are kept.
+    pub groups_used: u16,
 }
 
 /// How a model's routers choose.
@@ -100,12 +106,6 @@ pub struct Layer {
 pub struct Router {
     /// Experts to choose from.
     pub n_expert: u16,
-    /// `None` when the file does not say, and the architecture decides.
-    pub gating: Option<Gating>,
-    /// Groups the experts are in; 0 or 1 when they are in none.
-    pub groups: u16,
-    /// Groups that are kept.
-    pub groups_used: u16,
     /// Layers with experts.
     pub layers: BTreeMap<u16, Layer>,
 }
@@ -125,6 +125,8 @@ pub enum Refusal {
     UnknownGating,
     /// A value is no number.
     NotANumber,
+    /// The groups that are kept have fewer experts than are chosen, or there are no such groups.
+    TooFewExperts,
 }
 
 impl Refusal {
@@ -142,40 +144,37 @@ impl Refusal {
                 "the model chooses groups of experts, and its file does not name the gating function"
             }
             Self::NotANumber => "a logit is no number",
+            Self::TooFewExperts => {
+                "the model file, or what overrides it, has more experts chosen than there are in the \
+                 groups that are kept"
+            }
         }
     }
 }
 
-/// The one router that values of this shape can be of.
+/// How a layer of so many experts chooses, if all routers that have one agree.
 ///
 /// # Errors
-/// When there is none, or more than one.
-pub fn router_of(routers: &[Router], layer: u16, n_expert: u16) -> Result<&Router, Refusal> {
-    let fits = |router: &&Router| router.n_expert == n_expert && router.layers.contains_key(&layer);
-    let mut fitting = routers.iter().filter(fits);
-    let first = fitting.next().ok_or(Refusal::NoModel)?;
-    if fitting.any(|other| other != first) {
+/// When there is none, or they do not agree.
+pub fn layer_of(routers: &[Router], layer: u16, n_expert: u16) -> Result<Layer, Refusal> {
+    let fitting = routers.iter().filter(|router| router.n_expert == n_expert);
+    let mut layers = fitting.filter_map(|router| router.layers.get(&layer));
+    let first = layers.next().ok_or(Refusal::NoModel)?;
+    if layers.any(|other| other != first) {
         return Err(Refusal::Ambiguous);
     }
-    Ok(first)
+    Ok(*first)
 }
 
-impl Router {
-    /// Appends the experts that `layer` chooses by a row of values to `ids`, in router order. Gives how
-    /// far the closest value that was not chosen lies behind the last one that was, in units of what is
-    /// chosen from.
+impl Layer {
+    /// Appends the experts that it chooses by a row of values to `ids`, in router order: k of them. Gives
+    /// how far the closest value that was not chosen lies behind the last one that was, in units of the
+    /// row; 0 where the gating function makes the two the same, or nearly so.
     ///
     /// # Errors
     /// When the values do not determine the choice. Nothing is appended then.
-    pub fn choose(
-        &self,
-        layer: u16,
-        stage: Stage,
-        row: &[f32],
-        ids: &mut Vec<u16>,
-    ) -> Result<f32, Refusal> {
-        let layer = self.layers.get(&layer).ok_or(Refusal::NoModel)?;
-        match layer.stage {
+    pub fn choose(&self, stage: Stage, row: &[f32], ids: &mut Vec<u16>) -> Result<f32, Refusal> {
+        match self.stage {
             None => return Err(Refusal::NotByLogits),
             Some(wanted) if wanted > stage => return Err(Refusal::BiasElsewhere),
             Some(_) => {}
@@ -183,11 +182,21 @@ impl Router {
         if row.iter().any(|value| value.is_nan()) {
             return Err(Refusal::NotANumber);
         }
-        let k = usize::from(layer.k);
+        let k = usize::from(self.k);
+        if k == 0 || k > row.len() {
+            return Err(Refusal::TooFewExperts);
+        }
         if self.groups <= 1 {
-            // The gating functions keep the order, so that it does not matter whether they have been
-            // applied.
-            return Ok(take_largest(row.iter().copied().zip(0..), k, ids));
+            // The gating functions keep the order, but for values that they make the same.
+            let (margin, [last, next]) = take_largest(row.iter().copied().zip(0..), k, ids);
+            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let merged = stage < Stage::Probs && merges(self.gating, max, last, next);
+            return Ok(if merged { 0.0 } else { margin });
+        }
+        let groups = usize::from(self.groups);
+        let per_group = row.len() / groups;
+        if !row.len().is_multiple_of(groups) || per_group * usize::from(self.groups_used) < k {
+            return Err(Refusal::TooFewExperts);
         }
         let mut values = row.to_vec();
         if stage < Stage::Probs {
@@ -195,71 +204,94 @@ impl Router {
                 .ok_or(Refusal::UnknownGating)?
                 .apply(&mut values);
         }
-        let (kept, group_margin) = self.largest_groups(&values);
-        let per_group = values.len() / usize::from(self.groups);
+        let (kept, group_margin) = self.largest_groups(&values, per_group);
         let of_kept = values
             .iter()
             .copied()
             .zip(0..)
             .filter(|(_, id)| kept.contains(&(usize::from(*id) / per_group)));
-        Ok(take_largest(of_kept, k, ids).min(group_margin))
+        Ok(take_largest(of_kept, k, ids).0.min(group_margin))
     }
 
     /// The groups whose two largest values have the largest sums, and the distance to the next group.
-    fn largest_groups(&self, values: &[f32]) -> (Vec<usize>, f32) {
-        let per_group = (values.len() / usize::from(self.groups)).max(1);
+    fn largest_groups(&self, values: &[f32], per_group: usize) -> (Vec<usize>, f32) {
         let sums = values.chunks_exact(per_group).map(|group| {
             let mut sorted = group.to_vec();
             sorted.sort_by(|a, b| b.total_cmp(a));
             sorted.iter().take(2).sum()
         });
         let mut kept = Vec::new();
-        let margin = take_largest(sums.zip(0..), usize::from(self.groups_used), &mut kept);
+        let (margin, _) = take_largest(sums.zip(0..), usize::from(self.groups_used), &mut kept);
         (kept.into_iter().map(usize::from).collect(), margin)
     }
 }
 
+/// Whether a gating function makes the values of two logits the same in single precision, or leaves so
+/// little between them that implementations differ. An unknown function can be any of them.
+fn merges(gating: Option<Gating>, max: f32, last: f32, next: f32) -> bool {
+    // Where the exponential function has no normal number for it, devices give 0.
+    const UNDERFLOW: f32 = 87.0;
+    // Where 1 + exp(-x) is 1.
+    const ONE: f32 = 16.0;
+    let softmax = max - next > UNDERFLOW;
+    let sigmoid = next > ONE || next < -UNDERFLOW;
+    let softplus = next < -UNDERFLOW;
+    next < last
+        && match gating {
+            Some(Gating::Softmax) => softmax,
+            Some(Gating::Sigmoid) => sigmoid,
+            Some(Gating::SqrtSoftplus) => softplus,
+            Some(Gating::SoftmaxWeight) => false,
+            None => softmax || sigmoid,
+        }
+}
+
 /// Appends the ids of the `k` largest values, the largest first; of equals the smaller id. Gives the
-/// distance between the last of them and the next.
-fn take_largest(values: impl Iterator<Item = (f32, u16)>, k: usize, ids: &mut Vec<u16>) -> f32 {
+/// distance between the last of them and the next, and these two.
+fn take_largest(
+    values: impl Iterator<Item = (f32, u16)>,
+    k: usize,
+    ids: &mut Vec<u16>,
+) -> (f32, [f32; 2]) {
     let mut values: Vec<(f32, u16)> = values.collect();
     let order = |a: &(f32, u16), b: &(f32, u16)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    let margin = if k < values.len() {
+    let (margin, ends) = if k < values.len() {
         let (before, next, _) = values.select_nth_unstable_by(k, order);
         let last = before.iter().map(|(value, _)| *value);
-        last.fold(f32::INFINITY, f32::min) - next.0
+        let last = last.fold(f32::INFINITY, f32::min);
+        (last - next.0, [last, next.0])
     } else {
-        f32::INFINITY
+        (f32::INFINITY, [f32::INFINITY; 2])
     };
     values.truncate(k);
     values.sort_by(order);
     ids.extend(values.iter().map(|(_, id)| *id));
-    margin
+    (margin, ends)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn router(n_expert: u16, k: u16, stage: Option<Stage>) -> Router {
-        Router {
-            n_expert,
+    fn layer(k: u16, stage: Option<Stage>) -> Layer {
+        Layer {
+            k,
+            stage,
             gating: None,
             groups: 0,
             groups_used: 0,
-            layers: [(3, Layer { k, stage })].into(),
         }
     }
 
-    fn chosen(router: &Router, stage: Stage, row: &[f32]) -> Result<(Vec<u16>, f32), Refusal> {
+    fn chosen(layer: &Layer, stage: Stage, row: &[f32]) -> Result<(Vec<u16>, f32), Refusal> {
         let mut ids = Vec::new();
-        let margin = router.choose(3, stage, row, &mut ids)?;
+        let margin = layer.choose(stage, row, &mut ids)?;
         Ok((ids, margin))
     }
 
     #[test]
     fn the_largest_come_first() {
-        let router = router(5, 3, Some(Stage::Logits));
+        let router = layer(3, Some(Stage::Logits));
         let row = [0.5, -1.0, 4.0, 0.25, 2.0];
         assert_eq!(
             chosen(&router, Stage::Logits, &row),
@@ -273,7 +305,7 @@ mod tests {
 
     #[test]
     fn what_the_model_adds_has_to_be_there() {
-        let biased = router(2, 1, Some(Stage::Selection));
+        let biased = layer(1, Some(Stage::Selection));
         let row = [1.0, 2.0];
         assert_eq!(
             chosen(&biased, Stage::BiasedLogits, &row),
@@ -284,12 +316,12 @@ mod tests {
             Err(Refusal::BiasElsewhere)
         );
         assert_eq!(chosen(&biased, Stage::Selection, &row), Ok((vec![1], 1.0)));
-        let by_token = router(2, 1, None);
+        let by_token = layer(1, None);
         assert_eq!(
             chosen(&by_token, Stage::Logits, &row),
             Err(Refusal::NotByLogits)
         );
-        let plain = router(2, 1, Some(Stage::Logits));
+        let plain = layer(1, Some(Stage::Logits));
         assert_eq!(
             chosen(&plain, Stage::Logits, &[f32::NAN, 0.0]),
             Err(Refusal::NotANumber)
@@ -298,10 +330,10 @@ mod tests {
 
     #[test]
     fn groups_are_chosen_by_their_two_best() {
-        let mut router = Router {
+        let mut router = Layer {
             groups: 3,
             groups_used: 1,
-            ..router(6, 2, Some(Stage::Logits))
+            ..layer(2, Some(Stage::Logits))
         };
         // Group 0 has the largest value, group 1 the largest sum of two.
         let row = [5.0, -9.0, 3.0, 2.9, 0.0, 0.0];
@@ -336,15 +368,66 @@ mod tests {
     }
 
     #[test]
-    fn models_that_choose_differently_are_not_mixed_up() {
-        let one = router(2, 1, Some(Stage::Logits));
-        let other = router(2, 2, Some(Stage::Logits));
-        assert_eq!(router_of(&[], 3, 2), Err(Refusal::NoModel));
+    fn what_a_gating_function_makes_the_same_is_a_close_call() {
+        let margin = |gating, row: &[f32]| {
+            let layer = Layer {
+                gating,
+                ..layer(1, Some(Stage::Logits))
+            };
+            chosen(&layer, Stage::Logits, row).unwrap().1
+        };
+        let (small, large, far) = ([3.0, 1.0], [30.0, 20.0], [100.0, 2.0, 1.0]);
+        for gating in [None, Some(Gating::Softmax), Some(Gating::Sigmoid)] {
+            assert_eq!(margin(gating, &small), 2.0);
+        }
+        assert_eq!(margin(Some(Gating::Sigmoid), &large), 0.0);
+        assert_eq!(margin(None, &large), 0.0);
+        assert_eq!(margin(Some(Gating::Softmax), &large), 10.0);
+        assert_eq!(margin(Some(Gating::SoftmaxWeight), &far), 98.0);
+        let layer = Layer {
+            gating: Some(Gating::Softmax),
+            ..layer(2, Some(Stage::Logits))
+        };
+        assert_eq!(chosen(&layer, Stage::Logits, &far).unwrap().1, 0.0);
+    }
+
+    #[test]
+    fn a_choice_that_cannot_be_made_is_refused() {
+        let too_many = layer(3, Some(Stage::Logits));
         assert_eq!(
-            router_of(std::slice::from_ref(&one), 4, 2),
+            chosen(&too_many, Stage::Logits, &[1.0, 2.0]),
+            Err(Refusal::TooFewExperts)
+        );
+        // Too many experts, experts that do not fit in the groups, more groups than experts.
+        for (k, groups, groups_used) in [(3, 2, 1), (1, 3, 1), (1, 9, 1), (1, 2, 0)] {
+            let layer = Layer {
+                groups,
+                groups_used,
+                ..layer(k, Some(Stage::Logits))
+            };
+            assert_eq!(
+                chosen(&layer, Stage::Probs, &[1.0, 2.0, 3.0, 4.0]),
+                Err(Refusal::TooFewExperts)
+            );
+        }
+    }
+
+    #[test]
+    fn models_that_choose_differently_are_not_mixed_up() {
+        let router = |k, layers: std::ops::Range<u16>| Router {
+            n_expert: 2,
+            layers: layers
+                .map(|number| (number, layer(k, Some(Stage::Logits))))
+                .collect(),
+        };
+        let (one, shorter, other) = (router(1, 0..4), router(1, 0..2), router(2, 0..4));
+        assert_eq!(layer_of(&[], 3, 2), Err(Refusal::NoModel));
+        assert_eq!(
+            layer_of(std::slice::from_ref(&one), 4, 2),
             Err(Refusal::NoModel)
         );
-        assert_eq!(router_of(&[one.clone(), one.clone()], 3, 2), Ok(&one));
-        assert_eq!(router_of(&[one, other], 3, 2), Err(Refusal::Ambiguous));
+        let alike = layer_of(&[one.clone(), shorter], 1, 2);
+        assert_eq!(alike, Ok(one.layers[&1]));
+        assert_eq!(layer_of(&[one, other], 3, 2), Err(Refusal::Ambiguous));
     }
 }

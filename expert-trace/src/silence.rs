@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::{
     diagnosis,
     stats::{ModelFile, Stats},
-    summary::MAKE_VISIBLE,
+    summary,
     target::printable,
 };
 
@@ -28,6 +28,8 @@ struct Facts<'a> {
     rows: u64,
     /// Nothing was lost.
     complete: bool,
+    /// What a user can change.
+    make_visible: &'static str,
     models: &'a [ModelFile],
 }
 
@@ -45,6 +47,7 @@ pub fn reason(stats: &Stats) -> String {
         routed: hits.routed,
         rows: stats.integrity.rows.seen,
         complete: stats.integrity.complete,
+        make_visible: summary::make_visible(stats),
         models: &stats.models,
     }
     .reason()
@@ -77,8 +80,9 @@ impl Facts<'_> {
 
     fn no_moe_layer_ran(&self) -> String {
         let on_device = format!(
-            "{MAKE_VISIBLE}, or run the program with -ngl 0; where an RPC server computes on its \
-             CPU, trace the server"
+            "{}, or run the program with -ngl 0; where an RPC server computes on its \
+             CPU, trace the server",
+            self.make_visible
         );
         // The one with the most layers speaks for the others, such as a draft model's.
         let model = self

@@ -39,6 +39,8 @@ pub struct Stats {
     pub layers: Vec<SpecifiedLayer>,
     /// Counts of every context of which a pass is counted. They are never summed.
     pub contexts: Vec<ContextStats>,
+    /// Contexts that computed tokens, and of which no routing was seen at all.
+    pub not_visible: Vec<NotVisible>,
     /// Passes that are in no count.
     pub excluded: Vec<ExcludedPasses>,
     /// Proof that nothing was lost, or what was.
@@ -175,6 +177,16 @@ pub struct ContextStats {
     pub layers_not_visible: Vec<u32>,
     /// Counts by layer.
     pub layers: Vec<LayerStats>,
+}
+
+/// A context of which nothing was seen: its model is dense, or its routing stayed on a device.
+#[derive(Debug, Serialize)]
+pub struct NotVisible {
+    /// Its process.
+    pub pid: u32,
+    /// Its passes, and their tokens.
+    #[serde(flatten)]
+    pub count: Excluded,
 }
 
 /// Counts of one layer of one context.
@@ -602,6 +614,8 @@ pub fn excluded_list<'a>(
 pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u32) -> ContextStats {
     let model = matching_model(context, models);
     let n_expert = model.map(|model| models[model].shape.n_expert);
+    let last = model.and_then(|model| models[model].shape.moe_layers.last());
+    let last = last.and_then(|last| u16::try_from(*last).ok());
     ContextStats {
         id,
         pid,
@@ -618,7 +632,7 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
             _ => "mixed",
         },
         excluded: excluded_list(&context.excluded),
-        passes_not_visible: context.unseen,
+        passes_not_visible: context.not_visible(last),
         layers_not_visible: model.map_or_else(Vec::new, |model| {
             let expected = models[model].shape.moe_layers.iter().copied();
             expected
@@ -629,7 +643,7 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
             .layers
             .iter()
             .map(|(layer_id, layer)| LayerStats {
-                coverage: context.coverage(*layer_id),
+                coverage: context.coverage(*layer_id, last),
                 ..layer_stats(*layer_id, layer, n_expert)
             })
             .collect(),

@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     model::{Coverage, Exclusion, Pass},
+    probes::Hook,
     stats::Stats,
 };
 
@@ -69,10 +70,6 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
     writeln!(text, "{}", integrity_line(stats))
 }
 
-/// What a user can change where routing stays on a device.
-pub const MAKE_VISIBLE: &str =
-    "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)";
-
 /// What was not seen of the context that is shown.
 fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
     let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) else {
@@ -112,9 +109,30 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
         )?;
     }
     if anything {
-        writeln!(text, "  To see all: {MAKE_VISIBLE}.")?;
+        writeln!(text, "  To see all: {}.", make_visible(stats))?;
+    }
+    if !stats.not_visible.is_empty() {
+        let passes: u64 = stats.not_visible.iter().map(|of| of.count.passes).sum();
+        writeln!(
+            text,
+            "Not visible: {} other contexts, {passes} passes: their model is dense (a draft model, say), \
+             or its routing stayed on a device.",
+            stats.not_visible.len()
+        )?;
     }
     Ok(())
+}
+
+/// What a user can change where routing stayed on a device.
+pub fn make_visible(stats: &Stats) -> &'static str {
+    let mut hooks = stats.target.hooks.iter();
+    if hooks.any(|probe| probe.hook == Hook::SplitDone) {
+        // It was asked for already.
+        "the routers' weights were not on the CPU; look for an --override-tensor of your own, or for a \
+         draft model, which has options of its own (--override-tensor-draft)"
+    } else {
+        "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)"
+    }
 }
 
 /// What choices made from router logits rest on, and cost.

@@ -138,8 +138,20 @@ pub fn command_line(pid: u32) -> io::Result<Vec<OsString>> {
 /// The model a command line names: the last one, as llama.cpp takes it (`parse_cli_args` in
 /// common/arg.cpp, which knows no `--model=FILE`).
 pub fn model_argument(arguments: &[OsString]) -> Option<&OsStr> {
+    last_value(arguments, ["-m", "--model"])
+}
+
+/// The draft model that a command line of llama.cpp's programs names.
+pub fn draft_argument(arguments: &[OsString]) -> Option<&OsStr> {
+    last_value(arguments, ["-md", "--model-draft"])
+}
+
+fn last_value<'a>(arguments: &'a [OsString], names: [&str; 2]) -> Option<&'a OsStr> {
     let mut pairs = arguments.windows(2).rev();
-    pairs.find_map(|pair| (pair[0] == "-m" || pair[0] == "--model").then_some(pair[1].as_os_str()))
+    pairs.find_map(|pair| {
+        let is_name = names.iter().any(|name| pair[0] == *name);
+        is_name.then_some(pair[1].as_os_str())
+    })
 }
 
 /// What a process can open: its rights to files, and where its paths begin.

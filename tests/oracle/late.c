@@ -33,6 +33,7 @@ static void route(ggml_backend_t backend, int n_expert, int k, int tokens) {
     ggml_set_input(probs);
     ggml_set_input(ids);
     struct ggml_tensor * weights = ggml_get_rows(ctx, probs, ids);
+    ggml_set_name(weights, "ffn_moe_weights-0");
     ggml_set_output(weights);
     struct ggml_cgraph * graph = ggml_new_graph(ctx);
     ggml_build_forward_expand(graph, weights);

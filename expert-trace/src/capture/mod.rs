@@ -152,6 +152,18 @@ impl Capture {
         } = self;
         let mut looked_at = Vec::new();
         let mut log_error = None;
+        let mut look = |model: &mut Model, process: u32, new_context: bool| {
+            let is_main = first_process.is_none_or(|first| first == process);
+            let known_by = if is_main {
+                Some(pid.get())
+            } else {
+                // The same numbers, unless we are in a PID namespace of our own.
+                (*first_process == Some(pid.get())).then_some(process)
+            };
+            if known_by.is_some_and(|pid| targets.computes(pid, process, is_main, new_context)) {
+                model.set_facts(targets.models.facts());
+            }
+        };
         let emptied = events.get_mut().drain(|bytes| {
             let event = decode(bytes);
             let process = event
@@ -164,6 +176,12 @@ impl Capture {
                     )
                 })
                 .map(|event| event.header.process);
+            if let Some(process) = process
+                && !looked_at.contains(&process)
+            {
+                looked_at.push(process);
+                look(model, process, false);
+            }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
                     && let Err(error) = log.pass(pass)
@@ -174,20 +192,10 @@ impl Capture {
             // A pass is judged when the next one begins, so that this is in time.
             let new_context = model.contexts().len() > *contexts_known;
             if let Some(process) = process
-                && (new_context || !looked_at.contains(&process))
+                && new_context
             {
-                looked_at.push(process);
                 *contexts_known = model.contexts().len();
-                let is_main = first_process.is_none_or(|first| first == process);
-                let known_by = if is_main {
-                    Some(pid.get())
-                } else {
-                    // The same numbers, unless we are in a PID namespace of our own.
-                    (*first_process == Some(pid.get())).then_some(process)
-                };
-                if known_by.is_some_and(|pid| targets.computes(pid, is_main, new_context)) {
-                    model.set_facts(targets.models.facts());
-                }
+                look(model, process, true);
             }
         });
         if let Some(log) = &mut sinks.log
@@ -342,6 +350,17 @@ impl Capture {
                 .map(|(id, context)| {
                     stats::context_stats(id, context, &models, self.pid_of(context))
                 })
+                .collect(),
+            not_visible: self
+                .model
+                .contexts()
+                .iter()
+                .filter(|context| context.passes == 0)
+                .map(|context| stats::NotVisible {
+                    pid: self.pid_of(context),
+                    count: context.not_visible(None),
+                })
+                .filter(|context| context.count.passes > 0)
                 .collect(),
             excluded: stats::excluded_list(&self.model.excluded()),
             models,

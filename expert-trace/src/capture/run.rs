@@ -75,6 +75,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         insertion.apply(&mut command);
     }
     if arguments.router_on_cpu {
+        if let Some(variable) = environment.get(router_on_cpu::OVERRIDE_VARIABLE) {
+            let value = router_on_cpu::with_override(variable);
+            environment.set(router_on_cpu::OVERRIDE_VARIABLE, value);
+        }
         environment.set(router_on_cpu::NO_FUSION_VARIABLE, "1");
     }
     let program = Program {

@@ -109,8 +109,8 @@ impl Targets {
     /// The process has shown an event: looks at it and its models, as long as that can bring
     /// something. A target that computes has mapped its model, and with a new context perhaps another.
     ///
-    /// Gives whether the models were looked for.
-    pub fn computes(&mut self, pid: u32, is_main: bool, new_context: bool) -> bool {
+    /// `key` is how its events name it. Gives whether the models were looked for.
+    pub fn computes(&mut self, pid: u32, key: u32, is_main: bool, new_context: bool) -> bool {
         let target = if is_main {
             &mut self.main
         } else {
@@ -128,16 +128,22 @@ impl Targets {
         }
         let files = target::mapped_files(pid).unwrap_or_default();
         let reach = target.reach.as_ref();
+        // A script can have become another program.
+        let command = target::command_line(pid).unwrap_or_default();
+        let command = if command.is_empty() {
+            &target.command
+        } else {
+            &command
+        };
         let mut found = models::mapped(pid, &files, reach, &self.models);
-        if found.is_empty() && self.models.is_empty() {
+        if found.has_none() && !self.models.knows(key) {
             let variable = target.variables.model.as_deref();
-            found = models::named(&target.command, variable, &target.directory, reach);
+            found = models::named(command, variable, &target.directory, reach);
         }
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;
         }
-        self.models.take_overrides(&target.command);
-        self.models.merge(found);
+        self.models.add_process(key, command, found);
         true
     }
 

@@ -39,8 +39,9 @@ pub struct ModelFacts {
     /// Numbers of experts of which a model does not normally choose all; `None` when no model is
     /// known.
     pub selective: Option<BTreeSet<u32>>,
-    /// How each model with experts chooses them.
-    pub routers: Vec<Router>,
+    /// How each model with experts chooses them, by the process that has it, as the initial PID namespace
+    /// numbers it.
+    pub routers: BTreeMap<u32, Vec<Router>>,
 }
 
 /// Why a pass is not counted.
@@ -179,8 +180,10 @@ pub struct Context {
     pub passes_with_ubatch: u64,
     /// Those of them in which no output was wanted, so that the last layer had nothing to do.
     pub passes_without_output: u64,
-    /// Passes that computed tokens, and of which no routing was seen.
+    /// Passes that computed tokens for an output, and of which no routing was seen.
     pub unseen: Excluded,
+    /// Passes that computed tokens, none of them for an output, and of which no routing was seen.
+    pub unseen_without_output: Excluded,
     /// Counts by layer.
     pub layers: BTreeMap<u16, Layer>,
     /// Passes left out.
@@ -206,16 +209,31 @@ impl Context {
             .unwrap_or(0)
     }
 
-    /// In how many passes the routing of a layer was seen, of those in which it ran.
-    pub fn coverage(&self, layer: u16) -> Coverage {
+    /// Passes of which no routing was seen, though a layer with experts had something to do. `last` is
+    /// the model's last one, where that is known: it works on output rows alone.
+    pub fn not_visible(&self, last: Option<u16>) -> Excluded {
+        let idle = self.layers.keys().all(|layer| Some(*layer) == last);
+        if idle && !self.layers.is_empty() {
+            return self.unseen;
+        }
+        Excluded {
+            passes: self.unseen.passes + self.unseen_without_output.passes,
+            tokens: self.unseen.tokens + self.unseen_without_output.tokens,
+        }
+    }
+
+    /// Whether the routing of a layer was seen in all passes in which it ran. `last` is the model's last
+    /// one with experts; of a model that is not known, the last that was seen stands for it.
+    pub fn coverage(&self, layer: u16, last: Option<u16>) -> Coverage {
         let seen = self.layers.get(&layer).map_or(0, |layer| layer.passes);
-        // The last layer works on output rows alone, and empty nodes are not computed.
-        let idle = if self.layers.keys().next_back() == Some(&layer) {
-            self.passes_without_output
+        // Empty nodes are not computed.
+        let idle = if last.or(self.layers.keys().next_back().copied()) == Some(layer) {
+            self.passes_without_output + self.unseen_without_output.passes
         } else {
             0
         };
-        if seen + idle >= self.passes + self.unseen.passes {
+        let unseen = self.unseen.passes + self.unseen_without_output.passes;
+        if seen + idle >= self.passes + unseen {
             Coverage::Observed
         } else {
             Coverage::PartlyObserved
@@ -380,16 +398,21 @@ impl Model {
             }
             Body::Scores(scores) => {
                 context.source = header.source;
+                let routers = self.facts.routers.get(&header.process);
+                let routers = routers.map_or(&[][..], Vec::as_slice);
                 let mut choice = Choice::default();
-                let added = match choice.make(&self.facts.routers, &header, scores) {
+                let added = match choice.make(routers, &header, scores) {
                     Ok(chosen) => {
                         self.from_logits.rows += u64::from(header.rows);
-                        pass.close_calls.append(&mut choice.close_calls);
-                        pass.add_rows(&chosen, Route::Logits, choice.ids.into_iter())
+                        let added = pass.add_rows(&chosen, Route::Logits, choice.ids.into_iter());
+                        if added == Added::Counted {
+                            pass.close_calls.append(&mut choice.close_calls);
+                        }
+                        added
                     }
                     Err(refusal) => {
-                        let refused = self.from_logits.refused.entry(refusal).or_default();
-                        *refused += u64::from(header.rows);
+                        let rows = u64::from(header.rows);
+                        *pass.refused.entry((header.layer, refusal)).or_default() += rows;
                         Added::Counted
                     }
                 };
@@ -418,6 +441,7 @@ impl Model {
             if self.is_whole(index, &pass, end) {
                 self.judge(index, pass, on_pass);
             } else {
+                self.settle_refusals(&pass);
                 self.exclude(index, &pass, Exclusion::Partial);
             }
         }
@@ -488,6 +512,7 @@ impl Model {
     }
 
     fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
+        self.settle_refusals(&pass);
         let mut blind = self.blind.iter().filter(|time| time.until_ns.is_some());
         if blind.any(|time| time.contains(pass.began_ns)) {
             self.exclude(index, &pass, Exclusion::Partial);
@@ -511,6 +536,16 @@ impl Model {
             self.contexts[index].worked = true;
         }
         self.commit(index, pass, on_pass);
+    }
+
+    /// A layer that was read in another way, or at a later stage, lacks nothing.
+    fn settle_refusals(&mut self, pass: &Pass) {
+        let layers = pass.layers();
+        for ((layer, refusal), rows) in &pass.refused {
+            if !layers.contains(layer) {
+                *self.from_logits.refused.entry(*refusal).or_default() += rows;
+            }
+        }
     }
 
     /// Whether nothing is missing of the last pass of a context.
@@ -559,8 +594,13 @@ impl Model {
         pass.note_outputs(&mut context.in_prompt);
         if !pass.has_rows() {
             if pass.has_ubatch() {
-                context.unseen.passes += 1;
-                context.unseen.tokens += u64::from(pass.token_count());
+                let unseen = if pass.has_no_output() {
+                    &mut context.unseen_without_output
+                } else {
+                    &mut context.unseen
+                };
+                unseen.passes += 1;
+                unseen.tokens += u64::from(pass.token_count());
             }
             return;
         }
@@ -629,10 +669,10 @@ impl Choice {
         scores: Scores<'_>,
     ) -> Result<Header, Refusal> {
         let n_expert = header.k;
-        let router = selection::router_of(routers, header.layer, n_expert)?;
+        let layer = selection::layer_of(routers, header.layer, n_expert)?;
         let values: Vec<f32> = scores.iter().collect();
         for (row, values) in values.chunks_exact(usize::from(n_expert)).enumerate() {
-            let margin = router.choose(header.layer, scores.stage, values, &mut self.ids)?;
+            let margin = layer.choose(scores.stage, values, &mut self.ids)?;
             if margin < CLOSE_CALL {
                 let row = u64::from(header.first_row) + row as u64;
                 self.close_calls
@@ -640,7 +680,7 @@ impl Choice {
             }
         }
         Ok(Header {
-            k: router.layers[&header.layer].k,
+            k: layer.k,
             row_stride: u32::from(n_expert),
             ..*header
         })

@@ -10,7 +10,7 @@ use expert_trace_common::{
 };
 
 use super::{CloseCall, ModelFacts};
-use crate::decode::RowInfos;
+use crate::{decode::RowInfos, selection::Refusal};
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
 /// believed.
@@ -61,6 +61,19 @@ impl Block {
         self.k > 1 && self.row_stride == u32::from(self.k)
     }
 
+    fn has(&self, row: u32) -> bool {
+        (self.first_row..self.first_row + self.rows).contains(&row)
+    }
+
+    /// Whether `other` brings rows that this one has, too. By the router's own route they are those of
+    /// another block of experts with the same name (GroveMoE).
+    fn is_repeated_by(&self, other: &Block) -> bool {
+        let overlap = self.has(other.first_row) || other.has(self.first_row);
+        self.layer == other.layer
+            && overlap
+            && (self.route != other.route || other.route != Route::Router)
+    }
+
     fn ids(&self) -> Range<usize> {
         self.start..self.start + self.rows as usize * usize::from(self.k)
     }
@@ -82,6 +95,10 @@ pub struct Pass {
     ids: Vec<u16>,
     /// By layer; rows are counted within the pass.
     pub(super) close_calls: Vec<(u16, CloseCall)>,
+    /// Rows of logits, by layer, that tell no experts, and why.
+    pub(super) refused: BTreeMap<(u16, Refusal), u64>,
+    /// Choices from logits that ids have taken the place of.
+    replaced: Vec<Block>,
     ubatch_tokens: u32,
     infos: Vec<RowInfo>,
     scheduler: bool,
@@ -97,6 +114,8 @@ impl Pass {
             tokens: Vec::new(),
             ids: Vec::new(),
             close_calls: Vec::new(),
+            refused: BTreeMap::new(),
+            replaced: Vec::new(),
             ubatch_tokens: header.ubatch_tokens,
             infos: Vec::new(),
             scheduler: header.pass_source == PassSource::Scheduler as u8,
@@ -128,17 +147,20 @@ impl Pass {
             start: self.ids.len(),
         };
         self.ids.extend(ids);
-        let mut others = self.blocks.iter();
-        let other = others.find(|other| other.layer == block.layer && other.route != route);
-        if let Some(other) = other.map(|other| other.route) {
-            let differing = self.differing(&block, other);
-            if other == Route::Logits {
-                self.blocks
-                    .retain(|known| known.layer != block.layer || known.route != other);
+        let known = self.blocks.iter().chain(&self.replaced);
+        let repeats: Vec<Block> = known
+            .filter(|known| known.is_repeated_by(&block))
+            .copied()
+            .collect();
+        if !repeats.is_empty() {
+            let differing = self.differing(&block, &repeats);
+            if repeats.iter().any(|known| known.route != Route::Logits) {
+                self.ids.truncate(block.start);
+            } else {
+                let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
+                self.replaced.extend(replaced);
                 self.close_calls.retain(|(layer, _)| *layer != block.layer);
                 self.blocks.push(block);
-            } else {
-                self.ids.truncate(block.start);
             }
             return Added::Repeated { differing };
         }
@@ -157,14 +179,11 @@ impl Pass {
         Added::Counted
     }
 
-    /// How many rows of `block` were read otherwise by another route.
-    fn differing(&self, block: &Block, other: Route) -> u64 {
+    /// How many rows of `block` are not what other blocks have of them.
+    fn differing(&self, block: &Block, others: &[Block]) -> u64 {
         let known = |row: u32| {
-            let mut blocks = self.blocks.iter().filter(|known| {
-                known.layer == block.layer && known.route == other && known.k == block.k
-            });
-            let known = blocks
-                .find(|known| (known.first_row..known.first_row + known.rows).contains(&row))?;
+            let mut others = others.iter().filter(|known| known.k == block.k);
+            let known = others.find(|known| known.has(row))?;
             self.rows(known).nth((row - known.first_row) as usize)
         };
         let rows = self.rows(block).zip(block.first_row..);

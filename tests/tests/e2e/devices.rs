@@ -4,6 +4,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -18,7 +21,7 @@ use crate::{
     rpc::Server,
     support::{
         Known, Traced, assert_same_choice, assert_tokens_of, compare_with_tokens, driver,
-        known_small, known_wide, llama_program, scratch, shape,
+        known_small, known_wide, llama, llama_program, scratch, shape,
     },
 };
 
@@ -316,6 +319,150 @@ fn a_process_that_was_started_so() {
     stats.assert_complete();
     assert_routes(&stats, &["logits"]);
     assert_eq!(stats.number("/contexts/0/layers/0/k"), 3);
+}
+
+/// A script that runs the small model twice on a server, once with other numbers of experts.
+fn script(endpoint: &str, first: &str, second: &str) -> String {
+    let program = llama().program("llama-completion");
+    let run = |options: &str| {
+        format!(
+            "{} -m {} --rpc {endpoint} -ngl 99 -p 'Hello world' -n 4 -no-cnv --no-warmup {options} \
+             < /dev/null",
+            program.display(),
+            known_small().path.display()
+        )
+    };
+    format!("#!/bin/sh\n{}\nexec {}\n", run(first), run(second))
+}
+
+/// What is changed for one process is not changed for the next, and a script can become a program.
+#[test]
+fn each_process_has_its_own_number_of_experts() {
+    let server = Server::start();
+    let directory = scratch();
+    let (path, file) = (
+        directory.path().join("stats.json"),
+        directory.path().join("script"),
+    );
+    let on_cpu = r"-ot 'ffn_gate_inp\.=CPU' --no-op-offload";
+    let changed = format!("{on_cpu} --override-kv qwen3moe.expert_used_count=int:2");
+    for (first, second, expected) in [(&*changed, on_cpu, [2, 4]), (on_cpu, &*changed, [4, 2])] {
+        fs::write(&file, script(&server.endpoint(), first, second)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        let options = [
+            "--router-on-cpu".to_owned(),
+            format!("--output={}", path.display()),
+        ];
+        let output = tracer::run(&options, &Command::new(&file))
+            .unwrap()
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        let stats = Stats::read(&path).unwrap();
+        stats.assert_complete();
+        for (context, k) in expected.into_iter().enumerate() {
+            assert_eq!(
+                stats.number(&format!("/contexts/{context}/layers/0/k")),
+                k,
+                "context {context}"
+            );
+        }
+    }
+}
+
+/// Traces llama-completion with these options; gives the document and the rows of the log.
+fn complete(
+    tracer_options: &[&str],
+    model: &Path,
+    program_options: &[&str],
+) -> (Stats, Vec<(u32, Vec<u32>)>) {
+    let directory = scratch();
+    let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
+    let mut options: Vec<String> = tracer_options.iter().map(|text| (*text).into()).collect();
+    options.push(format!("--output={}", path.display()));
+    options.push(format!("--log={}", log.display()));
+    let common = [
+        "-p",
+        "Hello world",
+        "-n",
+        "4",
+        "-no-cnv",
+        "--no-warmup",
+        "--temp",
+        "0",
+    ];
+    let program = [&common[..], program_options].concat();
+    let output = tracer::run(
+        &options,
+        &llama_program("llama-completion", model, &program),
+    )
+    .unwrap()
+    .stdin(Stdio::null())
+    .output()
+    .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    (Stats::read(&path).unwrap(), read_log(&log).unwrap())
+}
+
+/// Groups as the command line changes them; and more experts than the groups have, which no choice from
+/// logits can be.
+#[test]
+fn groups_that_are_overridden() {
+    let server = Server::start();
+    let endpoint = server.endpoint();
+    let model = shape("deepseek2", &Shape::DEEPSEEK2);
+    let fewer = "deepseek2.expert_group_used_count=int:2";
+    let rpc = ["--rpc", &endpoint, "-ngl", "99", "--override-kv", fewer];
+    let (stats, chosen) = complete(&["--router-on-cpu"], &model, &rpc);
+    let (_, expected) = complete(&[], &model, &["-ngl", "0", "--override-kv", fewer]);
+    stats.assert_complete();
+    assert_same_choice(&stats, &chosen, &expected);
+
+    let more = "deepseek2.expert_used_count=int:40";
+    let rpc = ["--rpc", &endpoint, "-ngl", "99", "--override-kv", more];
+    let (stats, chosen) = complete(&["--router-on-cpu"], &model, &rpc);
+    assert!(chosen.is_empty());
+    assert!(stats.number("/integrity/logits/refused") > 0);
+}
+
+/// The variable comes before the options, and would win.
+#[test]
+fn an_override_in_the_environment() {
+    let server = Server::start();
+    let endpoint = server.endpoint();
+    let override_tensor = format!("LLAMA_ARG_OVERRIDE_TENSOR=ffn_gate_inp=RPC0[{endpoint}]");
+    let rpc = format!("LLAMA_ARG_RPC={endpoint}");
+    let options = ["--router-on-cpu", "--env", &override_tensor, "--env", &rpc];
+    let (stats, rows) = complete(&options, &known_small().path, &["-ngl", "99"]);
+    stats.assert_complete();
+    assert_routes(&stats, &["logits"]);
+    assert_tokens_of(known_small(), &rows);
+}
+
+/// An eval callback cuts the CPU's part behind every stage of the choice. What the last stage shows is
+/// enough.
+#[test]
+fn stages_of_a_choice_are_no_losses() {
+    let model = shape("gpt-oss-20b", &Shape::GPT_OSS_20B);
+    let directory = scratch();
+    let text = directory.path().join("text");
+    fs::write(
+        &text,
+        "The quick brown fox jumps over the lazy dog. ".repeat(80),
+    )
+    .unwrap();
+    let mut program = llama_program("llama-imatrix", &model, &["-c", "128", "--chunks", "2"]);
+    program.arg("-f").arg(&text);
+    program.args(["-ngl", "0", "-o"]);
+    program.arg(directory.path().join("imatrix.gguf"));
+    let output = tracer::run(&["--router-on-cpu", "--strict"], &program)
+        .unwrap()
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
 }
 
 /// Layers whose experts are on the device are not visible, and said to be so.

@@ -81,7 +81,18 @@ fn shell(script: &Path) -> Command {
 }
 
 #[test]
+fn the_first_row_of_a_library_opened_late_is_there() {
+    first_rows(5);
+}
+
+#[test]
+#[ignore = "takes a minute and a half: cargo test --test e2e -- --ignored 200_times"]
 fn the_first_row_of_a_library_opened_late_is_there_200_times() {
+    first_rows(25);
+}
+
+/// Runs eight times as often as `runs` says.
+fn first_rows(runs: u32) {
     let command = || {
         let mut command = Command::new(late());
         command.arg(libggml_cpu()).args(SHAPE);
@@ -91,7 +102,7 @@ fn the_first_row_of_a_library_opened_late_is_there_200_times() {
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
-                for _ in 0..25 {
+                for _ in 0..runs {
                     let (stats, rows) = run(&[], &command());
                     stats.assert_complete();
                     assert_eq!(rows, rows_of_late());

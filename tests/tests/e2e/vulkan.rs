@@ -382,11 +382,6 @@ fn choice_deepseek2() {
 }
 
 #[test]
-fn choice_gpt_oss() {
-    choice_is_the_devices("gpt-oss-20b", &Shape::GPT_OSS_20B);
-}
-
-#[test]
 fn choice_qwen3moe() {
     choice_is_the_devices("qwen3moe", &Shape::QWEN3MOE);
 }

@@ -234,7 +234,7 @@ fn merges(gating: Option<Gating>, max: f32, last: f32, next: f32) -> bool {
     // Where 1 + exp(-x) is 1.
     const ONE: f32 = 16.0;
     let softmax = max - next > UNDERFLOW;
-    let sigmoid = next > ONE || next < -UNDERFLOW;
+    let sigmoid = !(-UNDERFLOW..=ONE).contains(&next);
     let softplus = next < -UNDERFLOW;
     next < last
         && match gating {

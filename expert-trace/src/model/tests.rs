@@ -417,3 +417,217 @@ fn graphs_that_route_nothing_are_no_passes() {
     assert_eq!(model.contexts()[0].passes, 2);
     assert!(model.excluded().is_empty());
 }
+
+/// Pushes rows of one layer of a pass with 4 tokens, as a route brings them.
+fn push_rows(model: &mut Model, route: Route, first_row: u32, rows: &[&[i32]]) {
+    let header = TestPass::default().header(Kind::Rows);
+    let header = Header {
+        route: route as u8,
+        layer: 2,
+        k: rows[0].len() as u16,
+        first_row,
+        rows: rows.len() as u32,
+        total_rows: 4,
+        row_stride: 8,
+        ..header
+    };
+    let payload: Vec<u8> = rows
+        .iter()
+        .flat_map(|ids| ids.iter())
+        .flat_map(|id| id.to_ne_bytes())
+        .collect();
+    model.push(decode(&record(header, &payload)), &mut |_| {});
+}
+
+/// Pushes logits of the same layer, for 4 experts.
+fn push_logits(model: &mut Model, kind: Kind, first_row: u32, rows: &[[f32; 4]]) {
+    let header = Header {
+        route: Route::Logits as u8,
+        layer: 2,
+        k: 4,
+        first_row,
+        rows: rows.len() as u32,
+        total_rows: 4,
+        row_stride: 4,
+        ..TestPass::default().header(kind)
+    };
+    let payload: Vec<u8> = rows
+        .iter()
+        .flatten()
+        .flat_map(|value| value.to_ne_bytes())
+        .collect();
+    model.push(decode(&record(header, &payload)), &mut |_| {});
+}
+
+/// A model that chooses 2 of 4 experts in layer 2 by what it sees at this stage.
+fn choosing(stage: selection::Stage) -> Model {
+    let mut model = Model::new(FROM_START);
+    let layer = selection::Layer {
+        k: 2,
+        stage: Some(stage),
+        gating: None,
+        groups: 0,
+        groups_used: 0,
+    };
+    let router = Router {
+        n_expert: 4,
+        layers: [(2, layer)].into(),
+    };
+    model.set_facts(ModelFacts {
+        routers: [(1, vec![router])].into(),
+        ..ModelFacts::default()
+    });
+    model
+}
+
+fn experts(model: &Model) -> Vec<u64> {
+    let layer = &model.contexts()[0].layers[&2];
+    layer
+        .experts
+        .iter()
+        .map(|counts| counts.iter().sum())
+        .collect()
+}
+
+const LOGITS: [[f32; 4]; 4] = [
+    [9.0, 5.0, 1.0, 0.0],
+    [0.0, 9.0, 5.0, 1.0],
+    [1.0, 0.0, 9.0, 5.0],
+    [5.0, 1.0, 0.9995, 9.0],
+];
+
+#[test]
+fn a_layer_counts_once_whichever_route_comes_first() {
+    let mut model = choosing(selection::Stage::Logits);
+    push_rows(&mut model, Route::SplitInput, 0, &[&[0, 1], &[1, 2]]);
+    push_rows(&mut model, Route::SplitInput, 2, &[&[2, 3], &[3, 0]]);
+    // The same by another route, and once more by the first one.
+    push_rows(
+        &mut model,
+        Route::Fetch,
+        0,
+        &[&[0, 1], &[1, 2], &[2, 3], &[3, 1]],
+    );
+    push_rows(
+        &mut model,
+        Route::SplitInput,
+        0,
+        &[&[0, 1], &[1, 2], &[2, 3], &[3, 0]],
+    );
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(experts(&model), [2, 2, 2, 2]);
+    assert_eq!(model.received().repeated_rows, 8);
+    assert_eq!(model.received().differing_rows, 1);
+}
+
+#[test]
+fn ids_take_the_place_of_a_choice_from_logits() {
+    let mut model = choosing(selection::Stage::Logits);
+    push_logits(&mut model, Kind::Logits, 0, &LOGITS[..2]);
+    push_logits(&mut model, Kind::Logits, 2, &LOGITS[2..]);
+    // The last row is another one than by logits; they come in two records, too.
+    push_rows(
+        &mut model,
+        Route::DeviceCopy,
+        0,
+        &[&[0, 1], &[1, 2], &[2, 3]],
+    );
+    push_rows(&mut model, Route::DeviceCopy, 3, &[&[3, 1]]);
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(experts(&model), [1, 3, 2, 2]);
+    assert_eq!(model.received().repeated_rows, 4);
+    assert_eq!(model.received().differing_rows, 1);
+    let layer = &model.contexts()[0].layers[&2];
+    assert_eq!(layer.routes, [Route::DeviceCopy].into());
+    assert!(layer.close_calls.is_empty());
+}
+
+#[test]
+fn close_calls_are_named_by_their_row() {
+    let mut model = choosing(selection::Stage::Logits);
+    let close = [5.0, 1.0, 0.9995, 0.0];
+    push_logits(&mut model, Kind::Logits, 0, &LOGITS[..3]);
+    push_logits(&mut model, Kind::Logits, 3, &[close]);
+    model.end(&|_| End::Exited, &mut |_| {});
+    let calls = &model.contexts()[0].layers[&2].close_calls;
+    assert_eq!(calls.iter().map(|call| call.row).collect::<Vec<_>>(), [3]);
+    assert!(calls[0].margin < 0.001);
+    assert_eq!(model.from_logits().rows, 4);
+}
+
+#[test]
+fn what_a_later_stage_tells_is_not_refused() {
+    let refused = |last: Option<Kind>| {
+        let mut model = choosing(selection::Stage::BiasedLogits);
+        push_logits(&mut model, Kind::Logits, 0, &LOGITS);
+        if let Some(last) = last {
+            push_logits(&mut model, last, 0, &LOGITS);
+        }
+        model.end(&|_| End::Exited, &mut |_| {});
+        model.from_logits().refused.values().sum::<u64>()
+    };
+    assert_eq!(refused(None), 4);
+    assert_eq!(refused(Some(Kind::BiasedLogits)), 0);
+    assert_eq!(refused(Some(Kind::Selection)), 0);
+}
+
+#[test]
+fn another_process_has_other_models() {
+    let mut model = choosing(selection::Stage::Logits);
+    let of_other = Header {
+        process: 2,
+        layer: 2,
+        k: 4,
+        rows: 1,
+        total_rows: 1,
+        route: Route::Logits as u8,
+        ..TestPass::default().header(Kind::Logits)
+    };
+    let payload: Vec<u8> = LOGITS[0]
+        .iter()
+        .flat_map(|value| value.to_ne_bytes())
+        .collect();
+    model.push(decode(&record(of_other, &payload)), &mut |_| {});
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(model.from_logits().refused, [(Refusal::NoModel, 1)].into());
+}
+
+#[test]
+fn passes_of_which_nothing_was_seen_are_counted() {
+    let ubatch = [(0, 0, false), (1, 0, false)];
+    let output = [(2, 0, true)];
+    let pass = |number, ubatch, layers| TestPass {
+        number,
+        ubatch,
+        layers,
+        ..TestPass::default()
+    };
+    let model = run(
+        FROM_START,
+        ModelFacts::default(),
+        &[
+            pass(0, &ubatch, &[]),
+            pass(1, &output, &[(3, &[&[1, 2]])]),
+            pass(2, &output, &[]),
+        ],
+        End::Exited,
+    );
+    let context = &model.contexts()[0];
+    // Layer 3 is the model's last one, and had nothing to do in the first pass; or it is not.
+    assert_eq!(
+        (
+            context.not_visible(Some(3)).passes,
+            context.not_visible(Some(3)).tokens
+        ),
+        (1, 1)
+    );
+    assert_eq!(
+        (
+            context.not_visible(Some(5)).passes,
+            context.not_visible(Some(5)).tokens
+        ),
+        (2, 3)
+    );
+    assert_eq!(context.coverage(3, Some(3)), Coverage::PartlyObserved);
+    assert_eq!(context.coverage(4, Some(5)), Coverage::PartlyObserved);
+}

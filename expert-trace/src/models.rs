@@ -206,7 +206,9 @@ impl KnownModels {
     pub fn add_process(&mut self, process: u32, command: &[OsString], found: KnownModels) {
         let of_process = self.of_process.entry(process).or_default();
         of_process.paths.extend(found.seen.iter().cloned());
-        of_process.overrides = overrides(command);
+        if !command.is_empty() {
+            of_process.overrides = overrides(command);
+        }
         self.merge(found);
     }
 

@@ -71,11 +71,11 @@ impl Gating {
             Self::SoftmaxWeight => {}
             Self::SqrtSoftplus => {
                 for value in values {
-                    // ggml's softplus is the identity above 20, where exp gains nothing.
+                    // As ggml computes it (ggml_compute_softplus_f32), rounding included.
                     let softplus = if *value > 20.0 {
                         *value
                     } else {
-                        value.exp().ln_1p()
+                        (1.0 + value.exp()).ln()
                     };
                     *value = softplus.sqrt();
                 }
@@ -229,21 +229,22 @@ impl Layer {
 /// Whether a gating function makes the values of two logits the same in single precision, or leaves so
 /// little between them that implementations differ. An unknown function can be any of them.
 fn merges(gating: Option<Gating>, max: f32, last: f32, next: f32) -> bool {
-    // Where the exponential function has no normal number for it, devices give 0.
-    const UNDERFLOW: f32 = 87.0;
-    // Where 1 + exp(-x) is 1.
-    const ONE: f32 = 16.0;
-    let softmax = max - next > UNDERFLOW;
-    let sigmoid = !(-UNDERFLOW..=ONE).contains(&next);
-    let softplus = next < -UNDERFLOW;
-    next < last
-        && match gating {
-            Some(Gating::Softmax) => softmax,
-            Some(Gating::Sigmoid) => sigmoid,
-            Some(Gating::SqrtSoftplus) => softplus,
-            Some(Gating::SoftmaxWeight) => false,
-            None => softmax || sigmoid,
-        }
+    // Where the exponential function has no normal number any more, devices give 0; divided by a sum
+    // over all experts, it is reached earlier.
+    const UNDERFLOW: f32 = 80.0;
+    // A few steps between numbers close to 1.
+    const STEPS: f32 = 5e-7;
+    let softmax = max - last > UNDERFLOW;
+    let sigmoid = last < -UNDERFLOW || (next > 0.0 && (-next).exp() - (-last).exp() < STEPS);
+    // Both are added to 1 before the logarithm is taken.
+    let softplus = last < 0.0 && last.exp() - next.exp() < STEPS;
+    match gating {
+        Some(Gating::Softmax) => softmax,
+        Some(Gating::Sigmoid) => sigmoid,
+        Some(Gating::SqrtSoftplus) => softplus,
+        Some(Gating::SoftmaxWeight) => false,
+        None => softmax || sigmoid || softplus,
+    }
 }
 
 /// Appends the ids of the `k` largest values, the largest first; of equals the smaller id. Gives the
@@ -259,7 +260,9 @@ fn take_largest(
         let (before, next, _) = values.select_nth_unstable_by(k, order);
         let last = before.iter().map(|(value, _)| *value);
         let last = last.fold(f32::INFINITY, f32::min);
-        (last - next.0, [last, next.0])
+        // Of two that are infinite the difference is no number.
+        let margin = if last == next.0 { 0.0 } else { last - next.0 };
+        (margin, [last, next.0])
     } else {
         (f32::INFINITY, [f32::INFINITY; 2])
     };

@@ -406,7 +406,7 @@ impl Integrity {
             },
             logits: Logits {
                 rows: from_logits.rows,
-                refused: from_logits.refused.values().sum(),
+                refused: 0,
                 host_ms: get(Counter::SplitLogitsNs) as f64 / 1e6,
             },
             events: Flow {
@@ -433,14 +433,20 @@ impl Integrity {
             ring_buffer_bytes,
         };
         integrity.problems = integrity.find_problems();
-        for (refusal, rows) in &from_logits.refused {
-            integrity.problems.push(format!(
-                "{rows} rows of router logits tell no experts: {}",
-                refusal.text()
-            ));
-        }
         integrity.complete = integrity.problems.is_empty();
         integrity
+    }
+
+    /// Adds the rows of logits that told no experts: the last passes are judged when all has arrived.
+    pub fn with_refusals(mut self, from_logits: &FromLogits) -> Self {
+        self.logits.refused = from_logits.refused.values().sum();
+        let problems = from_logits.refused.iter().map(|(refusal, rows)| {
+            format!(
+                "{rows} rows of router logits tell no experts: {}",
+                refusal.text()
+            )
+        });
+        self.with_problems(problems.collect())
     }
 
     /// Adds problems that the counters do not show.
@@ -614,8 +620,7 @@ pub fn excluded_list<'a>(
 pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u32) -> ContextStats {
     let model = matching_model(context, models);
     let n_expert = model.map(|model| models[model].shape.n_expert);
-    let last = model.and_then(|model| models[model].shape.moe_layers.last());
-    let last = last.and_then(|last| u16::try_from(*last).ok());
+    let last = model.and_then(|model| last_layer(context, &models[model].shape));
     ContextStats {
         id,
         pid,
@@ -648,6 +653,20 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
             })
             .collect(),
     }
+}
+
+/// The last layer of a model, if it has experts: it works on output rows alone. Blocks that predict
+/// further tokens come after it, and need not run.
+fn last_layer(context: &Context, shape: &ModelShape) -> Option<u16> {
+    let main = shape.layers.saturating_sub(shape.nextn_predict_layers);
+    let mut seen = context.layers.keys().map(|layer| u32::from(*layer));
+    let last = if seen.any(|layer| layer >= main) {
+        shape.layers.checked_sub(1)?
+    } else {
+        main.checked_sub(1)?
+    };
+    let has_experts = shape.moe_layers.contains(&last);
+    has_experts.then(|| u16::try_from(last).ok())?
 }
 
 /// The layers of a context in the shape of the original specification.

@@ -115,8 +115,8 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
         let passes: u64 = stats.not_visible.iter().map(|of| of.count.passes).sum();
         writeln!(
             text,
-            "Not visible: {} other contexts, {passes} passes: their model is dense (a draft model, say), \
-             or its routing stayed on a device.",
+            "Not visible: {passes} passes of other contexts ({}): their model is dense (a draft model, \
+             say), or its routing stayed on a device.",
             stats.not_visible.len()
         )?;
     }
@@ -126,9 +126,11 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
 /// What a user can change where routing stayed on a device.
 pub fn make_visible(stats: &Stats) -> &'static str {
     let mut hooks = stats.target.hooks.iter();
-    if hooks.any(|probe| probe.hook == Hook::SplitDone) {
+    if stats.integrity.logits.refused > 0 {
+        "mend what INCOMPLETE names: router logits were there, and told no experts"
+    } else if hooks.any(|probe| probe.hook == Hook::SplitDone) {
         // It was asked for already.
-        "the routers' weights were not on the CPU; look for an --override-tensor of your own, or for a \
+        "get the routers' weights onto the CPU: look for an --override-tensor of your own, or for a \
          draft model, which has options of its own (--override-tensor-draft)"
     } else {
         "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)"

@@ -128,6 +128,10 @@ pub fn executable(pid: u32) -> io::Result<PathBuf> {
 /// Arguments a process was started with (it can have changed them).
 pub fn command_line(pid: u32) -> io::Result<Vec<OsString>> {
     let bytes = fs::read(format!("/proc/{pid}/cmdline"))?;
+    // It has ended, and nobody has asked how.
+    if bytes.is_empty() {
+        return Ok(Vec::new());
+    }
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
     Ok(bytes
         .split(|byte| *byte == 0)
@@ -138,15 +142,15 @@ pub fn command_line(pid: u32) -> io::Result<Vec<OsString>> {
 /// The model a command line names: the last one, as llama.cpp takes it (`parse_cli_args` in
 /// common/arg.cpp, which knows no `--model=FILE`).
 pub fn model_argument(arguments: &[OsString]) -> Option<&OsStr> {
-    last_value(arguments, ["-m", "--model"])
+    last_value(arguments, &["-m", "--model"])
 }
 
 /// The draft model that a command line of llama.cpp's programs names.
 pub fn draft_argument(arguments: &[OsString]) -> Option<&OsStr> {
-    last_value(arguments, ["-md", "--model-draft"])
+    last_value(arguments, &["-md", "--model-draft", "--spec-draft-model"])
 }
 
-fn last_value<'a>(arguments: &'a [OsString], names: [&str; 2]) -> Option<&'a OsStr> {
+fn last_value<'a>(arguments: &'a [OsString], names: &[&str]) -> Option<&'a OsStr> {
     let mut pairs = arguments.windows(2).rev();
     pairs.find_map(|pair| {
         let is_name = names.iter().any(|name| pair[0] == *name);

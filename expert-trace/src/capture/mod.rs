@@ -270,6 +270,7 @@ impl Capture {
         if let Some(mut log) = sinks.log.take() {
             let _ = log.flush();
         }
+        let integrity = integrity.with_refusals(self.model.from_logits());
         let output = sinks.output.take();
         let wants_summary = sinks.stats;
         let stats = self.stats(integrity, why, duration)?;
@@ -355,7 +356,7 @@ impl Capture {
                 .model
                 .contexts()
                 .iter()
-                .filter(|context| context.passes == 0)
+                .filter(|context| context.passes == 0 && context.excluded.is_empty())
                 .map(|context| stats::NotVisible {
                     pid: self.pid_of(context),
                     count: context.not_visible(None),

@@ -411,8 +411,9 @@ impl Model {
                         added
                     }
                     Err(refusal) => {
-                        let rows = u64::from(header.rows);
-                        *pass.refused.entry((header.layer, refusal)).or_default() += rows;
+                        // Of two stages, the later one's reason.
+                        let place = (header.layer, header.first_row);
+                        pass.refused.insert(place, (refusal, header.rows));
                         Added::Counted
                     }
                 };
@@ -441,7 +442,6 @@ impl Model {
             if self.is_whole(index, &pass, end) {
                 self.judge(index, pass, on_pass);
             } else {
-                self.settle_refusals(&pass);
                 self.exclude(index, &pass, Exclusion::Partial);
             }
         }
@@ -538,12 +538,14 @@ impl Model {
         self.commit(index, pass, on_pass);
     }
 
-    /// A layer that was read in another way, or at a later stage, lacks nothing.
+    /// Rows that were read in another way, or at a later stage, are not missing. Of passes that are left
+    /// out nothing is.
     fn settle_refusals(&mut self, pass: &Pass) {
-        let layers = pass.layers();
-        for ((layer, refusal), rows) in &pass.refused {
-            if !layers.contains(layer) {
-                *self.from_logits.refused.entry(*refusal).or_default() += rows;
+        for (&(layer, first), &(refusal, rows)) in &pass.refused {
+            let missing = (first..first + rows).filter(|row| !pass.has_row(layer, *row));
+            let missing = missing.count() as u64;
+            if missing > 0 {
+                *self.from_logits.refused.entry(refusal).or_default() += missing;
             }
         }
     }

@@ -95,8 +95,8 @@ pub struct Pass {
     ids: Vec<u16>,
     /// By layer; rows are counted within the pass.
     pub(super) close_calls: Vec<(u16, CloseCall)>,
-    /// Rows of logits, by layer, that tell no experts, and why.
-    pub(super) refused: BTreeMap<(u16, Refusal), u64>,
+    /// Rows of logits that tell no experts, by layer and first row: why, and how many.
+    pub(super) refused: BTreeMap<(u16, u32), (Refusal, u32)>,
     /// Choices from logits that ids have taken the place of.
     replaced: Vec<Block>,
     ubatch_tokens: u32,
@@ -154,7 +154,9 @@ impl Pass {
             .collect();
         if !repeats.is_empty() {
             let differing = self.differing(&block, &repeats);
-            if repeats.iter().any(|known| known.route != Route::Logits) {
+            let wins =
+                route != Route::Logits && repeats.iter().all(|known| known.route == Route::Logits);
+            if !wins {
                 self.ids.truncate(block.start);
             } else {
                 let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
@@ -182,8 +184,7 @@ impl Pass {
     /// How many rows of `block` are not what other blocks have of them.
     fn differing(&self, block: &Block, others: &[Block]) -> u64 {
         let known = |row: u32| {
-            let mut others = others.iter().filter(|known| known.k == block.k);
-            let known = others.find(|known| known.has(row))?;
+            let known = others.iter().find(|known| known.has(row))?;
             self.rows(known).nth((row - known.first_row) as usize)
         };
         let rows = self.rows(block).zip(block.first_row..);
@@ -202,6 +203,12 @@ impl Pass {
     /// Expert ids of a block, row by row, in router order.
     pub fn rows(&self, block: &Block) -> impl Iterator<Item = &[u16]> {
         self.ids[block.ids()].chunks_exact(usize::from(block.k))
+    }
+
+    /// Whether a row of a layer was seen.
+    pub(super) fn has_row(&self, layer: u16, row: u32) -> bool {
+        let mut blocks = self.blocks.iter();
+        blocks.any(|block| block.layer == layer && block.has(row))
     }
 
     /// Whether anything was routed.

@@ -128,21 +128,23 @@ impl Targets {
         }
         let files = target::mapped_files(pid).unwrap_or_default();
         let reach = target.reach.as_ref();
-        // A script can have become another program.
-        let command = target::command_line(pid).unwrap_or_default();
-        let command = if command.is_empty() {
-            &target.command
-        } else {
-            &command
-        };
+        // A script can have become another program, which need not have the script's arguments.
+        let now = target::command_line(pid).unwrap_or_default();
         let mut found = models::mapped(pid, &files, reach, &self.models);
-        if found.has_none() && !self.models.knows(key) {
-            let variable = target.variables.model.as_deref();
-            found = models::named(command, variable, &target.directory, reach);
+        for command in [&now, &target.command] {
+            if found.has_none() && !self.models.knows(key) {
+                let variable = target.variables.model.as_deref();
+                found = models::named(command, variable, &target.directory, reach);
+            }
         }
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;
         }
+        let command = if now.is_empty() {
+            &target.command
+        } else {
+            &now
+        };
         self.models.add_process(key, command, found);
         true
     }

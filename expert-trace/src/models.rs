@@ -102,8 +102,8 @@ pub fn mapped(
         of_known.extend(shards.iter().cloned());
         let first = shards.first().unwrap_or(path);
         let name = first.to_string_lossy();
-        models.seen.insert(name.clone().into_owned());
         if known.files.iter().any(|file| file.path == name) {
+            models.seen.insert(name.into_owned());
             continue;
         }
         let open = |shard: &PathBuf| {

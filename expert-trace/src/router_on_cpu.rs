@@ -31,19 +31,13 @@ pub const NO_FUSION_VARIABLE: &str = "GGML_VK_DISABLE_FUSION";
 #[derive(Debug, PartialEq, Eq)]
 pub struct Insertion {
     position: usize,
-    options: [&'static str; 4],
-    used: usize,
+    options: &'static [&'static str],
 }
 
 impl Insertion {
-    /// The options.
-    pub fn options(&self) -> &[&'static str] {
-        &self.options[..self.used]
-    }
-
     /// Puts them into a command line.
     pub fn apply(&self, command: &mut Vec<OsString>) {
-        let options = self.options().iter().map(OsString::from);
+        let options = self.options.iter().map(OsString::from);
         command.splice(self.position..self.position, options);
     }
 }
@@ -72,16 +66,14 @@ pub fn insertion(command: &[OsString]) -> Option<Insertion> {
     let name = Path::new(command.first()?).file_name()?.to_str()?;
     let common = |position| Insertion {
         position,
-        options: ["--override-tensor", OVERRIDE, "--no-op-offload", ""],
-        used: 3,
+        options: &["--override-tensor", OVERRIDE, "--no-op-offload"],
     };
     match name {
         // To it, options that are given again are more configurations to measure.
         "llama-bench" if command.iter().any(|argument| is_setting(argument)) => None,
         "llama-bench" => Some(Insertion {
             position: 1,
-            options: ["--override-tensor", OVERRIDE, "--no-op-offload", "1"],
-            used: 4,
+            options: &["--override-tensor", OVERRIDE, "--no-op-offload", "1"],
         }),
         // One program for all of them: the first argument says which it is to be.
         "llama" if command.len() > 1 => Some(common(2)),
@@ -118,7 +110,7 @@ pub fn is_asked_for(command: &[OsString], variable: Option<&OsStr>) -> bool {
 /// Says what has been added to a command line, and what that costs.
 pub fn added(insertion: &Insertion) -> String {
     let options: Vec<String> = insertion
-        .options()
+        .options
         .iter()
         .map(|option| {
             if option.contains('\\') {

@@ -3,9 +3,8 @@
 
 use std::{
     fs::File,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::Command,
     sync::OnceLock,
 };
 
@@ -13,7 +12,10 @@ use expert_trace::probes::{Hook, Plan};
 use expert_trace_tests::tracer::{self, Attached, Stats, read_log};
 use tempfile::TempDir;
 
-use crate::{layouts::compile_to, support::scratch};
+use crate::{
+    layouts::compile_to,
+    support::{Waiting, scratch},
+};
 
 type Rows = Vec<(u32, Vec<u32>)>;
 
@@ -117,6 +119,20 @@ fn run(mut command: Command) -> Traced {
     }
 }
 
+/// Rows up to where the stand-in waits.
+fn rows(target: &mut Waiting) -> Rows {
+    let lines = target.until_it_waits();
+    lines.iter().map(|line| parse(line)).collect()
+}
+
+/// Rows up to its end.
+fn finish(mut target: Waiting) -> Rows {
+    target.go_on();
+    let (rest, status) = target.end();
+    assert!(status.success());
+    rest.lines().map(parse).collect()
+}
+
 fn options(path: &Path, log: &Path) -> [String; 3] {
     [
         format!("--output={}", path.display()),
@@ -125,62 +141,17 @@ fn options(path: &Path, log: &Path) -> [String; 3] {
     ]
 }
 
-/// A stand-in that waits where its steps say so.
-struct Waiting {
-    child: Child,
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl Waiting {
-    fn start(mut command: Command) -> Self {
-        let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = pipes.spawn().unwrap();
-        Self {
-            stdin: child.stdin.take().unwrap(),
-            stdout: BufReader::new(child.stdout.take().unwrap()),
-            child,
-        }
-    }
-
-    /// Rows up to where it waits.
-    fn rows(&mut self) -> Rows {
-        let mut rows = Rows::new();
-        loop {
-            let mut line = String::new();
-            assert!(self.stdout.read_line(&mut line).unwrap() > 0);
-            match line.trim_end() {
-                "waiting" => return rows,
-                row => rows.push(parse(row)),
-            }
-        }
-    }
-
-    fn go_on(&mut self) {
-        self.stdin.write_all(b"go\n").unwrap();
-    }
-
-    /// Rows up to its end.
-    fn finish(mut self) -> Rows {
-        self.go_on();
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).unwrap();
-        assert!(self.child.wait().unwrap().success());
-        rest.lines().map(parse).collect()
-    }
-}
-
 /// Attaches where the stand-in waits for the first time, and detaches where it does for the second.
 fn attach(command: Command) -> Traced {
     let directory = scratch();
     let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
     let mut target = Waiting::start(command);
-    target.rows();
-    let attached = Attached::to(target.child.id(), &options(&path, &log)).unwrap();
+    rows(&mut target);
+    let attached = Attached::to(target.pid(), &options(&path, &log)).unwrap();
     target.go_on();
-    let had = target.rows();
+    let had = rows(&mut target);
     let said = attached.interrupt().unwrap();
-    target.finish();
+    finish(target);
     Traced {
         stats: Stats::read(&path).unwrap(),
         seen: read_log(&log).unwrap(),
@@ -368,9 +339,9 @@ fn ids_that_never_arrive_before_an_attached_target_ends() {
     let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
     let command = hidden().command("new", SMALL, "wait pass slow pass slow thread");
     let mut target = Waiting::start(command);
-    target.rows();
-    let attached = Attached::to(target.child.id(), &options(&path, &log)).unwrap();
-    let had = target.finish();
+    rows(&mut target);
+    let attached = Attached::to(target.pid(), &options(&path, &log)).unwrap();
+    let had = finish(target);
     let (status, said) = attached.wait().unwrap();
     assert!(status.success(), "{said}");
     Traced {

@@ -2,10 +2,10 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::Write as _,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
+    process::{Command, Stdio},
     sync::OnceLock,
     thread,
 };
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 
 use crate::{
     layouts::compile,
-    support::{driver, ids, known_small, llama, scratch},
+    support::{Waiting, driver, ids, known_small, llama, scratch},
 };
 
 /// Experts, k and tokens of a pass of `late`.
@@ -347,57 +347,23 @@ fn a_process_that_goes_on_without_its_main_thread() {
     assert_eq!(Stats::read(&path).unwrap().0["integrity"]["complete"], true);
 }
 
-/// A `late` that waits for us before each thing it does.
-struct Waiting {
-    child: Child,
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl Waiting {
-    /// Starts it, by a tracer or alone; returns when it waits for the first time.
-    fn start(mut command: Command) -> Self {
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stdin = child.stdin.take().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut waiting = Self {
-            child,
-            stdin,
-            stdout,
-        };
-        waiting.settle();
-        waiting
-    }
-
-    fn settle(&mut self) {
-        let mut line = String::new();
-        self.stdout.read_line(&mut line).unwrap();
-        assert_eq!(line, "waiting\n");
-    }
-
-    /// Lets it go on until it waits again.
-    fn step(&mut self) {
-        self.stdin.write_all(b"go\n").unwrap();
-        self.settle();
-    }
-
-    /// Ends its input, and waits until it has ended, and then for the process we started.
-    fn end(mut self) -> ExitStatus {
-        drop(self.stdin);
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).unwrap();
-        self.child.wait().unwrap()
-    }
-}
-
 fn waiting_late() -> Command {
     let mut command = Command::new(late());
     command.arg(libggml_cpu()).args(SHAPE).arg("wait");
     command
+}
+
+/// A `late` that waits for the first time; it does so before each thing it does.
+fn waiting(command: Command) -> Waiting {
+    let mut target = Waiting::start(command);
+    target.until_it_waits();
+    target
+}
+
+/// Lets it go on until it waits again.
+fn step(target: &mut Waiting) {
+    target.go_on();
+    target.until_it_waits();
 }
 
 /// The child does not depend on its tracer, not even when it opens a library.
@@ -408,13 +374,13 @@ fn a_program_survives_its_tracer() {
     let options = ["-o", path.to_str().unwrap()];
     let mut command = tracer::run(&options, &waiting_late()).unwrap();
     command.stderr(Stdio::null());
-    let mut target = Waiting::start(command);
-    let tracer = Pid::from_raw(target.child.id() as i32);
+    let mut target = waiting(command);
+    let tracer = Pid::from_raw(target.pid() as i32);
     kill(tracer, Signal::SIGKILL).unwrap();
     // It opens libggml-cpu and computes, twice.
-    target.step();
-    target.step();
-    assert!(!target.end().success());
+    step(&mut target);
+    step(&mut target);
+    assert!(!target.end().1.success());
     assert!(!path.exists());
 }
 
@@ -423,14 +389,14 @@ fn a_program_survives_its_tracer() {
 fn a_program_that_waits_for_its_tracer_survives_it() {
     let mut command = tracer::run::<&str>(&[], &waiting_late()).unwrap();
     command.stderr(Stdio::null());
-    let mut target = Waiting::start(command);
-    let tracer = Pid::from_raw(target.child.id() as i32);
+    let mut target = waiting(command);
+    let tracer = Pid::from_raw(target.pid() as i32);
     let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children")).unwrap();
     let is_late =
         |pid: &&str| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == late());
     let pid = children.split(' ').find(is_late).unwrap();
     kill(tracer, Signal::SIGSTOP).unwrap();
-    target.stdin.write_all(b"go\n").unwrap();
+    target.go_on();
     let waits = || {
         let wchan = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap();
         wchan.starts_with("seccomp_do_user_notification")
@@ -439,8 +405,8 @@ fn a_program_that_waits_for_its_tracer_survives_it() {
         thread::yield_now();
     }
     kill(tracer, Signal::SIGKILL).unwrap();
-    target.settle();
-    assert!(!target.end().success());
+    target.until_it_waits();
+    assert!(!target.end().1.success());
 }
 
 /// A library that the target loads after we have attached.
@@ -452,14 +418,14 @@ fn attach_picks_up_a_library_that_comes_later() {
         format!("--output={}", path.display()),
         format!("--log={}", log.display()),
     ];
-    let mut target = Waiting::start(waiting_late());
-    let mut attached = Attached::to(target.child.id(), &options).unwrap();
-    target.step();
+    let mut target = waiting(waiting_late());
+    let mut attached = Attached::to(target.pid(), &options).unwrap();
+    step(&mut target);
     attached.wait_for("libggml-cpu").unwrap();
-    target.step();
-    target.step();
+    step(&mut target);
+    step(&mut target);
     let said = attached.interrupt().unwrap();
-    assert!(target.end().success());
+    assert!(target.end().1.success());
     let stats = Stats::read(&path).unwrap();
     let late = &stats.0["capture"]["late_libraries"];
     assert_eq!(late.as_array().map(Vec::len), Some(1), "{said}");
@@ -478,16 +444,16 @@ fn what_ran_before_a_late_library_was_probed_is_reported() {
     let directory = scratch();
     let path = directory.path().join("stats.json");
     let options = ["-o", path.to_str().unwrap()];
-    let mut target = Waiting::start(waiting_late());
-    let mut attached = Attached::to(target.child.id(), &options).unwrap();
+    let mut target = waiting(waiting_late());
+    let mut attached = Attached::to(target.pid(), &options).unwrap();
     attached.signal(Signal::SIGSTOP).unwrap();
-    target.step();
-    target.step();
+    step(&mut target);
+    step(&mut target);
     attached.signal(Signal::SIGCONT).unwrap();
     attached.wait_for("libggml-cpu").unwrap();
-    target.step();
+    step(&mut target);
     let said = attached.interrupt().unwrap();
-    assert!(target.end().success());
+    assert!(target.end().1.success());
     let stats = Stats::read(&path).unwrap();
     let late = &stats.0["capture"]["late_libraries"][0];
     assert_eq!(late["passes"], 2, "{said}");

@@ -3,8 +3,9 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::OnceLock,
 };
 
@@ -363,6 +364,57 @@ pub fn llama_program(name: &str, model: &Path, options: &[&str]) -> Command {
     let mut command = Command::new(llama().program(name));
     command.arg("-m").arg(model).args(options);
     command
+}
+
+/// A program of ours that says `waiting`, and goes on when it is told to.
+pub struct Waiting {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Waiting {
+    /// Starts it, by a tracer or alone.
+    pub fn start(mut command: Command) -> Self {
+        let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = pipes.spawn().unwrap();
+        Self {
+            stdin: child.stdin.take().unwrap(),
+            stdout: BufReader::new(child.stdout.take().unwrap()),
+            child,
+        }
+    }
+
+    /// Its process, or that of its tracer.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it says until it waits.
+    pub fn until_it_waits(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            let mut line = String::new();
+            assert!(self.stdout.read_line(&mut line).unwrap() > 0, "{lines:?}");
+            match line.trim_end() {
+                "waiting" => return lines,
+                other => lines.push(other.to_owned()),
+            }
+        }
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&mut self) {
+        self.stdin.write_all(b"go\n").unwrap();
+    }
+
+    /// Ends its input; gives what it says to its end, and its status or that of its tracer.
+    pub fn end(mut self) -> (String, ExitStatus) {
+        drop(self.stdin);
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).unwrap();
+        (rest, self.child.wait().unwrap())
+    }
 }
 
 /// A directory for what one test writes.

@@ -89,7 +89,7 @@ pub fn mapped(
     let mut models = KnownModels::default();
     let mapped: Vec<(&MappedFile, File)> = files
         .iter()
-        .filter(|file| !file.executable)
+        .filter(|file| !file.is_executable())
         .filter_map(|file| Some((file, open_mapped(pid, file, reach).ok()?)))
         .filter(|(_, open)| is_gguf(open))
         .collect();

@@ -342,7 +342,8 @@ impl Session {
 }
 
 /// Why no breakpoint appears where one was set.
-const OTHER_FILE: &str = "its file system maps another file in its place, which the kernel does not probe";
+const OTHER_FILE: &str =
+    "its file system maps another file in its place, which the kernel does not probe";
 
 /// The page of a file that holds an instruction, mapped as code.
 struct MappedCode {

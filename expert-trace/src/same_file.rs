@@ -5,14 +5,7 @@
 //! copy, and has the file below mapped (fs/overlayfs/file.c, `ovl_mmap`). What is mapped is pages of
 //! memory, and those are the same when the file is.
 
-use std::{
-    ffi::c_void,
-    fs::File,
-    io,
-    num::NonZeroUsize,
-    os::unix::fs::FileExt as _,
-    ptr::NonNull,
-};
+use std::{ffi::c_void, fs::File, io, num::NonZeroUsize, os::unix::fs::FileExt as _, ptr::NonNull};
 
 use nix::{
     sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap},

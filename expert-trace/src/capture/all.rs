@@ -36,8 +36,8 @@ pub async fn trace(library: &Path, arguments: &Attach, account: &Account) -> any
         );
     }
     allow_many_descriptors();
-    let mut all_seen = users.hidden.is_empty();
-    if !all_seen {
+    let mut all_seen = true;
+    if !users.hidden.is_empty() {
         say!("warning: {}", hidden(&users));
     }
     // What cannot be traced does not keep us from the others.

@@ -30,7 +30,8 @@ impl Wanted {
     pub fn tells_processes_apart(&self, recording: &Recording) -> bool {
         let log = recording.log.iter().flatten();
         let mut files = self.output.iter().chain(log);
-        files.all(|path| pattern::tells_processes_apart(path)) && !matches!(recording.log, Some(None))
+        files.all(|path| pattern::tells_processes_apart(path))
+            && !matches!(recording.log, Some(None))
     }
 
     /// Whether a file has the process in its name.

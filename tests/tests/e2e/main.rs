@@ -2,11 +2,13 @@
 //!
 //! `cargo xtask test` prepares what these tests need and runs them, one at a time, as root.
 
+mod all;
 mod attach;
 mod callback;
 mod cuda;
 mod cuda_standin;
 mod devices;
+mod environments;
 mod errors;
 mod help;
 mod imatrix;

@@ -10,7 +10,7 @@ use std::{
 
 use expert_trace_tests::{
     oracle::Oracle,
-    tracer::{self, Attached, Stats, read_log},
+    tracer::{self, Attached, Stats},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::{
     layouts::compile_to,
-    support::{Waiting, driver, known_small, llama, scratch},
+    support::{Files, Waiting, driver, known_small, llama, scratch},
 };
 
 /// What the stand-in is told to compute: 3 layers, 3 rows of 4 experts of 128.
@@ -45,29 +45,6 @@ fn files() -> TempDir {
     directory
 }
 
-/// What a tracer writes.
-struct Files(TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Self(scratch())
-    }
-
-    fn options(&self) -> Vec<String> {
-        let [output, log] = ["stats.json", "log"].map(|name| self.0.path().join(name));
-        vec![
-            format!("--output={}", output.display()),
-            format!("--log={}", log.display()),
-            "--top=0".to_owned(),
-        ]
-    }
-
-    fn read(&self) -> (Stats, Vec<(u32, Vec<u32>)>) {
-        let stats = Stats::read(&self.0.path().join("stats.json")).unwrap();
-        (stats, read_log(&self.0.path().join("log")).unwrap())
-    }
-}
-
 /// Runs a command under the tracer, in which the stand-in computes so many times.
 #[track_caller]
 fn run(command: &Command, times: usize) -> Stats {
@@ -77,7 +54,7 @@ fn run(command: &Command, times: usize) -> Stats {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", said(&output));
-    let (stats, seen) = files.read();
+    let (stats, seen) = (files.stats(), files.log());
     stats.assert_complete();
     assert_eq!(seen, rows(times), "{}", said(&output));
     stats
@@ -95,7 +72,7 @@ fn attach(command: Command, change: impl FnOnce()) -> Stats {
     compute_twice(&mut target);
     let said = attached.interrupt().unwrap();
     assert!(target.end().1.success());
-    let (stats, seen) = files.read();
+    let (stats, seen) = (files.stats(), files.log());
     stats.assert_complete();
     assert_eq!(seen, rows(2), "{said}");
     stats
@@ -274,7 +251,7 @@ fn other_process_numbers() {
     tracer::without_sudo(&mut tracer);
     let output = tracer.output().unwrap();
     assert!(output.status.success(), "{}", said(&output));
-    let (stats, seen) = files.read();
+    let (stats, seen) = (files.stats(), files.log());
     stats.assert_complete();
     assert_eq!(seen, rows(1));
     assert_eq!(stats.number("/contexts/0/pid"), stats.number("/target/pid"));
@@ -308,7 +285,7 @@ fn other_process_numbers() {
     let (status, said) = attached.wait().unwrap();
     assert!(status.success(), "{said}");
     assert!(waiter.end().1.success());
-    let (stats, seen) = files.read();
+    let (stats, seen) = (files.stats(), files.log());
     stats.assert_complete();
     assert_eq!(seen, rows(2), "{said}");
     assert_eq!(stats.number("/target/pid"), 1);
@@ -383,7 +360,7 @@ fn two_libraries_in_one_process() {
         target
     };
     let check = |files: &Files| {
-        let (stats, _) = files.read();
+        let stats = files.stats();
         stats.assert_complete();
         let mut layouts: Vec<&str> = stats.0["target"]["tensor_layouts"]
             .as_array()
@@ -447,7 +424,7 @@ fn llama_cpp_on_an_overlay_in_another_mount_namespace() {
         command
     };
     let check = |files: &Files, directory: &Path| {
-        let (stats, seen) = files.read();
+        let (stats, seen) = (files.stats(), files.log());
         stats.assert_complete();
         for layer in 0..known.expected.layers() - 1 {
             let expected: Vec<&[u32]> = (100..140)

@@ -20,6 +20,7 @@ mod outputs;
 mod prebuilt;
 mod processes;
 mod rpc;
+mod servers;
 mod shapes;
 mod shell;
 mod specification;

@@ -417,6 +417,46 @@ impl Waiting {
     }
 }
 
+/// What a tracer writes, in a directory that a target can use, too.
+pub struct Files(TempDir);
+
+impl Files {
+    pub fn new() -> Self {
+        Self(scratch())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Options of the tracer.
+    pub fn options(&self) -> Vec<String> {
+        vec![
+            format!("--output={}", self.path("stats.json").display()),
+            format!("--log={}", self.path("log").display()),
+            "--top=0".to_owned(),
+        ]
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats::read(&self.path("stats.json")).unwrap()
+    }
+
+    /// Rows of the log, as they were written.
+    pub fn log(&self) -> Vec<(u32, Vec<u32>)> {
+        read_log(&self.path("log")).unwrap()
+    }
+
+    /// The same, by layer.
+    pub fn rows(&self) -> BTreeMap<u32, Vec<Vec<u32>>> {
+        let mut rows: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+        for (layer, ids) in self.log() {
+            rows.entry(layer).or_default().push(ids);
+        }
+        rows
+    }
+}
+
 /// A directory for what one test writes.
 pub fn scratch() -> TempDir {
     tempfile::tempdir().unwrap()

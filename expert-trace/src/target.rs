@@ -9,7 +9,7 @@ use std::{
         fd::AsRawFd as _,
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
-            fs::{FileExt as _, OpenOptionsExt as _},
+            fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
         },
     },
     path::{Path, PathBuf},
@@ -62,9 +62,7 @@ impl MappedFile {
             return link;
         }
         // map_files needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the initial namespace.
-        let mut path = OsString::from(format!("/proc/{pid}/root"));
-        path.push(&self.path);
-        path.into()
+        in_root(pid, &self.path)
     }
 
     /// Opens what is mapped, and nothing else that its path may lead to by now: that the process maps
@@ -89,6 +87,28 @@ impl MappedFile {
         })
     }
 
+    /// Reads the path again where `/proc/PID/maps` has not told it for certain: it writes a line feed as
+    /// `\012`, and a name can end as that of a deleted file does.
+    fn make_certain(&mut self, pid: u32) {
+        let escaped = self.path.as_os_str().as_bytes().contains(&b'\\');
+        if !escaped && !self.deleted {
+            return;
+        }
+        let link = self.link(pid);
+        let (Ok(path), Ok(mapped)) = (fs::read_link(&link), fs::metadata(&link)) else {
+            return;
+        };
+        let is_mapped =
+            |named: fs::Metadata| (named.dev(), named.ino()) == (mapped.dev(), mapped.ino());
+        if fs::metadata(in_root(pid, &path)).is_ok_and(is_mapped) {
+            (self.path, self.deleted) = (path, false);
+        } else {
+            let bytes = path.as_os_str().as_bytes();
+            let name = bytes.strip_suffix(DELETED).unwrap_or(bytes);
+            self.path = OsStr::from_bytes(name).into();
+        }
+    }
+
     fn link(&self, pid: u32) -> PathBuf {
         format!("/proc/{pid}/map_files/{}", self.range).into()
     }
@@ -99,7 +119,21 @@ impl MappedFile {
 /// # Errors
 /// When the process is gone or we may not look.
 pub fn mapped_files(pid: u32) -> io::Result<Vec<MappedFile>> {
-    Ok(parse_maps(&fs::read(format!("/proc/{pid}/maps"))?))
+    let mut files = parse_maps(&fs::read(format!("/proc/{pid}/maps"))?);
+    for file in &mut files {
+        file.make_certain(pid);
+    }
+    Ok(files)
+}
+
+/// What `/proc` appends to the names of files that are gone (`d_path` in fs/d_path.c).
+const DELETED: &[u8] = b" (deleted)";
+
+/// An absolute path of a process, as we reach it.
+fn in_root(pid: u32, path: &Path) -> PathBuf {
+    let mut reached = OsString::from(format!("/proc/{pid}/root"));
+    reached.push(path);
+    reached.into()
 }
 
 /// Reads the lines of `/proc/PID/maps` (fs/proc/task_mmu.c, `show_map_vma`). Lines that do not look
@@ -130,7 +164,7 @@ fn parse_line(line: &[u8]) -> Option<MappedFile> {
     if inode == 0 || !path.starts_with(b"/") {
         return None;
     }
-    let (path, deleted) = match path.strip_suffix(b" (deleted)") {
+    let (path, deleted) = match path.strip_suffix(DELETED) {
         Some(path) => (path, true),
         None => (path, false),
     };

@@ -223,6 +223,48 @@ fn a_library_that_was_copied_up_is_no_silence() {
     assert!(target.end().1.success());
 }
 
+/// Containers of one image: the file has another device in each, and another one below them.
+#[test]
+fn all_containers_of_an_image() {
+    let directory = files();
+    let image = directory.path();
+    let compute = COMPUTE.join(" ");
+    let containers = [0, 1].map(|_| {
+        let script = format!(
+            "cd $0 && mkdir upper work merged && \
+             mount -t overlay -o lowerdir={},upperdir=upper,workdir=work none merged && \
+             exec merged/waiter merged/lib.so {compute}",
+            image.display()
+        );
+        let of_container = scratch();
+        let mut target = Waiting::start(with_mounts(&script, of_container.path()));
+        target.until_it_waits();
+        (target, of_container)
+    });
+    let places = scratch();
+    let output = places.path().join("%p");
+    let mut tracer = tracer::command().unwrap();
+    tracer
+        .args(["attach", "--all", "--library"])
+        .arg(image.join("lib.so"));
+    tracer.arg("-o").arg(&output).arg("--top=0");
+    let attached = Attached::by(&mut tracer).unwrap();
+    let pids = containers.map(|(mut target, _of_container)| {
+        compute_twice(&mut target);
+        let pid = target.pid();
+        assert!(target.end().1.success());
+        pid
+    });
+    let (status, said) = attached.wait().unwrap();
+    assert!(status.success(), "{said}");
+    for pid in pids {
+        let stats = Stats::read(&places.path().join(pid.to_string())).unwrap();
+        stats.assert_complete();
+        assert_eq!(stats.number("/target/pid"), u64::from(pid));
+        assert_eq!(stats.tokens(), (0..3).map(|layer| (layer, 6)).collect());
+    }
+}
+
 /// Process numbers of its own, for the target or for the tracer.
 #[test]
 fn other_process_numbers() {
@@ -337,8 +379,10 @@ fn names_that_are_hard_to_read() {
                 .args(COMPUTE);
             target
         };
-        run(&target("loader", "link to "), 1);
-        attach(target("waiter", &format!("{name} ")), || ());
+        let library = [at(&format!("{name} lib.so {name}"))];
+        assert_eq!(hook_files(&run(&target("loader", "link to "), 1)), library);
+        let stats = attach(target("waiter", &format!("{name} ")), || ());
+        assert_eq!(hook_files(&stats), library);
     }
 }
 

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, process::Command, thread};
 use expert_trace_tests::{
     oracle::Oracle,
     server::Server,
-    tracer::{self, Attached, count},
+    tracer::{self, Attached, Stats, count},
 };
 
 use crate::support::{Files, Known, driver, ids, known_draft, known_small, prebuilt};
@@ -164,7 +164,18 @@ impl Speculation {
 }
 
 #[test]
-fn a_draft_model_is_a_context_of_its_own() {
+fn a_draft_model_is_a_context_of_its_own_from_the_start() {
+    // Both contexts are tried with two tokens.
+    assert_eq!(draft_model(false).excluded("warmup"), (2, 4));
+}
+
+#[test]
+fn a_draft_model_is_a_context_of_its_own_in_a_running_server() {
+    assert_eq!(draft_model(true).excluded("warmup"), (0, 0));
+}
+
+/// Fails unless what each model evaluates is in a context of its own.
+fn draft_model(runs_already: bool) -> Stats {
     let (known, draft) = (known_small(), known_draft());
     let draft_path = draft.path.to_str().unwrap();
     let options = [
@@ -185,17 +196,25 @@ fn a_draft_model_is_a_context_of_its_own() {
     ];
     let files = Files::new();
     let server = server(known, &[&options[..], &of_draft].concat());
-    let server = start(tracer::run(&files.options(), &server).unwrap(), &files);
+    let (server, attached) = if runs_already {
+        let server = start(server, &files);
+        let attached = Attached::to(server.pid(), &files.options()).unwrap();
+        (server, Some(attached))
+    } else {
+        let command = tracer::run(&files.options(), &server).unwrap();
+        (start(command, &files), None)
+    };
     let prompt: Vec<u32> = (1000..1020).collect();
     let answer = server.complete(&prompt, 12).unwrap();
+    if let Some(attached) = attached {
+        attached.interrupt().unwrap();
+    }
     let (status, said) = server.stop().unwrap();
     assert!(status.success(), "{said}");
 
     let expected = Speculation::of(&prompt, &answer);
     let stats = files.stats();
     stats.assert_complete();
-    // Both contexts are tried with two tokens.
-    assert_eq!(stats.excluded("warmup"), (2, 4));
     let contexts = stats.0["contexts"].as_array().unwrap();
     assert_eq!(contexts.len(), 2);
     // The log has no contexts; the models choose different numbers of experts.
@@ -231,4 +250,5 @@ fn a_draft_model_is_a_context_of_its_own() {
         }
         assert_eq!(contexts[id]["layers_not_visible"].to_string(), "[]");
     }
+    stats
 }

@@ -246,8 +246,9 @@ impl Capture {
             let first = self.hooks.len();
             self.probe(change);
             let set = self.hooks.iter().skip(first);
-            let changed = set.filter_map(|probe| diagnosis::check_probe(pid, &files, probe).err());
-            if let Some(changed) = changed.last() {
+            let mut changed =
+                set.filter_map(|probe| diagnosis::check_probe(pid, &files, probe).err());
+            if let Some(changed) = changed.next() {
                 self.problem(changed.to_string());
             }
         }

@@ -46,6 +46,15 @@ impl Library {
         command.arg(self.at("link.so")).args(options);
         command
     }
+
+    /// What the tracer says, which has to refuse; else it would end soon.
+    fn refusal(&self, name: &str, options: &[&str]) -> String {
+        let mut command = tracer::command().unwrap();
+        command.args(["attach", "--all", "-d", "10ms", "--library"]);
+        let output = command.arg(self.at(name)).args(options).output().unwrap();
+        assert_eq!(output.status.code(), Some(125), "{}", said(&output));
+        said(&output)
+    }
 }
 
 fn said(output: &Output) -> String {
@@ -149,50 +158,36 @@ fn what_cannot_be_traced_is_said() {
 #[test]
 fn refusals() {
     let library = Library::new();
-    let refused = |command: &mut Command| {
-        let output = command.output().unwrap();
-        assert_eq!(output.status.code(), Some(125), "{}", said(&output));
-        said(&output)
-    };
-    let text = refused(&mut library.attach(&[]));
-    assert!(text.contains("processes maps"), "{text}");
+    let text = library.refusal("link.so", &[]);
+    assert!(text.contains("none of"), "{text}");
+    let other = library.refusal("/bin/sh", &[]);
+    assert!(other.contains("defines none of the functions"), "{other}");
+    let missing = library.refusal("missing.so", &[]);
+    assert!(missing.contains("cannot read"), "{missing}");
 
     let targets = [(); 2].map(|()| library.start(known_small()));
-    // The same library, and another file.
-    let copy = Library::new();
-    let text = refused(&mut copy.attach(&[]));
-    assert!(text.contains("processes maps"), "{text}");
-    let name = library.at("libggml-cpu.so.0");
-    let by_name = format!("maps another file of that name: {}", name.display());
-    let text = refused(
-        tracer::command()
-            .unwrap()
-            .args(["attach", "--all", "--library"])
-            .arg(copy.at("libggml-cpu.so.0")),
-    );
-    assert!(text.contains(&by_name), "{text}");
+    // A copy is another file, of which nobody knows.
+    let name = "libggml-cpu.so.0";
+    let text = Library::new().refusal(name, &[]);
+    let mapped = library.at(name);
+    let namesake = format!("maps another file of that name: {}", mapped.display());
+    assert!(text.contains(&namesake), "{text}");
 
     let place = library.at("place");
     let log = format!("--log={}", place.display());
+    let output = place.to_str().unwrap();
     for options in [
-        &["-o", place.to_str().unwrap()][..],
+        &["-o", output][..],
         &[&log],
         &["--log"],
         &["-o", "-"],
+        &["-o", output, "--log=%p"],
     ] {
-        let text = refused(&mut library.attach(options));
-        assert!(text.contains("%p"), "{text}");
+        let text = library.refusal("link.so", options);
+        assert!(text.contains("2 processes map"), "{text}");
+        assert!(text.contains("-o stats-%p.json"), "{text}");
         assert!(!place.exists());
     }
-    let other = llama().bin.join("libggml-base.so");
-    assert!(other.exists());
-    let text =
-        refused(
-            tracer::command()
-                .unwrap()
-                .args(["attach", "--all", "--library", "/bin/sh"]),
-        );
-    assert!(text.contains("defines none of the functions"), "{text}");
     drop(targets);
 }
 

@@ -11,7 +11,7 @@
 //!
 //! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
-//! - [`symbols`]: ELF bytes to file offsets. [`probes`]: which functions are to be probed: the `Plan`.
+//! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
@@ -40,6 +40,7 @@ pub mod export;
 pub mod gate;
 pub mod gguf;
 pub mod launch;
+pub mod layout;
 pub mod model;
 pub mod models;
 pub mod probes;

@@ -128,7 +128,7 @@ pub fn make_visible(stats: &Stats) -> &'static str {
     let mut hooks = stats.target.hooks.iter();
     if stats.integrity.logits.refused > 0 {
         "mend what INCOMPLETE names: router logits were there, and told no experts"
-    } else if hooks.any(|probe| probe.hook == Hook::SplitDone) {
+    } else if hooks.any(|hook| hook.probe.hook == Hook::SplitDone) {
         // It was asked for already.
         "get the routers' weights onto the CPU: look for an --override-tensor of your own, or for a \
          draft model, which has options of its own (--override-tensor-draft)"

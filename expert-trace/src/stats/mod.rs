@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::{
     gguf::ModelShape,
+    layout::Layout,
     model::{CloseCall, Context, Coverage, Excluded, Exclusion, Layer},
     probes::Probe,
 };
@@ -88,10 +89,20 @@ pub struct Target {
     #[serde(flatten)]
     pub process: Process,
     /// Probes that were set.
-    pub hooks: Vec<Probe>,
-    /// Layout of `ggml_tensor` in each library that showed expert ids, by the builds that have it;
-    /// `null` when no hit has shown it.
-    pub tensor_layouts: Vec<Option<&'static str>>,
+    pub hooks: Vec<HookStats>,
+    /// Layouts of each library that defines the function with expert ids.
+    pub tensor_layouts: Vec<Layout>,
+}
+
+/// A probe that was set.
+#[derive(Debug, Serialize)]
+pub struct HookStats {
+    /// Where.
+    #[serde(flatten)]
+    pub probe: Probe,
+    /// How often it was hit while tracing was on. A function whose symbol is there need never run:
+    /// compilers copy its code into its callers.
+    pub hits: u64,
 }
 
 /// A model file, all shards of it.

@@ -15,8 +15,8 @@
 //! - [`attach`]: the only module that names aya. Plan to Session.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
-//! - [`requirements`], [`diagnosis`] and [`silence`]: why the machine or a process cannot be traced, and
-//!   why nothing was counted.
+//! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
+//!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
@@ -55,3 +55,4 @@ pub mod summary;
 pub mod symbols;
 pub mod target;
 pub mod variables;
+pub mod visibility;

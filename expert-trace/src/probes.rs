@@ -186,7 +186,7 @@ pub struct Plan {
 }
 
 /// A file, by device and inode: what the kernel sets uprobes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FileId {
     device: u64,
     inode: u64,

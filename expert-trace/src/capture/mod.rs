@@ -378,10 +378,12 @@ impl Capture {
                 })
                 .filter(|context| context.count.passes > 0)
                 .collect(),
+            why_not_visible: None,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
-        })
+        }
+        .explained())
     }
 
     /// Process of a context, in our PID namespace where that is known.

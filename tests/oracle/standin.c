@@ -6,10 +6,12 @@
 // Usage: standin LAYOUT K ROWS ID_STRIDE ROW_STRIDE FAULT
 //
 //   LAYOUT       new (b4106 and newer), old (b3209 to b4105), odd (none that ever was),
-//                ancient (new tensors; compute params as before b3209)
+//                ancient (new tensors; compute params as before b3209), wide (16 sources per
+//                tensor, and those compute params; -DDECLARED has DWARF say so)
 //   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
-//   FAULT        none, type, planes, data, tensor, range, suffix, copy, long; half: a second pass of
-//                one layer follows
+//   FAULT        none, type, planes, absurd (another number in each layer), data, tensor, meaning
+//                (the function takes something else), range, suffix, copy, long, endless (a name
+//                without its NUL); half: a second pass of one layer follows
 //
 // Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
 // ROW_STRIDE / 4 where the ids lie side by side.
@@ -20,6 +22,31 @@
 #include <string.h>
 
 struct offsets { size_t src, data, name; };
+
+#ifdef DECLARED
+struct ggml_tensor {
+    int                  type;
+    void *               buffer;
+    int64_t              ne[4];
+    size_t               nb[4];
+    int                  op;
+    int32_t              op_params[16];
+    int32_t              flags;
+    struct ggml_tensor * grad;
+    struct ggml_tensor * src[16];
+    struct ggml_tensor * view_src;
+    size_t               view_offs;
+    void *               data;
+    char                 name[64];
+    void *               extra;
+};
+struct ggml_compute_params { int type, ith, nth; };
+typedef struct ggml_compute_params params_t;
+typedef struct ggml_tensor tensor_t;
+#else
+typedef void params_t;
+typedef void tensor_t;
+#endif
 
 #ifdef LOCKED
 // The kernel sets no uprobe on an instruction with a lock prefix.
@@ -32,7 +59,7 @@ __asm__(".text\n"
         "    ret\n"
         ".size ggml_compute_forward_get_rows, . - ggml_compute_forward_get_rows\n");
 #else
-__attribute__((noinline)) void ggml_compute_forward_get_rows(const void * params, void * dst) {
+__attribute__((noinline)) void ggml_compute_forward_get_rows(const params_t * params, tensor_t * dst) {
     __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
 }
 #endif
@@ -58,6 +85,8 @@ int main(int argc, char ** argv) {
         at = (struct offsets) { 160, 256, 264 };
     } else if (!strcmp(layout, "odd")) {
         at = (struct offsets) { 168, 272, 280 };
+    } else if (!strcmp(layout, "wide")) {
+        at = (struct offsets) { 160, 304, 312 };
     }
     const int64_t n_expert = id_stride == 4 ? row_stride / 4 : 1024;
 
@@ -80,8 +109,15 @@ int main(int argc, char ** argv) {
             }
         }
         const int32_t type  = !strcmp(fault, "type") ? 0 : 26;
-        const int64_t ne[4] = { k, rows, !strcmp(fault, "planes") ? 2 : 1, 1 };
-        const size_t  nb[4] = { (size_t) id_stride, (size_t) row_stride, size, size };
+        int64_t       ne[4] = { k, rows, !strcmp(fault, "planes") ? 2 : 1, 1 };
+        size_t        nb[4] = { (size_t) id_stride, (size_t) row_stride, size, size };
+        if (!strcmp(fault, "absurd")) {
+            switch (layer) {
+                case 0: ne[0] = (int64_t) 1 << 40; break;
+                case 1: ne[1] = -1; break;
+                case 2: nb[1] = (size_t) 1 << 60; break;
+            }
+        }
         const void *  where = !strcmp(fault, "data") ? (void *) 64 : data;
         put(ids, 0, &type, sizeof(type));
         put(ids, 16, ne, sizeof(ne));
@@ -90,6 +126,9 @@ int main(int argc, char ** argv) {
         snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s", !strcmp(fault, "copy") ? "CPU#" : "",
                  layer, !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
         put(ids, at.name, name, strlen(name) + 1);
+        if (!strcmp(fault, "endless")) {
+            memset(ids + at.name + strlen(name), '1', 64 - strlen(name));
+        }
 
         const void * src1 = !strcmp(fault, "tensor") ? (void *) 64 : (void *) ids;
         put(dst, at.src + 8, &src1, sizeof(src1));
@@ -97,12 +136,16 @@ int main(int argc, char ** argv) {
         for (int ith = 1; ith >= 0; ith--) {
             // ith, nth; before b3209 a type came first.
             int32_t params[16] = { ith, 2 };
-            if (!strcmp(layout, "ancient")) {
+            if (!strcmp(layout, "ancient") || !strcmp(layout, "wide")) {
                 params[0] = 1;
                 params[1] = ith;
                 params[2] = 2;
             }
-            ggml_compute_forward_get_rows(params, dst);
+            if (!strcmp(fault, "meaning")) {
+                ggml_compute_forward_get_rows((const params_t *) 3, (tensor_t *) 5);
+                continue;
+            }
+            ggml_compute_forward_get_rows((const params_t *) params, (tensor_t *) dst);
         }
     }
     free(data);

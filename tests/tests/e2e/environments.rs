@@ -407,7 +407,7 @@ fn two_libraries_in_one_process() {
             .as_array()
             .unwrap()
             .iter()
-            .map(|layout| layout.as_str().unwrap())
+            .map(|layout| layout["builds"].as_str().unwrap())
             .collect();
         layouts.sort_unstable();
         assert_eq!(layouts, ["b3209 to b4105", "b4106 or newer"]);

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, path::Path};
 use anyhow::{Context as _, bail};
 use tokio::task::{JoinSet, LocalSet};
 
-use super::attach::{Loaded, Probed, wanted};
+use super::attach::{Loaded, Probed, Signals, wanted};
 use crate::{
     caller::Account,
     cli::Attach,
@@ -52,9 +52,12 @@ pub async fn trace(library: &Path, arguments: &Attach, account: &Account) -> any
             Err(error) => passed_over(pid.get(), error),
         }
     }
+    // For all of them before the first is probed: a signal is meant for all.
+    let signals = loaded.iter().map(|_| Signals::listen());
+    let signals: Vec<Signals> = signals.collect::<Result<_, _>>()?;
     let mut probed: Vec<Probed> = Vec::new();
-    for (pid, process) in loaded {
-        match process.probe() {
+    for ((pid, process), signals) in loaded.into_iter().zip(signals) {
+        match process.probe(signals) {
             Ok(process) => probed.push(process),
             Err(error) => passed_over(pid.get(), error),
         }

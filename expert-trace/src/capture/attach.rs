@@ -34,7 +34,8 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     let account = Caller::detect()?.account;
     let complete = match (arguments.pid, &arguments.library) {
         (Some(pid), _) => {
-            let mut process = Loaded::new(pid, &arguments, &account)?.probe()?;
+            let process = Loaded::new(pid, &arguments, &account)?;
+            let mut process = process.probe(Signals::listen()?)?;
             process.capture.start()?;
             process.capture.announce();
             process.trace(arguments.duration).await?
@@ -106,12 +107,8 @@ impl Loaded {
     }
 
     /// Sets the probes.
-    ///
-    /// To be called when all programs are loaded: a handler of signals disturbs that, because the kernel
-    /// breaks it off with EAGAIN.
-    pub(super) fn probe(self) -> anyhow::Result<Probed> {
+    pub(super) fn probe(self, signals: Signals) -> anyhow::Result<Probed> {
         let pid = self.start.pid;
-        let signals = Signals::listen()?;
         let mut capture = Capture::new(self.session, self.start, self.sinks)?;
         let main = &mut capture.targets.main;
         main.command = self.command;
@@ -193,14 +190,16 @@ impl Probed {
 }
 
 /// What ends a capture from outside.
-struct Signals {
+pub(super) struct Signals {
     interrupt: OwnSignal,
     terminate: OwnSignal,
     hangup: OwnSignal,
 }
 
 impl Signals {
-    fn listen() -> io::Result<Self> {
+    /// Waits for them from now on. Handlers disturb the loading of programs: the kernel breaks it off
+    /// with EAGAIN.
+    pub(super) fn listen() -> io::Result<Self> {
         Ok(Self {
             // A shell ignores it for its background jobs; who sends it all the same means it.
             interrupt: OwnSignal::listen(Signal::SIGINT)?,

@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output},
+    thread,
 };
 
 use expert_trace_tests::{
@@ -362,13 +363,16 @@ fn files_that_are_gone() {
 fn names_that_are_hard_to_read() {
     let directory = files();
     let at = |name: &str| directory.path().join(name);
-    for name in ["of two words", "line\nfeed", "not (deleted)"] {
+    let names = ["of two words", "line\nfeed", "not (deleted)"];
+    // All before any is run: a file that is open for writing, be it in a forked child, cannot be.
+    for name in names {
         for file in ["loader", "waiter", "lib.so"] {
-            // Of the program and of the library.
             let copy = at(&format!("{name} {file} {name}"));
             fs::copy(at(file), &copy).unwrap();
             symlink(&copy, at(&format!("link to {file} {name}"))).unwrap();
         }
+    }
+    let trace = &|name: &str| {
         let target = |program: &str, place: &str| {
             let mut target = Command::new(at(&format!("{place}{program} {name}")));
             target
@@ -380,7 +384,13 @@ fn names_that_are_hard_to_read() {
         assert_eq!(hook_files(&run(&target("loader", "link to "), 1)), library);
         let stats = attach(target("waiter", &format!("{name} ")), || ());
         assert_eq!(hook_files(&stats), library);
-    }
+    };
+    // Each spends most of its time on waiting for the kernel.
+    thread::scope(|scope| {
+        for name in names {
+            scope.spawn(move || trace(name));
+        }
+    });
 }
 
 /// Two builds of ggml in one process, from before and after its tensors changed.

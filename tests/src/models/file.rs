@@ -135,6 +135,14 @@ impl GgufFile {
         self.pair(key, 6, &value.to_le_bytes());
     }
 
+    pub fn u32s(&mut self, key: &str, values: &[u32]) {
+        let (array, u32_type) = (9, 4_u32);
+        let mut value = u32_type.to_le_bytes().to_vec();
+        value.extend((values.len() as u64).to_le_bytes());
+        value.extend(values.iter().flat_map(|n| n.to_le_bytes()));
+        self.pair(key, array, &value);
+    }
+
     pub fn bool(&mut self, key: &str, value: bool) {
         self.pair(key, 7, &[value.into()]);
     }

@@ -56,6 +56,11 @@ impl Model {
         }
     }
 
+    /// Adds a key of the architecture with one value for each layer.
+    pub fn of_layers(&mut self, key: &str, values: &[u32]) {
+        self.file.u32s(&self.key(key), values);
+    }
+
     pub fn f32(&mut self, key: &str, value: f32) {
         self.file.f32(&self.key(key), value);
     }

@@ -26,14 +26,20 @@ fn compare(name: &str, expected: &Shape) {
         &COMMANDS,
     );
 
-    let with_experts: Vec<u32> = expected.layers_with_experts().collect();
+    let with_experts = expected.layers_with_experts();
     let traced = stats.0["contexts"][0]["layers"].as_array().unwrap();
     let layers: Vec<_> = traced.iter().map(|layer| &layer["layer_id"]).collect();
     assert_eq!(layers, with_experts.iter().collect::<Vec<_>>());
-    for layer in traced {
+    for (layer, number) in traced.iter().zip(&with_experts) {
         assert_eq!(layer["n_expert"], expected.n_expert);
-        assert_eq!(layer["k"], expected.k);
+        assert_eq!(layer["k"], expected.k_of(*number));
+        assert_eq!(layer["coverage"], "observed");
     }
+    let context = &stats.0["contexts"][0];
+    assert_eq!(context["model"], 0);
+    // What only predicts further tokens has not run, and so is not missing.
+    assert_eq!(context["layers_not_visible"].to_string(), "[]");
+    assert_eq!(context["passes_not_visible"]["passes"], 0);
     assert_eq!(stats.0["models"][0]["n_expert"], expected.n_expert);
 
     for layer in 0..with_experts.len() - 1 {
@@ -57,6 +63,11 @@ fn deepseek2() {
 }
 
 #[test]
+fn gemma4() {
+    compare("gemma4", &Shape::GEMMA4);
+}
+
+#[test]
 fn gpt_oss_20b() {
     compare("gpt-oss-20b", &Shape::GPT_OSS_20B);
 }
@@ -69,6 +80,11 @@ fn gpt_oss_120b() {
 #[test]
 fn mixtral() {
     compare("mixtral", &Shape::MIXTRAL);
+}
+
+#[test]
+fn nemotron_h_moe() {
+    compare("nemotron-h-moe", &Shape::NEMOTRON_H_MOE);
 }
 
 #[test]

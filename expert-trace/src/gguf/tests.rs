@@ -215,8 +215,10 @@ fn malformed_headers_say_what_is_wrong() {
 
 #[test]
 fn shape_needs_router_and_experts_and_looks_at_all_shards() {
-    let shards = [
+    let mut shards = vec![
         moe()
+            .u32("split.no", 0)
+            .u32("split.count", 3)
             .u32("qwen3moe.nextn_predict_layers", 1)
             .u32("qwen3moe.expert_gating_func", 2)
             .u32("qwen3moe.expert_group_count", 4)
@@ -224,6 +226,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             .tensor("blk.1.ffn_gate_inp.weight", &[128, 8])
             .gguf(),
         Builder::default()
+            .u32("split.no", 1)
             .tensor("blk.1.ffn_gate_up_exps.weight", &[1])
             .tensor("blk.2.ffn_down_exps.weight", &[1])
             .tensor("blk.0.ffn_gate_inp.bias", &[8])
@@ -233,6 +236,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             .tensor("blk.2.ffn_gate_tid2eid.weight", &[1])
             .gguf(),
         Builder::default()
+            .u32("split.no", 2)
             .tensor("blk.2.ffn_gate_inp.weight", &[128, 8])
             .tensor("blk.9.ffn_gate_inp.weight", &[128, 8])
             .tensor("blk.9.ffn_up_exps.weight", &[1])
@@ -257,6 +261,26 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             chosen_by_token: [2].into(),
         }
     );
+
+    shards.swap(1, 2);
+    let error = ModelShape::from_ggufs(&shards).unwrap_err().to_string();
+    assert!(error.contains("split.no"), "{error}");
+    shards.pop();
+    let error = ModelShape::from_ggufs(&shards).unwrap_err().to_string();
+    assert!(error.contains("split.count"), "{error}");
+}
+
+#[test]
+fn nextn_blocks_are_the_last() {
+    let shape = |nextn| {
+        let gguf = moe().u32("qwen3moe.nextn_predict_layers", nextn).gguf();
+        ModelShape::from_ggufs(&[gguf])
+    };
+    let of = |nextn| shape(nextn).map(|shape| (shape.main_layers(), shape.first_nextn()));
+    assert_eq!(of(0).unwrap(), (3, None));
+    assert_eq!(of(1).unwrap(), (2, Some(2)));
+    assert_eq!(of(3).unwrap(), (0, Some(0)));
+    assert!(of(4).is_err());
 }
 
 #[test]

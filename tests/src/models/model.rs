@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use expert_trace::gguf::{Gguf, Value};
+use expert_trace::gguf::{Gguf, Value, shard_paths};
 
 use super::{
     file::{Data, GgufFile, Tensor},
@@ -94,12 +94,20 @@ impl Model {
         self.tensor("output.weight".to_owned(), &shape, data);
     }
 
-    /// Writes everything; random tensors take their draws from `rng` in the order of the file.
+    /// Writes everything; random tensors take their draws from `rng` in the order of the file. Where
+    /// `path` names a shard, all shards are written.
     pub fn write(mut self, path: &Path, rng: &mut Rng) -> Result<()> {
         self.vocabulary.copy(&mut self.file);
-        self.file
-            .write(path, rng)
-            .with_context(|| format!("write {}", path.display()))
+        let paths = shard_paths(path);
+        let files = match paths.len() {
+            1 => vec![self.file],
+            n => self.file.split(u16::try_from(n)?),
+        };
+        for (path, file) in paths.iter().zip(files) {
+            file.write(path, rng)
+                .with_context(|| format!("write {}", path.display()))?;
+        }
+        Ok(())
     }
 }
 

@@ -81,6 +81,21 @@ pub fn known_quantized() -> &'static Known {
     MODEL.get_or_init(|| known("known-quantized.gguf", ModelSpec::QUANTIZED))
 }
 
+/// 3 layers, 32 experts, top-4, in three files: the first without tensors, the second with the router of
+/// a layer whose experts are in the third.
+pub fn known_sharded(directory: &Path) -> Known {
+    let path = directory.join("m-00001-of-00003.gguf");
+    let spec = ModelSpec {
+        layers: 3,
+        ..ModelSpec::SMALL
+    };
+    Known {
+        expected: models::write_known_routing(&path, &llama().vocab, &spec).unwrap(),
+        path,
+        spec,
+    }
+}
+
 /// 4 layers, 128 experts, top-4.
 pub fn known_medium() -> &'static Known {
     static MODEL: OnceLock<Known> = OnceLock::new();

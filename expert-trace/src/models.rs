@@ -305,8 +305,8 @@ impl KnownModels {
                 });
             }
             Err((file, error)) => {
-                let file = printable(&file);
-                say!("warning: {file}: {error}; the model is not taken into account");
+                let (file, error) = (printable(&file), anyhow::Error::new(error));
+                say!("warning: {file}: {error:#}; the model is not taken into account");
             }
         }
     }
@@ -314,7 +314,35 @@ impl KnownModels {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::gguf::tests::{Builder, moe};
+
+    #[test]
+    fn a_model_needs_all_its_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let name = |no: u32| directory.path().join(format!("m-0000{no}-of-00003.gguf"));
+        let split = |builder: Builder, no| builder.u32("split.no", no).u32("split.count", 3);
+        let router = Builder::default().tensor("blk.2.ffn_gate_inp.weight", &[8]);
+        let experts = Builder::default().tensor("blk.2.ffn_up_exps.weight", &[8]);
+        for (no, builder) in (0..).zip([moe(), router, experts]) {
+            fs::write(name(no + 1), split(builder, no).bytes()).unwrap();
+        }
+        let command = ["llama-cli".into(), "-m".into(), name(1).into_os_string()];
+        let found = || {
+            let reach = Reach::of(std::process::id());
+            named(&command, None, directory.path(), reach.as_ref())
+        };
+        assert_eq!(found().into_files()[0].shape.moe_layers, [2]);
+        fs::rename(name(3), name(2)).unwrap();
+        assert!(found().is_empty(), "two files of three");
+        fs::copy(name(2), name(3)).unwrap();
+        assert!(
+            found().is_empty(),
+            "the third file in the place of the second"
+        );
+    }
 
     #[test]
     fn a_command_line_can_change_how_experts_are_chosen() {

@@ -9,7 +9,7 @@ fn str_bytes(s: &str) -> Vec<u8> {
 
 /// A GGUF file being put together.
 #[derive(Default)]
-struct Builder {
+pub struct Builder {
     n_kv: u64,
     kv: Vec<u8>,
     n_tensors: u64,
@@ -25,11 +25,11 @@ impl Builder {
         self
     }
 
-    fn u32(self, key: &str, value: u32) -> Self {
+    pub fn u32(self, key: &str, value: u32) -> Self {
         self.raw(key, 4, &value.to_le_bytes())
     }
 
-    fn string(self, key: &str, value: &str) -> Self {
+    pub fn string(self, key: &str, value: &str) -> Self {
         self.raw(key, 8, &str_bytes(value))
     }
 
@@ -38,7 +38,7 @@ impl Builder {
         self.raw(key, 9, &[&header, elements].concat())
     }
 
-    fn tensor(mut self, name: &str, shape: &[u64]) -> Self {
+    pub fn tensor(mut self, name: &str, shape: &[u64]) -> Self {
         self.n_tensors += 1;
         self.tensors.extend(str_bytes(name));
         self.tensors.extend((shape.len() as u32).to_le_bytes());
@@ -51,7 +51,7 @@ impl Builder {
     }
 
     /// The file up to the start of its tensor data.
-    fn bytes(self) -> Vec<u8> {
+    pub fn bytes(self) -> Vec<u8> {
         let mut out = b"GGUF\x03\0\0\0".to_vec();
         out.extend(self.n_tensors.to_le_bytes());
         out.extend(self.n_kv.to_le_bytes());
@@ -70,7 +70,8 @@ fn parse(bytes: &[u8]) -> Result<Gguf, GgufError> {
     Gguf::read(&mut Cursor::new(bytes))
 }
 
-fn moe() -> Builder {
+/// A model of three layers, without tensors.
+pub fn moe() -> Builder {
     Builder::default()
         .string("general.architecture", "qwen3moe")
         .string("general.name", "Test")

@@ -142,6 +142,11 @@ fn choice_mixtral() {
 }
 
 #[test]
+fn choice_nemotron_h_moe() {
+    choice_is_the_servers("nemotron-h-moe", &Shape::NEMOTRON_H_MOE);
+}
+
+#[test]
 fn choice_olmoe() {
     choice_is_the_servers("olmoe", &Shape::OLMOE);
 }

@@ -341,3 +341,40 @@ mod selection {
         ids
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_that_are_not_written_are_refused() {
+        for shape in [
+            Shape {
+                nextn: 1,
+                ..Shape::MIXTRAL
+            },
+            Shape {
+                nextn: 2,
+                ..Shape::QWEN3NEXT
+            },
+            Shape {
+                layers: 8,
+                ..Shape::NEMOTRON_H_MOE
+            },
+            Shape {
+                layers: 1,
+                ..Shape::DEEPSEEK2
+            },
+        ] {
+            assert!(shape.check().is_err(), "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn k_may_differ_by_layer() {
+        let ks = |shape: Shape| -> Vec<u32> { (0..shape.layers).map(|l| shape.k_of(l)).collect() };
+        assert_eq!(ks(Shape::DEEPSEEK2), [0, 6, 6, 6]);
+        assert_eq!(ks(Shape::NEMOTRON_H_MOE), [0, 2, 0, 6, 0, 3]);
+        assert_eq!(Shape::NEMOTRON_H_MOE.layers_with_experts(), [1, 3, 5]);
+    }
+}

@@ -51,9 +51,9 @@ pub const WRITER: Writer = Writer {
 
 /// Experts that are chosen in a layer; 0 in one without.
 pub fn k(index: u32) -> u32 {
-    match KINDS[index as usize] {
-        Kind::Experts(k) => k,
-        Kind::Mamba | Kind::Attention => 0,
+    match KINDS.get(index as usize) {
+        Some(Kind::Experts(k)) => *k,
+        _ => 0,
     }
 }
 

@@ -193,7 +193,8 @@ pub struct FileId {
 }
 
 impl FileId {
-    fn of(metadata: &Metadata) -> Self {
+    /// That of a file.
+    pub fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),

@@ -130,15 +130,28 @@ const OLDEST: (u32, u32) = (5, 17);
 /// # Errors
 /// Says what is missing.
 pub fn check(purpose: Purpose) -> Result<(), Unmet> {
+    match missing_capabilities(purpose).or_else(no_uprobes) {
+        Some(unmet) => Err(unmet),
+        None => Ok(()),
+    }
+}
+
+/// Capabilities that we lack.
+pub fn missing_capabilities(purpose: Purpose) -> Option<Unmet> {
     let missing = missing(purpose, effective(), uprobe_is_permitted);
-    if !missing.is_empty() {
-        return Err(Unmet::Capabilities { missing, purpose });
-    }
-    if Path::new(UPROBE).exists() {
-        Ok(())
-    } else {
-        Err(Unmet::Uprobes)
-    }
+    (!missing.is_empty()).then_some(Unmet::Capabilities { missing, purpose })
+}
+
+/// A kernel, or a place in it, without uprobes.
+pub fn no_uprobes() -> Option<Unmet> {
+    (!Path::new(UPROBE).exists()).then_some(Unmet::Uprobes)
+}
+
+/// The lockdown that is in force, which the kernel shows in brackets; none where it shows nothing.
+pub fn lockdown() -> Option<String> {
+    let modes = fs::read_to_string(LOCKDOWN).ok()?;
+    let (_, mode) = modes.split_once('[')?;
+    Some(mode.split_once(']')?.0.to_owned())
 }
 
 /// Whether we have a capability.
@@ -269,7 +282,8 @@ pub fn old_kernel() -> Option<Unmet> {
     (version(&release)? < OLDEST).then_some(Unmet::Kernel(release))
 }
 
-fn release() -> String {
+/// Release of the running kernel.
+pub fn release() -> String {
     let name = uname();
     name.map_or_else(
         |_| String::new(),

@@ -12,6 +12,7 @@ use crate::{
     caller::Caller,
     cli::Attach,
     diagnosis::{self, Untraceable},
+    doctor::{self, Subject},
     launch::{self, ThreadExit},
     model::End,
     probes::Plan,
@@ -35,6 +36,10 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
         router_on_cpu,
         recording,
     } = arguments;
+    if recording.dry_run {
+        let pid = pid.get();
+        return doctor::dry_run(&Subject::Process { pid, router_on_cpu }, None);
+    }
     requirements::check(Purpose::Attach)?;
     diagnosis::check_process(pid.get())?;
     let wanted = Wanted {

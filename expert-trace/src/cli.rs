@@ -90,7 +90,7 @@ Examples:
     sudo expert-trace doctor --pid 4242
 
   What can be probed in a program or a library, for a script?
-    sudo expert-trace doctor --binary /bin/sh --json";
+    sudo expert-trace doctor --binary /opt/llama/libggml-cpu.so --json";
 
 const DOCTOR_STATUS: &str = "\
 Exit status:

@@ -122,6 +122,8 @@ pub struct Facts<'a> {
     pub devices: &'a [String],
     /// The routes, in the order of [`Route::ALL`].
     pub routes: &'a [RouteReport],
+    /// Index of the model that the options are about; others, such as a draft model, have their own.
+    pub main_model: Option<usize>,
 }
 
 /// What is expected of the layers with experts of each model, those alike together.
@@ -129,10 +131,10 @@ pub fn expectations(models: &[ModelFile], facts: &Facts<'_>) -> Vec<Expectation>
     let mut expectations: Vec<Expectation> = Vec::new();
     for (model, ModelFile { shape, .. }) in models.iter().enumerate() {
         for layer in &shape.moe_layers {
-            let outlook = if model == 0 {
+            let outlook = if facts.main_model == Some(model) {
                 facts.outlook(*layer, shape)
             } else {
-                facts.outlook_of_draft()
+                facts.outlook_of_another()
             };
             let first_nextn = shape.layers.saturating_sub(shape.nextn_predict_layers);
             let of_layer = outlook.of(model, *layer, *layer < first_nextn);
@@ -325,8 +327,7 @@ impl Facts<'_> {
         outlook
     }
 
-    /// Another model than the first has options of its own.
-    fn outlook_of_draft(&self) -> Outlook {
+    fn outlook_of_another(&self) -> Outlook {
         if self.has_device() {
             Outlook::unknown(
                 "a further model, whose place other options decide",
@@ -396,6 +397,7 @@ mod tests {
         devices: Vec<String>,
         lacking: Vec<Route>,
         reads_logits: bool,
+        main_model: Option<usize>,
     }
 
     impl Setup {
@@ -405,6 +407,7 @@ mod tests {
                 devices: vec!["cuda".to_owned()],
                 lacking: Vec::new(),
                 reads_logits: false,
+                main_model: Some(0),
             }
         }
 
@@ -416,6 +419,7 @@ mod tests {
                 options: &options,
                 devices: &self.devices,
                 routes: &routes,
+                main_model: self.main_model,
             };
             expectations(&[model(self.shape.clone())], &facts)
                 .into_iter()
@@ -440,6 +444,8 @@ mod tests {
         assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         assert_eq!(Setup::gpu().expect("llama-cli -dev none"), by_router);
         assert_eq!(Setup::gpu().expect("llama-cli -ngl 0"), by_router);
+        setup.main_model = None;
+        assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         setup.lacking = vec![Route::Router];
         assert_eq!(setup.expect("llama-cli"), [(all(), No, vec!["router"])]);
     }
@@ -449,6 +455,14 @@ mod tests {
         let setup = Setup::gpu();
         assert_eq!(setup.expect("llama-cli -ngl 99"), [(all(), No, vec![])]);
         assert_eq!(setup.expect("llama-cli"), [(all(), CouldNotTell, vec![])]);
+        let draft = Setup {
+            main_model: None,
+            ..Setup::gpu()
+        };
+        assert_eq!(
+            draft.expect("llama-cli -ngl 0"),
+            [(all(), CouldNotTell, vec![])]
+        );
         assert_eq!(
             setup.expect("python3 -ngl 99"),
             [(all(), CouldNotTell, vec![])]

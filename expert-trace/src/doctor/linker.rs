@@ -287,20 +287,18 @@ mod tests {
         let own = Code::open(Path::new("/proc/self/exe")).unwrap();
         let found = closure(own, &Search::default());
         assert_eq!(found.missing, Vec::<OsString>::new());
-        let mut expected: Vec<PathBuf> = crate::target::mapped_files(std::process::id())
+        // Other tests may have had more of them loaded.
+        let mapped: Vec<PathBuf> = crate::target::mapped_files(std::process::id())
             .unwrap()
             .into_iter()
             .filter(|file| file.executable)
             .map(|file| file.path)
             .collect();
-        let mut paths: Vec<PathBuf> = found.files.into_iter().map(|of| of.path).collect();
-        // Named by the kernel, and needed by none.
-        let is_linker = |path: &PathBuf| path.to_string_lossy().contains("/ld-");
-        expected.retain(|path| !is_linker(path));
-        paths.retain(|path| !is_linker(path));
-        expected.sort();
-        paths.sort();
-        assert_eq!(paths, expected);
+        let paths: Vec<PathBuf> = found.files.into_iter().map(|of| of.path).collect();
+        assert!(paths.iter().all(|path| mapped.contains(path)), "{paths:?}");
+        let names = ["libc.so.6", "libgcc_s.so.1"];
+        let is_there = |name| paths.iter().any(|path| path.ends_with(name));
+        assert!(names.into_iter().all(is_there), "{paths:?}");
     }
 
     #[test]

@@ -181,6 +181,7 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         options: &survey.options,
         devices: &survey.devices(),
         routes: &routes,
+        main_model: survey.main_model(),
     };
     let expected = coverage::expectations(&survey.models, &facts);
     survey.check_coverage(&expected);

@@ -67,6 +67,8 @@ pub struct Survey {
     pub models: Vec<ModelFile>,
     /// What its command line says.
     pub options: Options,
+    /// First shard of the model that its command line or environment names.
+    named_model: Option<PathBuf>,
 }
 
 impl Survey {
@@ -82,6 +84,7 @@ impl Survey {
             eval_callback: false,
             models: Vec::new(),
             options,
+            named_model: None,
         }
     }
 
@@ -114,6 +117,17 @@ impl Survey {
             }
         }
         devices
+    }
+
+    /// Index of the model that the options are about.
+    pub fn main_model(&self) -> Option<usize> {
+        let named = self.named_model.as_ref().and_then(|path| path.file_name());
+        match self.models.as_slice() {
+            [_] => Some(0),
+            models => models
+                .iter()
+                .position(|model| named.is_some() && Path::new(&model.path).file_name() == named),
+        }
     }
 
     /// The probes, for the report: those in files that it certainly has, and others.
@@ -482,6 +496,8 @@ impl Survey {
         reach: Option<&Reach>,
     ) {
         self.models = found.into_files();
+        let named = target::model_argument(arguments).or(variable);
+        self.named_model = named.and_then(|name| shard_paths(Path::new(name)).into_iter().next());
         let check = match self
             .models
             .iter()

@@ -93,6 +93,10 @@ fn write_target(out: &mut impl Write, target: &Target) -> fmt::Result {
             &target.possible_hooks,
         )?;
     }
+    let nothing = target.hooks.is_empty() && target.possible_hooks.is_empty();
+    if nothing {
+        return Ok(());
+    }
     writeln!(out, "Routes:")?;
     for route in &target.routes {
         let answer = said(route.answer);

@@ -7,6 +7,7 @@ mod callback;
 mod cuda;
 mod cuda_standin;
 mod devices;
+mod doctor;
 mod errors;
 mod help;
 mod imatrix;

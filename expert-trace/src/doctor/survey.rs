@@ -320,19 +320,21 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
         library_path: environment.get("LD_LIBRARY_PATH").map(Into::into),
         preload: environment.get("LD_PRELOAD").map(Into::into),
     };
-    let closure = linker::closure(program, &search);
+    let mut closure = linker::closure(program, &search);
     let files = closure.files.len();
     for code in &closure.files {
         add_code(survey, code, Loaded::AtStart);
     }
     survey.certain = survey.plan.probes.len();
-    let has_llama_cpp = survey.plan.of_llama_cpp().is_some();
-    if has_llama_cpp && let Some(directory) = directory {
-        for path in backends(&directory) {
-            if let Ok(code) = Code::open(&path)
-                && !closure.files.iter().any(|known| known.is(&code))
-            {
+    if survey.plan.of_llama_cpp().is_some()
+        && let Some(directory) = directory
+    {
+        let backends = backends(&directory);
+        let backends = backends.iter().filter_map(|path| Code::open(path).ok());
+        for code in backends.flat_map(|code| linker::closure(code, &search).files) {
+            if !closure.files.iter().any(|known| known.is(&code)) {
                 add_code(survey, &code, Loaded::MayBeLoaded);
+                closure.files.push(code);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::Path,
     process::{Command, Output, Stdio},
 };
@@ -26,6 +26,7 @@ impl Answer {
     /// That of a command line to which the arguments are added.
     #[track_caller]
     fn of(mut command: Command, arguments: &[&str]) -> Answer {
+        tracer::without_sudo(&mut command);
         let output = command.args(["doctor", "--json"]).args(arguments);
         let output = output.stdin(Stdio::null()).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
@@ -57,9 +58,25 @@ impl Answer {
         Self::of(tracer::command().unwrap(), arguments)
     }
 
+    /// That to a question about files alone: without rights no probe is tried, which takes time.
+    #[track_caller]
+    fn to_files(arguments: &[&str]) -> Answer {
+        Self::of(with_capabilities(""), arguments)
+    }
+
     #[track_caller]
     fn to_command(command: &Command) -> Answer {
-        let mut doctor = tracer::command().unwrap();
+        Self::asked_by(tracer::command().unwrap(), command)
+    }
+
+    /// As [`Answer::to_files`].
+    #[track_caller]
+    fn to_files_of(command: &Command) -> Answer {
+        Self::asked_by(with_capabilities(""), command)
+    }
+
+    #[track_caller]
+    fn asked_by(mut doctor: Command, command: &Command) -> Answer {
         for (name, value) in command.get_envs() {
             doctor.env(name, value.unwrap());
         }
@@ -222,26 +239,57 @@ fn targets_that_cannot_be_traced() {
     let idle = Idle::plain();
     let answer = Answer::to(&["--pid", &idle.pid().to_string()]);
     answer.assert_check("functions", "no", &["is not llama.cpp"]);
-    let answer = Answer::to(&["--", "no-such-command"]);
+    let answer = Answer::to_files(&["--", "no-such-command"]);
     answer.assert_check("program", "no", &["command not found"]);
     let (_directory, foreign) = foreign_program();
-    let answer = Answer::to(&["--binary", foreign.to_str().unwrap()]);
+    let answer = Answer::to_files(&["--binary", foreign.to_str().unwrap()]);
     answer.assert_check("program", "no", &["Riscv64"]);
 
     let (_directory, program) = compile("standin.c", &["-static", "-s"]);
-    let answer = Answer::to(&["--binary", program.to_str().unwrap()]);
+    let answer = Answer::to_files(&["--binary", program.to_str().unwrap()]);
     answer.assert_check("functions", "no", &["contains llama.cpp without symbols"]);
     assert_eq!(answer.0["target"]["files"][0]["static"], true);
     assert_eq!(answer.0["target"]["files"][0]["stripped"], true);
 
-    let answer = Answer::to_command(&driver(dense(), &[]));
+    let answer = Answer::to_files_of(&driver(dense(), &[]));
     answer.assert_check("model", "no", &["the model is dense"]);
-    let answer = Answer::to_command(&driver(Path::new("/no/such.gguf"), &[]));
+    let answer = Answer::to_files_of(&driver(Path::new("/no/such.gguf"), &[]));
     answer.assert_check("model", "no", &["/no/such.gguf", "-m FILE"]);
     let mut unnamed = Command::new(llama().program("llama-completion"));
-    let answer = Answer::to_command(unnamed.args(["-p", "Hello"]));
+    let answer = Answer::to_files_of(unnamed.args(["-p", "Hello"]));
     answer.assert_check("model", "could_not_tell", &["-m FILE"]);
-    assert_eq!(answer.answer(), "could_not_tell");
+}
+
+/// A backend that lies beside the program: ggml loads it by itself, or not.
+#[test]
+fn what_may_be_loaded_is_told() {
+    let directory = scratch();
+    // With its links, which a copy of each file would make further libraries.
+    let mut copy = Command::new("cp");
+    copy.arg("-a").arg(llama().bin.join("."));
+    assert!(copy.arg(directory.path()).status().unwrap().success());
+    let cuda = directory.path().join("libggml-cuda.so");
+    symlink(prebuilt().cuda_libraries.join("libggml-cuda.so"), cuda).unwrap();
+    let program = directory.path().join("llama-completion");
+    let mut command = Command::new(&program);
+    command
+        .arg("-m")
+        .arg(&known_small().path)
+        .args(["-ngl", "99", "-cmoe"]);
+    let answer = Answer::to_files_of(&command);
+    let target = &answer.0["target"];
+    let mut files = target["files"].as_array().unwrap().iter();
+    let backend = files
+        .find(|file| file["loaded"] == "may_be_loaded")
+        .unwrap();
+    assert_eq!(backend["devices"], json!(["cuda"]), "{target:#}");
+    let hooks = target["possible_hooks"].as_array().unwrap();
+    let of_backend = |hook: &&Value| hook["file"] == backend["path"];
+    assert!(hooks.iter().filter(of_backend).count() >= 3, "{hooks:#?}");
+    // Found by CUDA's own functions, which are called by pointer.
+    let routes = json!(["split_input", "fetch"]);
+    assert_eq!(target["coverage"][0]["routes"], routes, "{target:#}");
+    assert_eq!(target["coverage"][0]["answer"], "yes", "{target:#}");
 }
 
 /// A prebuilt server with a Vulkan backend: what its options leave on the device.
@@ -252,7 +300,7 @@ fn what_stays_on_a_device_is_told() {
         let mut command = Command::new(server.join("llama-server"));
         command.env("LD_LIBRARY_PATH", server);
         command.arg("-m").arg(&known_small().path).args(options);
-        let answer = Answer::to_command(&command);
+        let answer = Answer::to_files_of(&command);
         let coverage = answer.0["target"]["coverage"].as_array().unwrap().clone();
         let told = coverage.iter().map(|of| {
             let fix = of["fix"].as_str().unwrap_or_default();

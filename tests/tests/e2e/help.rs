@@ -251,7 +251,7 @@ fn every_subcommand_starts_with_examples() {
         assert!(
             of_command
                 .iter()
-                .all(|line| line.contains(&format!("expert-trace {name} "))),
+                .all(|line| format!("{line} ").contains(&format!("expert-trace {name} "))),
             "{of_command:#?}"
         );
     }

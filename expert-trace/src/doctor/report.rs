@@ -207,7 +207,8 @@ pub enum Loaded {
     /// The dynamic linker loads it before the program begins.
     AtStart,
     /// The program may load it by itself.
-    MayBeLoaded,
+    #[serde(rename = "may_be_loaded")]
+    Perhaps,
 }
 
 /// A probe that would be set.

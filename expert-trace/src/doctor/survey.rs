@@ -333,7 +333,7 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
         let backends = backends.iter().filter_map(|path| Code::open(path).ok());
         for code in backends.flat_map(|code| linker::closure(code, &search).files) {
             if !closure.files.iter().any(|known| known.is(&code)) {
-                add_code(survey, &code, Loaded::MayBeLoaded);
+                add_code(survey, &code, Loaded::Perhaps);
                 closure.files.push(code);
             }
         }
@@ -350,8 +350,11 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
             .iter()
             .map(|name| printable(name.as_ref()))
             .collect();
-        let finding = format!("{shown} needs {}, which was not found", names.join(", "));
-        Check::no(PROGRAM, finding, "LD_LIBRARY_PATH=DIRECTORY expert-trace …")
+        let finding = format!(
+            "{shown} needs {}, which was not found, or may not be read",
+            names.join(", ")
+        );
+        Check::no(PROGRAM, finding, "name its directory in LD_LIBRARY_PATH")
     });
     survey.check_functions(|survey| without_functions(survey, &closure.files));
 }

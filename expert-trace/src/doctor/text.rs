@@ -121,7 +121,7 @@ fn write_target(out: &mut impl Write, target: &Target) -> fmt::Result {
 fn write_build(out: &mut impl Write, build: &Build) -> fmt::Result {
     let mut words = Vec::new();
     match build.loaded {
-        Loaded::MayBeLoaded => words.push("may be loaded".to_owned()),
+        Loaded::Perhaps => words.push("may be loaded".to_owned()),
         Loaded::Mapped | Loaded::AtStart => {}
     }
     if build.is_static {

@@ -329,7 +329,8 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
     if survey.plan.of_llama_cpp().is_some()
         && let Some(directory) = directory
     {
-        let backends = backends(&directory);
+        let mut backends = backends(&directory);
+        backends.extend(self::backends(Path::new(".")));
         let backends = backends.iter().filter_map(|path| Code::open(path).ok());
         for code in backends.flat_map(|code| linker::closure(code, &search).files) {
             if !closure.files.iter().any(|known| known.is(&code)) {
@@ -367,8 +368,8 @@ fn add_code(survey: &mut Survey, code: &Code, loaded: Loaded) {
     survey.add(&code.path, &code.anatomy, build_id, loaded);
 }
 
-/// Backends that ggml looks for beside the executable (`ggml_backend_load_best` in
-/// ggml/src/ggml-backend-reg.cpp), in the order of their names.
+/// Backends in a directory, in the order of their names. ggml looks for them beside the executable and in
+/// the current directory (`ggml_backend_load_best` in ggml/src/ggml-backend-reg.cpp).
 fn backends(directory: &Path) -> Vec<PathBuf> {
     let is_backend = |name: &OsStr| {
         let name = name.to_string_lossy();

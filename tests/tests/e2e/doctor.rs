@@ -251,6 +251,13 @@ fn targets_that_cannot_be_traced() {
     assert_eq!(answer.0["target"]["files"][0]["static"], true);
     assert_eq!(answer.0["target"]["files"][0]["stripped"], true);
 
+    // A program that is not llama.cpp, and may load it: nothing is expected of its model's layers.
+    let mut launcher = Command::new("/bin/sh");
+    launcher.arg("-m").arg(&known_small().path);
+    let answer = Answer::to_files_of(&launcher);
+    answer.assert_check("functions", "could_not_tell", &["--pid PID"]);
+    assert_eq!(answer.0["target"]["coverage"], json!([]));
+
     let answer = Answer::to_files_of(&driver(dense(), &[]));
     answer.assert_check("model", "no", &["the model is dense"]);
     let answer = Answer::to_files_of(&driver(Path::new("/no/such.gguf"), &[]));

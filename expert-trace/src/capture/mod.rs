@@ -27,7 +27,7 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
-    model::{BlindTime, Context, End, Model, Options},
+    model::{BlindTime, Context, End, Ends, Model, Options},
     probes::{Change, Hook, Plan, Probe},
     signals::OwnSignal,
     silence,
@@ -374,7 +374,7 @@ impl Capture {
                 .filter(|context| context.passes == 0 && context.excluded.is_empty())
                 .map(|context| stats::NotVisible {
                     pid: self.pid_of(context),
-                    count: context.not_visible(None),
+                    count: context.not_visible(Ends::default()),
                 })
                 .filter(|context| context.count.passes > 0)
                 .collect(),

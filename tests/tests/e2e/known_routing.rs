@@ -2,7 +2,10 @@
 
 use expert_trace_tests::tracer::count;
 
-use crate::support::{Known, Traced, compare_with_tokens, known_scaled, known_small, known_wide};
+use crate::support::{
+    Known, Traced, compare_with_tokens, known_llama, known_quantized, known_scaled, known_sharded,
+    known_small, known_wide, scratch,
+};
 
 fn compare(known: &Known, threads: &str, ubatch: &str) {
     let options = ["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch];
@@ -31,6 +34,17 @@ fn experts_with_scales() {
 }
 
 #[test]
+fn mixtral() {
+    compare(known_llama(), "2", "512");
+}
+
+/// The CPU backend stores such weights in another order, and multiplies with them by other functions.
+#[test]
+fn repacked_experts() {
+    compare(known_quantized(), "2", "512");
+}
+
+#[test]
 fn wide_one_thread() {
     compare(known_wide(), "1", "512");
 }
@@ -38,6 +52,17 @@ fn wide_one_thread() {
 #[test]
 fn wide_two_threads() {
     compare(known_wide(), "2", "512");
+}
+
+#[test]
+fn a_model_of_three_files() {
+    let directory = scratch();
+    let known = known_sharded(directory.path());
+    let stats = compare_with_tokens(&known, &["-t", "2", "-c", "4096", "-b", "2048"]);
+    let model = &stats.0["models"][0];
+    assert_eq!(model["path"], known.path.to_string_lossy().as_ref());
+    assert_eq!(model["moe_layers"].to_string(), "[0,1,2]");
+    assert_eq!(stats.0["models"].as_array().map(Vec::len), Some(1));
 }
 
 /// Several sequences in one pass, and threads that come and go.

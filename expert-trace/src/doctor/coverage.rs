@@ -136,8 +136,7 @@ pub fn expectations(models: &[ModelFile], facts: &Facts<'_>) -> Vec<Expectation>
             } else {
                 facts.outlook_of_another()
             };
-            let first_nextn = shape.layers.saturating_sub(shape.nextn_predict_layers);
-            let of_layer = outlook.of(model, *layer, *layer < first_nextn);
+            let of_layer = outlook.of(model, *layer, *layer < shape.main_layers());
             let alike = expectations.iter_mut().find(|known| {
                 let layers = known.layers.clone();
                 **known

@@ -605,7 +605,7 @@ fn without_model(arguments: &[OsString], variable: Option<&OsStr>, reach: Option
     let why = match opened {
         Err(error) => error.to_string(),
         Ok(file) if !is_gguf(&file) => "is no GGUF file".to_owned(),
-        Ok(_) => "its header, or one of its shards, cannot be read".to_owned(),
+        Ok(_) => "its header, or one of its files, cannot be read, as the warning says".to_owned(),
     };
     Check::no(MODEL, format!("{}: {why}", printable(name)), NAME_IT)
 }

@@ -1,7 +1,7 @@
 //! Would it work, and how: the machine, what we may do on it, and what would be probed in a target.
 //!
-//! Facts are gathered at the edges ([`machine`], [`trial`], [`survey`]), judged by plain functions
-//! ([`coverage`], [`placement`]), and told by one writer each for people and for programs. `doctor` and
+//! Facts are gathered at the edges (`machine`, `trial`, `survey`), judged by plain functions
+//! (`coverage`, `placement`), and told by one writer each for people and for programs. `doctor` and
 //! the `--dry-run` of `run` and `attach` are the same.
 
 mod coverage;

@@ -82,6 +82,26 @@ Examples:
     sudo expert-trace attach --all --library bin/libggml-cpu.so -d 30s \\
       -o stats-%p.json";
 
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  Can this machine trace, and may I?
+    sudo expert-trace doctor
+
+  How would a program be traced, and which layers would be seen?
+    sudo expert-trace doctor -- llama-cli -m model.gguf -p \"Hello\"
+
+  The same of a running process:
+    sudo expert-trace doctor --pid 4242
+
+  What can be probed in a program or a library, for a script?
+    sudo expert-trace doctor --binary /opt/llama/libggml-cpu.so --json";
+
+const DOCTOR_STATUS: &str = "\
+Exit status:
+  0  Yes
+  1  No: the lines that say `no` are followed by what it needs
+  2  Could not tell: the lines that say so are followed by how to find out";
+
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
   Bash, in this shell (or as a line of ~/.bashrc):
@@ -111,6 +131,9 @@ pub enum Command {
     /// Trace a running process until Ctrl-C, --duration, or its end; it goes on unharmed
     #[command(before_help = ATTACH_EXAMPLES)]
     Attach(Attach),
+    /// Say whether it would work, with which probes, and what would be seen; nothing is started or traced
+    #[command(before_help = DOCTOR_EXAMPLES, after_help = DOCTOR_STATUS)]
+    Doctor(Doctor),
     /// Print a script that completes expert-trace's arguments in a shell
     #[command(before_help = COMPLETIONS_EXAMPLES)]
     Completions(Completions),
@@ -171,6 +194,23 @@ pub struct Attach {
     pub recording: Recording,
 }
 
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// A process, as attach would trace it
+    #[arg(short, long, value_name = "PID", conflicts_with_all = ["binary", "command"])]
+    pub pid: Option<NonZeroU32>,
+    /// A program or a library
+    #[arg(long, value_name = "PATH", conflicts_with = "command")]
+    pub binary: Option<PathBuf>,
+    /// Write the answer as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// A program and its arguments, as run would start it
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
 /// Arguments of `completions`.
 #[derive(Debug, Args)]
 pub struct Completions {
@@ -215,6 +255,9 @@ pub struct Recording {
     /// Exit with status 3 when the program succeeded but the capture is incomplete
     #[arg(long)]
     pub strict: bool,
+    /// Say what would be traced, and how, as doctor does; start and trace nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// Count warm-up passes too
     #[arg(long)]
     pub include_warmup: bool,

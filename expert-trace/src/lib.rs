@@ -19,6 +19,7 @@
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
 /// Says a line to the user, on stderr. A terminal that is gone, or a full disk, is no reason to stop,
@@ -37,6 +38,7 @@ pub mod capture;
 pub mod cli;
 pub mod decode;
 pub mod diagnosis;
+pub mod doctor;
 pub mod export;
 pub mod gate;
 pub mod gguf;

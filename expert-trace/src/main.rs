@@ -7,7 +7,7 @@ use clap::Parser as _;
 use expert_trace::{
     capture,
     cli::{Cli, Command},
-    export,
+    doctor, export,
     launch::LaunchError,
     say,
 };
@@ -40,6 +40,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Run(arguments) => block_on(capture::run(arguments)),
         Command::Attach(arguments) => block_on(capture::attach(arguments)),
+        Command::Doctor(arguments) => doctor::doctor(&arguments),
         Command::Completions(completions) => match completions.write(&mut io::stdout()) {
             // Whoever reads has read enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),

@@ -137,20 +137,39 @@ const OLDEST: (u32, u32) = (5, 17);
 /// # Errors
 /// Says what is missing.
 pub fn check(purpose: Purpose) -> Result<(), Unmet> {
+    let unmet = missing_capabilities(purpose)
+        .or_else(no_uprobes)
+        .or_else(foreign_proc);
+    match unmet {
+        Some(unmet) => Err(unmet),
+        None => Ok(()),
+    }
+}
+
+/// Capabilities that we lack.
+pub fn missing_capabilities(purpose: Purpose) -> Option<Unmet> {
     let missing = missing(purpose, effective(), uprobe_is_permitted);
-    if !missing.is_empty() {
-        return Err(Unmet::Capabilities { missing, purpose });
-    }
-    if !Path::new(UPROBE).exists() {
-        return Err(Unmet::Uprobes);
-    }
+    (!missing.is_empty()).then_some(Unmet::Capabilities { missing, purpose })
+}
+
+/// A kernel, or a place in it, without uprobes.
+pub fn no_uprobes() -> Option<Unmet> {
+    (!Path::new(UPROBE).exists()).then_some(Unmet::Uprobes)
+}
+
+/// A `/proc` that tells of other processes than those that have our numbers.
+pub fn foreign_proc() -> Option<Unmet> {
     // Where there is none at all, other messages say what it was needed for.
     let own = fs::read_link("/proc/self").unwrap_or_default();
     let is_ours = own.as_os_str() == std::process::id().to_string().as_str();
-    if !is_ours && Path::new("/proc/version").exists() {
-        return Err(Unmet::Proc);
-    }
-    Ok(())
+    (!is_ours && Path::new("/proc/version").exists()).then_some(Unmet::Proc)
+}
+
+/// The lockdown that is in force, which the kernel shows in brackets; none where it shows nothing.
+pub fn lockdown() -> Option<String> {
+    let modes = fs::read_to_string(LOCKDOWN).ok()?;
+    let (_, mode) = modes.split_once('[')?;
+    Some(mode.split_once(']')?.0.to_owned())
 }
 
 /// Whether we have a capability.
@@ -281,7 +300,8 @@ pub fn old_kernel() -> Option<Unmet> {
     (version(&release)? < OLDEST).then_some(Unmet::Kernel(release))
 }
 
-fn release() -> String {
+/// Release of the running kernel.
+pub fn release() -> String {
     let name = uname();
     name.map_or_else(
         |_| String::new(),

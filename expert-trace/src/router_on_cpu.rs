@@ -82,6 +82,12 @@ pub fn insertion(command: &[OsString]) -> Option<Insertion> {
     }
 }
 
+/// Whether a program is one of llama.cpp's that take the options of common/arg.cpp.
+pub fn takes_common_options(program: &OsStr) -> bool {
+    let name = Path::new(program).file_name().and_then(OsStr::to_str);
+    name.is_some_and(|name| name == "llama" || PROGRAMS.contains(&name))
+}
+
 fn is_setting(argument: &OsStr) -> bool {
     let settings = ["-ot", "--override-tensor", "-nopo", "--no-op-offload"];
     settings.iter().any(|setting| argument == *setting)

@@ -1,6 +1,6 @@
 //! Why no expert was counted, as far as can be told from outside.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     diagnosis,
@@ -56,15 +56,26 @@ pub fn reason(stats: &Stats) -> String {
     .reason()
 }
 
+/// Says of a file that it has llama.cpp in it, and nothing to find its functions by.
+pub fn without_symbols(file: &Path) -> String {
+    let file = printable(file);
+    format!("{file} contains llama.cpp without symbols (a stripped static build)")
+}
+
+/// Says of a model that it has no experts.
+pub fn dense(model: &ModelFile) -> String {
+    let path = printable(model.path.as_ref());
+    format!("the model is dense: {path} has no MoE layer")
+}
+
 impl Facts<'_> {
     fn reason(&self) -> String {
         if self.left_out {
             "all passes were left out".to_owned()
         } else if let Some(exe) = &self.stripped {
             format!(
-                "{} contains llama.cpp without symbols (a stripped static build); use an unstripped \
-                 build, or one with shared libraries",
-                printable(exe)
+                "{}; use an unstripped build, or one with shared libraries",
+                without_symbols(exe)
             )
         } else if !self.has_library {
             "the process loaded no library that defines ggml_compute_forward_get_rows".to_owned()
@@ -109,9 +120,7 @@ impl Facts<'_> {
             Some(model) => {
                 let path = printable(model.path.as_ref());
                 match model.shape.moe_layers.len() {
-                    0 => format!(
-                        "tokens were decoded, but the model is dense: {path} has no MoE layer"
-                    ),
+                    0 => format!("tokens were decoded, but {}", dense(model)),
                     layers => format!(
                         "MoE layers are not visible: {path} has {layers} MoE layers, and none of \
                          their routing ran on the CPU (the router is on a GPU or another device); \

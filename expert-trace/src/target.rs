@@ -20,7 +20,7 @@ use nix::{
     unistd::{Gid, Uid},
 };
 
-use crate::caller::Account;
+use crate::caller::{Account, Environment};
 
 /// One file mapped by a process, by its first mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -265,6 +265,18 @@ impl Reach {
         })
     }
 
+    /// That of a process that this account starts from here.
+    ///
+    /// # Errors
+    /// When our own place cannot be opened.
+    pub fn of_account(account: Account) -> io::Result<Self> {
+        Ok(Self {
+            account,
+            root: open_place(Path::new("/"))?,
+            directory: open_place(Path::new("."))?,
+        })
+    }
+
     /// Opens a regular file by the name that the process has for it, if the process could read it.
     /// Who names a file has not shown that; we could read any.
     ///
@@ -310,6 +322,11 @@ pub fn variable(pid: u32, name: &str) -> Option<OsString> {
         let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         Some(OsString::from_vec(value.to_vec()))
     })
+}
+
+/// The environment a process was started with; empty when we may not look.
+pub fn environment(pid: u32) -> Environment {
+    Environment::parse(&fs::read(format!("/proc/{pid}/environ")).unwrap_or_default())
 }
 
 /// A path of the target's choosing, fit for a terminal: control characters replaced.

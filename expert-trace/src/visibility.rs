@@ -33,6 +33,10 @@ pub struct NotVisible {
     pub remedy: String,
 }
 
+/// What brings routing from a device to the host.
+pub const OFF_THE_DEVICE: &str =
+    "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)";
+
 /// Why something was not seen, in a capture in which something was not.
 pub fn explain(stats: &Stats) -> NotVisible {
     of_hooks(&stats.target.hooks, stats.integrity.logits.refused > 0)
@@ -51,7 +55,7 @@ fn of_hooks(hooks: &[HookStats], logits_refused: bool) -> NotVisible {
         "get the routers' weights onto the CPU: look for an --override-tensor of your own, or for a \
          draft model, which has options of its own (--override-tensor-draft)"
     } else {
-        "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)"
+        OFF_THE_DEVICE
     };
     let never_entered: Vec<&str> = [Hook::ExpertIds, Hook::Split]
         .into_iter()

@@ -101,7 +101,7 @@ pub async fn trace(library: &Path, arguments: &Attach, account: &Account) -> any
     Ok(all_seen)
 }
 
-fn users_of(library: &Path) -> anyhow::Result<Users> {
+pub(super) fn users_of(library: &Path) -> anyhow::Result<Users> {
     let shown = printable(library);
     let file = open_regular(library).with_context(|| format!("cannot read {shown}"))?;
     let mut plan = Plan::default();

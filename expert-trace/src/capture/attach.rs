@@ -12,6 +12,7 @@ use crate::{
     caller::{Account, Caller},
     cli::{Attach, Recording},
     diagnosis::{self, Untraceable},
+    doctor::{self, Answer, Subject},
     launch::{self, ThreadExit},
     model::End,
     probes::Plan,
@@ -30,6 +31,9 @@ const INCOMPLETE: u8 = 3;
 /// # Errors
 /// When a process cannot be traced, or a result cannot be written.
 pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
+    if arguments.recording.dry_run {
+        return dry_run(&arguments);
+    }
     requirements::check(Purpose::Attach)?;
     let account = Caller::detect()?.account;
     let complete = match (arguments.pid, &arguments.library) {
@@ -48,6 +52,23 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
     } else {
         0
     })
+}
+
+/// Tells what would be done with each process. Gives the worst of their exit statuses.
+fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
+    let pids = match (arguments.pid, &arguments.library) {
+        (None, Some(library)) => all::users_of(library)?.pids,
+        (pid, _) => pid.into_iter().collect(),
+    };
+    let mut worst = Answer::Yes;
+    for pid in pids {
+        let subject = Subject::Process {
+            pid: pid.get(),
+            router_on_cpu: arguments.router_on_cpu,
+        };
+        worst = Answer::worst([worst, doctor::dry_run(&subject, None)?]);
+    }
+    Ok(worst.exit_status())
 }
 
 /// What is wanted of each process.

@@ -1,6 +1,6 @@
 //! Starting a program and tracing it, and all that it forks, to its end.
 
-use std::{io, num::NonZeroU32};
+use std::{ffi::OsString, io, num::NonZeroU32};
 
 use anyhow::Context as _;
 use nix::{
@@ -20,16 +20,20 @@ use crate::{
     attach::{Scope, Session},
     caller::Caller,
     cli::Run,
+    doctor::{self, Subject},
     gate::{Arrival, Gate, Next},
     launch::{self, Program, Suspended},
     model::End,
     probes::Plan,
     requirements::{self, Purpose},
-    router_on_cpu,
+    router_on_cpu::{self, Insertion},
     signals::OwnSignal,
     target,
     variables::{self, Decision, Flags},
 };
+
+/// Why nothing would be recorded.
+const UNTRACED: &str = "the variables ask for nothing: the program would run untraced";
 
 /// What `--strict` makes of an incomplete capture of a program that succeeded.
 const INCOMPLETE: u8 = 3;
@@ -57,7 +61,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     if let Some(warning) = warning {
         say!("warning: {warning}");
     }
-    if let Decision::Traced { .. } = decision {
+    if let Decision::Traced { .. } = decision
+        && !recording.dry_run
+    {
         let purpose = if geteuid() == account.uid {
             Purpose::Run
         } else {
@@ -65,8 +71,6 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         };
         requirements::check(purpose)?;
     }
-    let path = account
-        .with_rights(|| Ok(launch::find(&arguments.command[0], environment.get("PATH"))))??;
     let mut command = arguments.command.clone();
     let inserted = arguments
         .router_on_cpu
@@ -81,6 +85,21 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         }
         environment.set(router_on_cpu::NO_FUSION_VARIABLE, "1");
     }
+    let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
+    let logits =
+        arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable);
+    if recording.dry_run {
+        say_what_is_added(inserted.as_ref(), &command);
+        let subject = Subject::Command(doctor::Command {
+            arguments: &command,
+            environment: &environment,
+            account: &account,
+            reads_logits: logits,
+        });
+        let untraced = (decision == Decision::Untraced).then_some(UNTRACED);
+        return Ok(doctor::dry_run(&subject, untraced)?.exit_status());
+    }
+    let path = account.with_rights(|| Ok(launch::find(&command[0], environment.get("PATH"))))??;
     let program = Program {
         path: &path,
         arguments: &command,
@@ -95,11 +114,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     if let Some(notice) = &caller.notice {
         say!("{notice}");
     }
-    match &inserted {
-        Some(Some(insertion)) => say!("{}", router_on_cpu::added(insertion)),
-        Some(None) => say!("{}", router_on_cpu::equivalent(&command[0])),
-        None => {}
-    }
+    say_what_is_added(inserted.as_ref(), &command);
     let open = |pid| Sinks::open(&wanted, &arguments.recording, &caller.account, pid);
     // A name with the process in it has to wait for the process, which does not begin before us.
     let sinks = match wanted.names_process(&arguments.recording) {
@@ -108,9 +123,6 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     };
 
     let follow = !arguments.no_follow;
-    let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
-    let logits =
-        arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable);
     let buffer_size = arguments.recording.ring_bytes(logits);
     // What sees the fork must be there before it.
     let session = Session::load(buffer_size, Scope::FirstChild { forks: follow })?;
@@ -205,6 +217,16 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     } else {
         status
     })
+}
+
+/// Says what `--router-on-cpu` does to a command: nothing without it, and nothing to a program that does
+/// not take llama.cpp's options.
+fn say_what_is_added(inserted: Option<&Option<Insertion>>, command: &[OsString]) {
+    match inserted {
+        Some(Some(insertion)) => say!("{}", router_on_cpu::added(insertion)),
+        Some(None) => say!("{}", router_on_cpu::equivalent(&command[0])),
+        None => {}
+    }
 }
 
 /// Waits until somebody is at the gate; forever when there is none any more.

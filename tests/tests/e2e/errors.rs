@@ -30,7 +30,7 @@ use crate::{
 const TRACER_FAILED: i32 = 125;
 
 /// A process that ends when it is dropped.
-struct Idle {
+pub struct Idle {
     child: Child,
     stdin: Option<ChildStdin>,
     /// Another of its threads.
@@ -55,11 +55,11 @@ impl Idle {
         }
     }
 
-    fn plain() -> Self {
+    pub fn plain() -> Self {
         Self::start(Command::new(idle()))
     }
 
-    fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 }
@@ -72,7 +72,7 @@ impl Drop for Idle {
 }
 
 /// A program that is nothing like llama.cpp.
-fn idle() -> &'static Path {
+pub fn idle() -> &'static Path {
     static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, program) = PROGRAM.get_or_init(|| compile_idle(&[]));
     program
@@ -87,7 +87,7 @@ fn compile_idle(flags: &[&str]) -> (TempDir, PathBuf) {
 }
 
 /// Makes bpf(2) fail.
-fn nobpf() -> &'static Path {
+pub fn nobpf() -> &'static Path {
     static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, program) = PROGRAM.get_or_init(|| compile("nobpf.c", &[]));
     program
@@ -98,14 +98,14 @@ fn expert_trace() -> Command {
 }
 
 /// `PROGRAM ARGUMENTS expert-trace`.
-fn under<S: AsRef<OsStr>>(program: S, arguments: &[&str]) -> Command {
+pub fn under<S: AsRef<OsStr>>(program: S, arguments: &[&str]) -> Command {
     let mut command = Command::new(program);
     command.args(arguments).arg(tracer::program().unwrap());
     command
 }
 
 /// With these capabilities alone (`+sys_admin,+setuid`), still as root.
-fn with_capabilities(capabilities: &str) -> Command {
+pub fn with_capabilities(capabilities: &str) -> Command {
     let set = format!("--bounding-set=-all{capabilities}");
     under("setpriv", &[&set, "--inh-caps=-all"])
 }
@@ -350,7 +350,7 @@ fn llama_cpp_without_its_backend() {
 }
 
 /// A program for RISC-V, as far as its header goes.
-fn foreign_program() -> (TempDir, PathBuf) {
+pub fn foreign_program() -> (TempDir, PathBuf) {
     let directory = scratch();
     let path = directory.path().join("foreign");
     let mut header = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xf3\0\x01\0\0\0".to_vec();
@@ -508,7 +508,7 @@ fn a_kernel_that_refuses_bpf() {
 }
 
 /// Numbers of include/uapi/asm-generic/errno-base.h and errno.h.
-fn errno(name: &str) -> &'static str {
+pub fn errno(name: &str) -> &'static str {
     match name {
         "EPERM" => "1",
         "EINVAL" => "22",

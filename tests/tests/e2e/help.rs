@@ -256,13 +256,13 @@ fn every_subcommand_starts_with_examples() {
         .filter(|name| *name != "help")
         .collect();
     // Each of them is a test below.
-    assert_eq!(names, ["run", "attach", "completions"], "{all}");
+    assert_eq!(names, ["run", "attach", "doctor", "completions"], "{all}");
     for name in names {
         let of_command = examples(&help(&[name]));
         assert!(
             of_command
                 .iter()
-                .all(|line| line.contains(&format!("expert-trace {name} "))),
+                .all(|line| format!("{line} ").contains(&format!("expert-trace {name} "))),
             "{of_command:#?}"
         );
     }
@@ -287,6 +287,26 @@ fn examples_of_attach_work() {
     examples(&help(&["attach"]))
         .iter()
         .for_each(|line| run_example(line));
+}
+
+#[test]
+fn examples_of_doctor_work() {
+    let world = World::get();
+    let target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    for example in examples(&help(&["doctor"])) {
+        let line = example
+            .replacen("sudo ", "exec env ", 1)
+            .replace("4242", &target.pid().to_string())
+            .replace("/opt/llama", &llama().bin.to_string_lossy());
+        let output = world.bash(&line).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        let answer = String::from_utf8(output.stdout).unwrap();
+        match example.contains("--json") {
+            true => assert!(answer.contains("\"answer\": \"yes\""), "{answer}"),
+            false => assert!(answer.ends_with("\nAnswer: yes\n"), "{answer}"),
+        }
+    }
+    assert!(target.quit().unwrap().success());
 }
 
 #[test]
@@ -355,7 +375,7 @@ fn bash_completes() {
     );
 
     let commands = offered(&script, &[""]);
-    for command in ["run", "attach", "completions"] {
+    for command in ["run", "attach", "doctor", "completions"] {
         assert!(
             commands.iter().any(|offer| offer == command),
             "{commands:?}"

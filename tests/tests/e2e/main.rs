@@ -8,6 +8,7 @@ mod callback;
 mod cuda;
 mod cuda_standin;
 mod devices;
+mod doctor;
 mod environments;
 mod errors;
 mod help;

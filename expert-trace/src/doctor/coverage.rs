@@ -1,0 +1,560 @@
+//! Which routes the probes of a plan can serve, and which layers are expected to be seen by them. Pure.
+
+use expert_trace_common::Route;
+use serde::Serialize;
+
+use super::{
+    placement::{Options, Place},
+    report::Answer,
+};
+use crate::{
+    gguf::ModelShape,
+    probes::{Hook, Probe},
+    stats::{ModelFile, route_name},
+    visibility::OFF_THE_DEVICE,
+};
+
+/// Whether a route can be served.
+#[derive(Clone, Debug, Serialize)]
+pub struct RouteReport {
+    /// Its name, as in the counts' document.
+    pub route: &'static str,
+    /// Whether its hooks were found, and are known to be called in every build.
+    pub answer: Answer,
+    /// What it needs.
+    pub hooks: &'static [Hook],
+    /// Why it can, or what is missing.
+    pub finding: String,
+}
+
+/// Hooks without which a route shows nothing.
+const fn needs(route: Route) -> &'static [Hook] {
+    match route {
+        Route::Router => &[Hook::ExpertIds],
+        Route::SplitInput => &[Hook::Split],
+        Route::Fetch => &[Hook::Fetch, Hook::WeightsFollow],
+        Route::DeviceCopy => &[Hook::DeviceMulMatId, Hook::DeviceMemcpy],
+        Route::Logits => &[Hook::Split, Hook::SplitDone],
+    }
+}
+
+/// What a route shows.
+const fn shows(route: Route) -> &'static str {
+    match route {
+        Route::Router => "ids of routers on the CPU",
+        Route::SplitInput => "ids that a device has chosen for experts on the CPU",
+        Route::Fetch => "ids by which the scheduler streams experts to a device (prompts)",
+        Route::DeviceCopy => "ids that CUDA copies to the host for itself",
+        Route::Logits => "choices made from router logits on the CPU",
+    }
+}
+
+/// Whether each route can be served by these probes, in the order of [`Route::ALL`].
+pub fn routes(probes: &[&Probe], reads_logits: bool) -> Vec<RouteReport> {
+    Route::ALL
+        .into_iter()
+        .map(|route| {
+            let (answer, finding) = judge(route, probes, reads_logits);
+            RouteReport {
+                route: route_name(route),
+                answer,
+                hooks: needs(route),
+                finding: format!("{}: {finding}", shows(route)),
+            }
+        })
+        .collect()
+}
+
+fn judge(route: Route, probes: &[&Probe], reads_logits: bool) -> (Answer, String) {
+    if route == Route::Logits && !reads_logits {
+        let text = "takes --router-on-cpu, and then one more probe, on the return of \
+                    ggml_graph_compute";
+        return (Answer::No, text.to_owned());
+    }
+    let found = |hook: Hook| probes.iter().any(|probe| probe.hook == hook);
+    let missing: Vec<&str> = needs(route)
+        .iter()
+        .filter(|hook| !found(**hook))
+        .map(|hook| hook.symbols()[0])
+        .collect();
+    if !missing.is_empty() {
+        return (Answer::No, format!("no {} was found", missing.join(", ")));
+    }
+    // ggml-backend's own functions can be part of their callers, where a device's are called by
+    // pointer.
+    let of_api = |hook: Hook| {
+        let mut of_hook = probes.iter().filter(|probe| probe.hook == hook);
+        of_hook.all(|probe| probe.symbol == hook.symbols()[0])
+    };
+    if route == Route::Fetch && needs(route).iter().any(|hook| of_api(*hook)) {
+        let text = "compilers can put ggml_backend_tensor_get_async and …_set_async into their \
+                    callers, where nothing hits the probes";
+        return (Answer::CouldNotTell, text.to_owned());
+    }
+    (Answer::Yes, "the functions were found".to_owned())
+}
+
+/// What is expected of layers of a model.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Expectation {
+    /// Index of the model.
+    pub model: usize,
+    /// The layers, ascending.
+    pub layers: Vec<u32>,
+    /// Whether all of their routing will be seen.
+    pub answer: Answer,
+    /// Routes by which it is expected.
+    pub routes: Vec<&'static str>,
+    /// Why.
+    pub finding: String,
+    /// What to change; none where all is seen.
+    pub fix: Option<String>,
+    /// Whether the layers run without being asked for; those for multi-token prediction do not.
+    pub always_run: bool,
+}
+
+/// What is known of a target.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    /// Its command line's options.
+    pub options: &'a Options,
+    /// Device backends it has, or may load.
+    pub devices: &'a [String],
+    /// The routes, in the order of [`Route::ALL`].
+    pub routes: &'a [RouteReport],
+    /// Index of the model that the options are about; others, such as a draft model, have their own.
+    pub main_model: Option<usize>,
+}
+
+/// What is expected of the layers with experts of each model, those alike together.
+pub fn expectations(models: &[ModelFile], facts: &Facts<'_>) -> Vec<Expectation> {
+    let mut expectations: Vec<Expectation> = Vec::new();
+    for (model, ModelFile { shape, .. }) in models.iter().enumerate() {
+        for layer in &shape.moe_layers {
+            let outlook = if facts.main_model == Some(model) {
+                facts.outlook(*layer, shape)
+            } else {
+                facts.outlook_of_another()
+            };
+            let of_layer = outlook.of(model, *layer, *layer < shape.main_layers());
+            let alike = expectations.iter_mut().find(|known| {
+                let layers = known.layers.clone();
+                **known
+                    == Expectation {
+                        layers,
+                        ..of_layer.clone()
+                    }
+            });
+            match alike {
+                Some(known) => known.layers.push(*layer),
+                None => expectations.push(of_layer),
+            }
+        }
+    }
+    expectations
+}
+
+/// What is expected of one layer.
+struct Outlook {
+    answer: Answer,
+    routes: Vec<Route>,
+    finding: String,
+    fix: Option<String>,
+}
+
+impl Outlook {
+    fn of(self, model: usize, layer: u32, always_run: bool) -> Expectation {
+        Expectation {
+            model,
+            layers: vec![layer],
+            answer: self.answer,
+            routes: self.routes.into_iter().map(route_name).collect(),
+            finding: self.finding,
+            fix: self.fix,
+            always_run,
+        }
+    }
+
+    fn unknown(finding: &str, fix: &str) -> Self {
+        Self {
+            answer: Answer::CouldNotTell,
+            routes: Vec::new(),
+            finding: finding.to_owned(),
+            fix: Some(fix.to_owned()),
+        }
+    }
+
+    fn hidden(finding: String, fix: &str) -> Self {
+        Self {
+            answer: Answer::No,
+            routes: Vec::new(),
+            finding,
+            fix: Some(fix.to_owned()),
+        }
+    }
+}
+
+const SAY_WHERE: &str =
+    "say where layers go (-ngl 0; or -ngl 99 --cpu-moe), or trace with --router-on-cpu";
+
+impl Facts<'_> {
+    fn answer(&self, route: Route) -> Answer {
+        self.routes[route as usize].answer
+    }
+
+    /// Seen by all of these routes together, as far as their hooks go.
+    fn seen(&self, routes: &[Route], finding: &str, fix: &str) -> Outlook {
+        let answer = Answer::worst(routes.iter().map(|route| self.answer(*route)));
+        let lacking = routes
+            .iter()
+            .filter(|route| self.answer(**route) != Answer::Yes);
+        let lacking: Vec<&str> = lacking
+            .map(|route| self.routes[*route as usize].finding.as_str())
+            .collect();
+        let finding = match lacking.as_slice() {
+            [] => finding.to_owned(),
+            lacking => format!("{finding}; {}", lacking.join("; ")),
+        };
+        Outlook {
+            answer,
+            routes: routes.to_vec(),
+            finding,
+            fix: (answer != Answer::Yes).then(|| fix.to_owned()),
+        }
+    }
+
+    fn devices(&self) -> String {
+        self.devices.join(", ")
+    }
+
+    fn has_device(&self) -> bool {
+        !self.devices.is_empty() && !self.options.uses_no_device()
+    }
+
+    /// Experts in the host's memory: prompts that are long have them streamed.
+    fn and_streamed(&self, routes: &[Route]) -> Vec<Route> {
+        let streamed = self.options.op_offload.then_some(Route::Fetch);
+        routes.iter().copied().chain(streamed).collect()
+    }
+
+    fn outlook(&self, layer: u32, shape: &ModelShape) -> Outlook {
+        const BUILD: &str = "use a build with shared libraries, or one that is not stripped";
+        const NO_OFFLOAD: &str = "start the program with --no-op-offload";
+        if !self.has_device() {
+            return self.seen(&[Route::Router], "computed on the CPU", BUILD);
+        }
+        let place = |part: &str| self.options.overridden(&format!("blk.{layer}.{part}"));
+        let on = self.options.layer(layer, shape.layers);
+        let router = place("ffn_gate_inp.weight");
+        let experts = ["up", "gate", "down"]
+            .map(|part| place(&format!("ffn_{part}_exps.weight")).unwrap_or(on));
+        let experts_on_host = experts.contains(&Place::Host);
+        let on_host = router.unwrap_or(on) == Place::Host;
+        if on_host && on != Place::Host {
+            return self.outlook_by_logits(layer, shape, &place);
+        }
+        match on {
+            _ if router.is_some_and(|router| router != on) => Outlook::unknown(
+                "an --override-tensor puts the router where it cannot be told who chooses",
+                "leave ffn_gate_inp to --router-on-cpu",
+            ),
+            Place::Host => self.seen(&[Route::Router], "the layer is on the CPU", BUILD),
+            Place::Device if experts_on_host => self.seen(
+                &self.and_streamed(&[Route::SplitInput]),
+                "router on a device, experts on the CPU",
+                NO_OFFLOAD,
+            ),
+            Place::Unknown if experts_on_host => self.seen(
+                &self.and_streamed(&[Route::Router, Route::SplitInput]),
+                "experts on the CPU, router there or on a device",
+                NO_OFFLOAD,
+            ),
+            Place::Device if experts == [Place::Device; 3] => {
+                let part = match self.answer(Route::DeviceCopy) {
+                    Answer::No => "",
+                    _ => "; of F16, BF16 and F32 experts, long prompts are seen (device_copy)",
+                };
+                let devices = self.devices();
+                Outlook::hidden(
+                    format!("router and experts on a device ({devices}), if there is one{part}"),
+                    OFF_THE_DEVICE,
+                )
+            }
+            _ if !self.options.understood => Outlook::unknown(
+                "the program has device backends, and is not known to take llama.cpp's options",
+                "trace it: the summary names what is not visible",
+            ),
+            _ => Outlook::unknown(
+                "llama.cpp decides by the device's free memory where the layer goes",
+                SAY_WHERE,
+            ),
+        }
+    }
+
+    /// The router's logits are computed on the host, the choice is made where the layer is.
+    fn outlook_by_logits(
+        &self,
+        layer: u32,
+        shape: &ModelShape,
+        place: &dyn Fn(&str) -> Option<Place>,
+    ) -> Outlook {
+        const ADD_BIAS: &str = "let --router-on-cpu choose the --override-tensor";
+        if shape.chosen_by_token.contains(&layer) {
+            let finding = "the layer chooses by token, not by logits".to_owned();
+            return Outlook::hidden(finding, "keep its experts on the CPU (--cpu-moe)");
+        }
+        for (layers, tensor) in [
+            (&shape.router_bias, "ffn_gate_inp.bias"),
+            (&shape.selection_bias, "exp_probs_b.bias"),
+        ] {
+            if layers.contains(&layer) && place(tensor) != Some(Place::Host) {
+                let finding =
+                    format!("the router's logits are on the CPU, and its {tensor} is not");
+                return Outlook::hidden(finding, ADD_BIAS);
+            }
+        }
+        let mut outlook = self.seen(
+            &[Route::Logits],
+            "router logits on the CPU, from which the choice is made",
+            "trace with --router-on-cpu",
+        );
+        if self.options.op_offload && outlook.answer == Answer::Yes {
+            outlook.answer = Answer::CouldNotTell;
+            outlook.finding += "; a device may compute those of prompts";
+            outlook.fix = Some("start the program with --no-op-offload".to_owned());
+        }
+        outlook
+    }
+
+    fn outlook_of_another(&self) -> Outlook {
+        if self.has_device() {
+            Outlook::unknown(
+                "a further model, whose place other options decide",
+                "trace it: the summary names what is not visible",
+            )
+        } else {
+            self.seen(&[Route::Router], "computed on the CPU", SAY_WHERE)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, ffi::OsString};
+
+    use super::{
+        Answer::{CouldNotTell, No, Yes},
+        *,
+    };
+    use crate::gguf::ExpertsUsed;
+
+    fn shape() -> ModelShape {
+        ModelShape {
+            arch: "qwen3moe".to_owned(),
+            name: None,
+            layers: 4,
+            n_expert: 8,
+            n_expert_used: ExpertsUsed::Uniform(2),
+            nextn_predict_layers: 0,
+            moe_layers: vec![0, 1, 2, 3],
+            expert_gating_func: None,
+            expert_group_count: 0,
+            expert_group_used_count: 0,
+            router_bias: BTreeSet::new(),
+            selection_bias: BTreeSet::new(),
+            chosen_by_token: BTreeSet::new(),
+        }
+    }
+
+    fn model(shape: ModelShape) -> ModelFile {
+        ModelFile {
+            path: "/m.gguf".to_owned(),
+            found: "command_line",
+            shape,
+        }
+    }
+
+    /// Routes as a shared build of CUDA has them: every function found, but for those that `lacking`.
+    fn served(lacking: &[Route], reads_logits: bool) -> Vec<RouteReport> {
+        Route::ALL
+            .into_iter()
+            .map(|route| RouteReport {
+                route: route_name(route),
+                answer: match route {
+                    Route::Logits if !reads_logits => No,
+                    _ if lacking.contains(&route) => No,
+                    _ => Yes,
+                },
+                hooks: needs(route),
+                finding: "not there".to_owned(),
+            })
+            .collect()
+    }
+
+    struct Setup {
+        shape: ModelShape,
+        devices: Vec<String>,
+        lacking: Vec<Route>,
+        reads_logits: bool,
+        main_model: Option<usize>,
+    }
+
+    impl Setup {
+        fn gpu() -> Self {
+            Self {
+                shape: shape(),
+                devices: vec!["cuda".to_owned()],
+                lacking: Vec::new(),
+                reads_logits: false,
+                main_model: Some(0),
+            }
+        }
+
+        fn expect(&self, command: &str) -> Vec<(Vec<u32>, Answer, Vec<&'static str>)> {
+            let words: Vec<OsString> = command.split(' ').map(OsString::from).collect();
+            let options = Options::parse(&words, |_| None);
+            let routes = served(&self.lacking, self.reads_logits);
+            let facts = Facts {
+                options: &options,
+                devices: &self.devices,
+                routes: &routes,
+                main_model: self.main_model,
+            };
+            expectations(&[model(self.shape.clone())], &facts)
+                .into_iter()
+                .map(|of| {
+                    assert_eq!(of.fix.is_none(), of.answer == Yes, "{of:?}");
+                    (of.layers, of.answer, of.routes)
+                })
+                .collect()
+        }
+    }
+
+    fn all() -> Vec<u32> {
+        vec![0, 1, 2, 3]
+    }
+
+    #[test]
+    fn without_a_device_all_is_seen() {
+        let mut setup = Setup::gpu();
+        setup.devices.clear();
+        let by_router = [(all(), Yes, vec!["router"])];
+        assert_eq!(setup.expect("python3 serve.py"), by_router);
+        assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
+        assert_eq!(Setup::gpu().expect("llama-cli -dev none"), by_router);
+        assert_eq!(Setup::gpu().expect("llama-cli -ngl 0"), by_router);
+        setup.main_model = None;
+        assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
+        setup.lacking = vec![Route::Router];
+        assert_eq!(setup.expect("llama-cli"), [(all(), No, vec!["router"])]);
+    }
+
+    #[test]
+    fn options_decide_what_a_device_hides() {
+        let setup = Setup::gpu();
+        assert_eq!(setup.expect("llama-cli -ngl 99"), [(all(), No, vec![])]);
+        assert_eq!(setup.expect("llama-cli"), [(all(), CouldNotTell, vec![])]);
+        let draft = Setup {
+            main_model: None,
+            ..Setup::gpu()
+        };
+        assert_eq!(
+            draft.expect("llama-cli -ngl 0"),
+            [(all(), CouldNotTell, vec![])]
+        );
+        assert_eq!(
+            setup.expect("python3 -ngl 99"),
+            [(all(), CouldNotTell, vec![])]
+        );
+        assert_eq!(
+            setup.expect("llama-cli -ngl 99 --cpu-moe"),
+            [(all(), Yes, vec!["split_input", "fetch"])]
+        );
+        assert_eq!(
+            setup.expect("llama-cli --cpu-moe --no-op-offload"),
+            [(all(), Yes, vec!["router", "split_input"])]
+        );
+        assert_eq!(
+            setup.expect("llama-cli -ngl 99 -ncmoe 2"),
+            [
+                (vec![0, 1], Yes, vec!["split_input", "fetch"]),
+                (vec![2, 3], No, vec![])
+            ]
+        );
+        assert_eq!(
+            setup.expect("llama-cli -ngl 2"),
+            [
+                (vec![0, 1], Yes, vec!["router"]),
+                (vec![2], CouldNotTell, vec![]),
+                (vec![3], No, vec![])
+            ]
+        );
+    }
+
+    #[test]
+    fn streamed_weights_need_their_hooks() {
+        let mut setup = Setup::gpu();
+        setup.lacking = vec![Route::Fetch];
+        let by = vec!["split_input", "fetch"];
+        assert_eq!(
+            setup.expect("llama-cli -ngl 99 --cpu-moe"),
+            [(all(), No, by)]
+        );
+        assert_eq!(
+            setup.expect("llama-cli -ngl 99 --cpu-moe --no-op-offload"),
+            [(all(), Yes, vec!["split_input"])]
+        );
+    }
+
+    #[test]
+    fn logits_tell_what_biases_and_offload_let_them() {
+        let mut setup = Setup::gpu();
+        setup.reads_logits = true;
+        let with = |pattern: &str| {
+            format!("llama-cli -ngl 99 -ot blk\\.[0-9]+\\.{pattern}=CPU --no-op-offload")
+        };
+        let seen = [(all(), Yes, vec!["logits"])];
+        assert_eq!(setup.expect(&with("ffn_gate_inp.weight")), seen);
+        let offloaded = with("ffn_gate_inp.weight").replace(" --no-op-offload", "");
+        assert_eq!(
+            setup.expect(&offloaded),
+            [(all(), CouldNotTell, vec!["logits"])]
+        );
+        setup.shape.selection_bias = [3].into();
+        assert_eq!(
+            setup.expect(&with("ffn_gate_inp.weight")),
+            [(vec![0, 1, 2], Yes, vec!["logits"]), (vec![3], No, vec![])]
+        );
+        assert_eq!(setup.expect(&with("(ffn_gate_inp|exp_probs_b).*")), seen);
+        setup.reads_logits = false;
+        assert_eq!(
+            setup.expect(&with("(ffn_gate_inp|exp_probs_b).*")),
+            [(all(), No, vec!["logits"])]
+        );
+    }
+
+    #[test]
+    fn blocks_that_predict_further_tokens_are_apart() {
+        let mut setup = Setup::gpu();
+        setup.devices.clear();
+        setup.shape.nextn_predict_layers = 1;
+        let expected = [
+            (vec![0, 1, 2], Yes, vec!["router"]),
+            (vec![3], Yes, vec!["router"]),
+        ];
+        assert_eq!(setup.expect("llama-cli"), expected);
+    }
+
+    #[test]
+    fn the_return_probe_is_for_logits_alone() {
+        let none = routes(&[], true);
+        assert!(none.iter().all(|route| route.answer == No));
+        let names: Vec<&str> = none.iter().map(|route| route.route).collect();
+        assert_eq!(
+            names,
+            ["router", "split_input", "fetch", "device_copy", "logits"]
+        );
+        let without = &routes(&[], false)[Route::Logits as usize];
+        assert!(without.finding.contains("--router-on-cpu"), "{without:?}");
+    }
+}

@@ -1,0 +1,199 @@
+//! What of an ELF file decides which libraries come with it, and what can be found in it. No I/O.
+
+use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
+
+use object::{
+    Endianness, Object as _, ObjectSymbol as _, ReadRef,
+    elf::{
+        DF_1_NODEFLIB, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_STRSZ, DT_STRTAB,
+        PT_DYNAMIC, PT_INTERP, PT_LOAD,
+    },
+    read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _},
+};
+
+/// What the dynamic linker goes by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dynamic {
+    /// `DT_NEEDED`, in their order.
+    pub needed: Vec<OsString>,
+    /// `DT_RUNPATH`: directories, separated by colons.
+    pub runpath: Option<OsString>,
+    /// `DT_RPATH`, which a runpath makes void.
+    pub rpath: Option<OsString>,
+    /// `DF_1_NODEFLIB`: not from the system's directories.
+    pub no_default: bool,
+}
+
+/// What a file is like.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Anatomy {
+    /// None for a static program.
+    pub dynamic: Option<Dynamic>,
+    /// Whether it names a dynamic linker, as programs do.
+    pub interpreter: bool,
+    /// Whether it has a `.symtab`.
+    pub symtab: bool,
+    /// Device backends that it defines, by ggml's names for them.
+    pub devices: Vec<&'static str>,
+    /// Whether it has to do with the scheduler's eval callback: calls or defines
+    /// `ggml_backend_sched_set_eval_callback`.
+    pub eval_callback: bool,
+}
+
+/// Longest string of a dynamic section that is read: a search path.
+const MAX_STRING: u64 = 64 << 10;
+
+/// Device backends, and the functions that register them (ggml/src/ggml-backend-reg.cpp). HIP and MUSA
+/// are built from CUDA's sources.
+const DEVICES: [(&str, &str); 12] = [
+    ("ggml_backend_cuda_reg", "cuda"),
+    ("ggml_backend_vk_reg", "vulkan"),
+    ("ggml_backend_sycl_reg", "sycl"),
+    ("ggml_backend_metal_reg", "metal"),
+    ("ggml_backend_opencl_reg", "opencl"),
+    ("ggml_backend_cann_reg", "cann"),
+    ("ggml_backend_rpc_reg", "rpc"),
+    ("ggml_backend_webgpu_reg", "webgpu"),
+    ("ggml_backend_virtgpu_reg", "virtgpu"),
+    ("ggml_backend_hexagon_reg", "hexagon"),
+    ("ggml_backend_openvino_reg", "openvino"),
+    ("ggml_backend_zdnn_reg", "zdnn"),
+];
+
+/// Looks at a file of this machine's class.
+///
+/// # Errors
+/// When it is none.
+pub fn look<'data, R: ReadRef<'data>>(data: R) -> object::Result<Anatomy> {
+    let file = ElfFile64::<Endianness, R>::parse(data)?;
+    let endian = file.endian();
+    let headers = file.elf_header().program_headers(endian, data)?;
+    let mut anatomy = Anatomy {
+        dynamic: dynamic(data, endian, headers),
+        interpreter: headers.iter().any(|of| of.p_type(endian) == PT_INTERP),
+        symtab: file.symbols().next().is_some(),
+        ..Anatomy::default()
+    };
+    for symbol in file.symbols().chain(file.dynamic_symbols()) {
+        let Ok(name) = symbol.name() else { continue };
+        let name = name.split('@').next().unwrap_or(name);
+        if name == "ggml_backend_sched_set_eval_callback" {
+            anatomy.eval_callback = true;
+        }
+        if symbol.is_definition()
+            && let Some((_, device)) = DEVICES.iter().find(|(function, _)| *function == name)
+            && !anatomy.devices.contains(device)
+        {
+            anatomy.devices.push(device);
+        }
+    }
+    Ok(anatomy)
+}
+
+fn dynamic<'data, R: ReadRef<'data>>(
+    data: R,
+    endian: Endianness,
+    headers: &[object::elf::ProgramHeader64<Endianness>],
+) -> Option<Dynamic> {
+    let of_kind = |kind| headers.iter().find(|of| of.p_type(endian) == kind);
+    let entries = of_kind(PT_DYNAMIC)?.dynamic(endian, data).ok()??;
+    let entries: Vec<(i64, u64)> = entries
+        .iter()
+        .map(|entry| (entry.tag(endian), entry.val(endian)))
+        .take_while(|(tag, _)| *tag != DT_NULL)
+        .collect();
+    let values = |tag| {
+        let of_tag = entries.iter().filter(move |(of, _)| *of == tag);
+        of_tag.map(|(_, value)| *value)
+    };
+    let value = |tag| values(tag).next().unwrap_or(0);
+    let (strings, size) = (value(DT_STRTAB), value(DT_STRSZ));
+    let start = file_offset(endian, headers, strings)?;
+    let text = |offset: u64| -> Option<OsString> {
+        let from = start.checked_add(offset).filter(|_| offset < size)?;
+        let to = from.checked_add(MAX_STRING.min(size - offset))?;
+        let bytes = data.read_bytes_at_until(from..to, 0).ok()?;
+        Some(OsString::from_vec(bytes.to_vec()))
+    };
+    Some(Dynamic {
+        needed: values(DT_NEEDED).filter_map(text).collect(),
+        runpath: values(DT_RUNPATH).find_map(text),
+        rpath: values(DT_RPATH).find_map(text),
+        no_default: value(DT_FLAGS_1) & u64::from(DF_1_NODEFLIB) != 0,
+    })
+}
+
+fn file_offset(
+    endian: Endianness,
+    headers: &[object::elf::ProgramHeader64<Endianness>],
+    address: u64,
+) -> Option<u64> {
+    let mut loaded = headers.iter().filter(|of| of.p_type(endian) == PT_LOAD);
+    loaded.find_map(|of| {
+        let into = address.checked_sub(of.p_vaddr(endian))?;
+        (into < of.p_filesz(endian)).then(|| of.p_offset(endian).checked_add(into))?
+    })
+}
+
+/// Whether the kernel has to single-step an instruction, given the bytes that begin with it; `None`
+/// where that is not known here.
+///
+/// On x86_64 it emulates `push` of a register, `nop`, calls and jumps (`arch_uprobe_analyze_insn` in
+/// arch/x86/kernel/uprobes.c), and single-steps the rest. On other machines versions differ.
+pub fn is_single_stepped(code: &[u8]) -> Option<bool> {
+    if !cfg!(target_arch = "x86_64") {
+        return None;
+    }
+    let emulated = match *code {
+        [0x50..=0x57 | 0x90 | 0xe8 | 0xe9 | 0xeb | 0x70..=0x7f, ..] => true,
+        [0x41, 0x50..=0x57, ..] | [0x66, 0x90, ..] => true,
+        [0x0f, 0x1f | 0x80..=0x8f, ..] | [0x66, 0x0f, 0x1f, ..] => true,
+        [] => return None,
+        _ => false,
+    };
+    Some(!emulated)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> Vec<u8> {
+        std::fs::read("/proc/self/exe").unwrap()
+    }
+
+    #[test]
+    fn our_own_program_needs_libc() {
+        let anatomy = look(own().as_slice()).unwrap();
+        assert!(anatomy.interpreter && anatomy.symtab && !anatomy.eval_callback);
+        assert_eq!(anatomy.devices, Vec::<&str>::new());
+        let needed = anatomy.dynamic.unwrap().needed;
+        assert!(needed.iter().any(|name| name == "libc.so.6"), "{needed:?}");
+    }
+
+    #[test]
+    fn every_truncation_is_an_error_or_an_answer() {
+        let bytes = own();
+        for length in (0..4096).chain((4096..bytes.len()).step_by(bytes.len() / 100)) {
+            let _ = look(&bytes[..length]);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn instructions_that_the_kernel_emulates() {
+        let cases: [(&[u8], Option<bool>); 8] = [
+            (&[0x55, 0x48], Some(false)),
+            (&[0x41, 0x57], Some(false)),
+            (&[0x0f, 0x1f, 0x44], Some(false)),
+            (&[0x48, 0x83, 0xec, 0x08], Some(true)),
+            (&[0xf3, 0x0f, 0x1e, 0xfa], Some(true)),
+            (&[0x41, 0x89], Some(true)),
+            (&[0xe9, 0, 0], Some(false)),
+            (&[], None),
+        ];
+        for (code, expected) in cases {
+            assert_eq!(is_single_stepped(code), expected, "{code:02x?}");
+        }
+    }
+}

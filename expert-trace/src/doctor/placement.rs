@@ -1,0 +1,264 @@
+//! Where llama.cpp will keep routers and experts, by the options of a command line and its
+//! environment, as common/arg.cpp and `llama_model_base::load_tensors` of b11434 have it. Pure.
+
+use std::ffi::{OsStr, OsString};
+
+use regex_lite::Regex;
+
+use crate::router_on_cpu;
+
+/// Where a layer's part is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the host.
+    Host,
+    /// On a device.
+    Device,
+    /// The options do not say.
+    Unknown,
+}
+
+/// Layers that go to devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Offloaded {
+    /// As many as llama.cpp finds room for, its default.
+    Fitting,
+    All,
+    Last(u32),
+}
+
+/// Tensors that go to a buffer type of their own.
+#[derive(Clone, Debug)]
+struct Override {
+    /// Searched for in the names of tensors; none when its syntax is not known here.
+    pattern: Option<Regex>,
+    place: Place,
+}
+
+/// Options that decide about places.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether the program is known to take llama.cpp's common options.
+    pub understood: bool,
+    /// Whether RPC servers are named, which are devices.
+    pub rpc: bool,
+    /// Whether long prompts are computed on a device with weights streamed to it.
+    pub op_offload: bool,
+    no_device: bool,
+    offloaded: Offloaded,
+    overrides: Vec<Override>,
+}
+
+/// common/common.h, `LLM_FFN_EXPS_REGEX`.
+const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps";
+
+impl Options {
+    /// Reads them. Of options that are given again the last one counts, and options count more than
+    /// variables; of overrides that match, the first, and those of variables come first.
+    pub fn parse<'a>(
+        command: &[OsString],
+        variable: impl Fn(&str) -> Option<&'a OsStr>,
+    ) -> Options {
+        let program = command.first().map(OsString::as_os_str).unwrap_or_default();
+        let mut options = Options {
+            understood: router_on_cpu::takes_common_options(program),
+            rpc: false,
+            op_offload: true,
+            no_device: false,
+            offloaded: Offloaded::Fitting,
+            overrides: Vec::new(),
+        };
+        for (name, option) in VARIABLES {
+            let Some(value) = variable(name) else {
+                continue;
+            };
+            let value = value.to_string_lossy();
+            let is_flag = *option == "--cpu-moe";
+            if !is_flag || ["1", "on", "true", "enabled"].contains(&&*value) {
+                options.take(option, &value);
+            }
+        }
+        let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
+        for (index, word) in words.iter().enumerate().skip(1) {
+            let value = words.get(index + 1).map(AsRef::as_ref).unwrap_or_default();
+            options.take(word, value);
+        }
+        options
+    }
+
+    fn take(&mut self, option: &str, value: &str) {
+        match option {
+            "-ngl" | "--gpu-layers" | "--n-gpu-layers" => {
+                self.offloaded = match value {
+                    "auto" | "-1" => Offloaded::Fitting,
+                    number => match number.parse() {
+                        Ok(layers) => Offloaded::Last(layers),
+                        // `all`, and what is below -1.
+                        Err(_) => Offloaded::All,
+                    },
+                }
+            }
+            "-dev" | "--device" => self.no_device = value == "none",
+            "--rpc" => self.rpc = true,
+            "--op-offload" => self.op_offload = true,
+            "--no-op-offload" => self.op_offload = false,
+            "-cmoe" | "--cpu-moe" => self.keep_on_host(EXPERTS),
+            "-ncmoe" | "--n-cpu-moe" => {
+                for layer in 0..value.parse().unwrap_or(0).min(MAX_LAYERS) {
+                    self.keep_on_host(&format!(r"blk\.{layer}{EXPERTS}"));
+                }
+            }
+            "-ot" | "--override-tensor" => {
+                let overrides = value.split(',').filter_map(|item| item.split_once('='));
+                self.overrides
+                    .extend(overrides.map(|(pattern, buffer)| Override {
+                        pattern: Regex::new(pattern).ok(),
+                        // A device's host buffer is the host's memory.
+                        place: match buffer == "CPU" || buffer.ends_with("_Host") {
+                            true => Place::Host,
+                            false => Place::Device,
+                        },
+                    }));
+            }
+            _ => {}
+        }
+    }
+
+    fn keep_on_host(&mut self, pattern: &str) {
+        self.overrides.push(Override {
+            pattern: Regex::new(pattern).ok(),
+            place: Place::Host,
+        });
+    }
+
+    /// Whether the program is told to use no device.
+    pub fn uses_no_device(&self) -> bool {
+        self.understood && self.no_device
+    }
+
+    /// Where a layer of a model of so many layers is, as far as no override says otherwise.
+    ///
+    /// The output counts as the last layer (`i_gpu_start`). It has not always done so: the layer at
+    /// the edge is on either side.
+    pub fn layer(&self, layer: u32, layers: u32) -> Place {
+        match self.offloaded {
+            _ if self.uses_no_device() => Place::Host,
+            _ if !self.understood => Place::Unknown,
+            Offloaded::Fitting => Place::Unknown,
+            Offloaded::All => Place::Device,
+            Offloaded::Last(on_device) => {
+                let behind = layers.saturating_sub(layer);
+                match on_device {
+                    _ if on_device > behind => Place::Device,
+                    _ if on_device < behind => Place::Host,
+                    _ => Place::Unknown,
+                }
+            }
+        }
+    }
+
+    /// Where a tensor is that an override names; none when no override does.
+    pub fn overridden(&self, tensor: &str) -> Option<Place> {
+        if !self.understood {
+            return None;
+        }
+        for of in &self.overrides {
+            match &of.pattern {
+                Some(pattern) if !pattern.is_match(tensor) => {}
+                Some(_) => return Some(of.place),
+                None => return Some(Place::Unknown),
+            }
+        }
+        None
+    }
+}
+
+/// Twice `LLAMA_MAX_LAYERS` of b11434, as [`crate::gguf`] has it.
+const MAX_LAYERS: u32 = 1024;
+
+/// Variables that stand for options, in the order in which they are taken.
+const VARIABLES: &[(&str, &str)] = &[
+    ("LLAMA_ARG_RPC", "--rpc"),
+    ("LLAMA_ARG_DEVICE", "--device"),
+    (router_on_cpu::OVERRIDE_VARIABLE, "--override-tensor"),
+    ("LLAMA_ARG_CPU_MOE", "--cpu-moe"),
+    ("LLAMA_ARG_N_CPU_MOE", "--n-cpu-moe"),
+    ("LLAMA_ARG_N_GPU_LAYERS", "--gpu-layers"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        Place::{Device, Host, Unknown},
+        *,
+    };
+
+    fn options(text: &str) -> Options {
+        let words: Vec<OsString> = text.split(' ').map(OsString::from).collect();
+        Options::parse(&words, |_| None)
+    }
+
+    const UP: &str = "blk.3.ffn_up_exps.weight";
+    const ROUTER: &str = "blk.3.ffn_gate_inp.weight";
+
+    #[test]
+    fn layers_are_counted_from_the_output() {
+        let place = |text: &str, layer| options(text).layer(layer, 4);
+        assert_eq!(place("llama-cli -ngl 99", 0), Device);
+        assert_eq!(place("llama-cli -ngl all", 0), Device);
+        assert_eq!(place("llama-cli -ngl 99 -ngl 0", 0), Host);
+        assert_eq!(place("llama-cli -ngl 99 -dev none", 0), Host);
+        assert_eq!(place("llama-cli", 0), Unknown);
+        assert_eq!(place("llama-cli -ngl auto", 0), Unknown);
+        assert_eq!(place("python3 -ngl 99", 0), Unknown);
+        // b11434: the output and the last layer; before, the last two layers.
+        let two = [0, 1, 2, 3].map(|layer| place("llama-cli -ngl 2", layer));
+        assert_eq!(two, [Host, Host, Unknown, Device]);
+    }
+
+    #[test]
+    fn the_first_override_that_matches_counts() {
+        let place = |text: &str, tensor| options(text).overridden(tensor);
+        assert_eq!(place("llama-cli -ngl 99", UP), None);
+        assert_eq!(place("llama-cli --cpu-moe", UP), Some(Host));
+        assert_eq!(place("llama-cli --cpu-moe", ROUTER), None);
+        assert_eq!(place("llama-cli -ncmoe 3", UP), None);
+        assert_eq!(place("llama-cli -ncmoe 4", UP), Some(Host));
+        let text = "llama-cli -ot exps=CUDA0,ffn_gate_inp=CPU --cpu-moe";
+        assert_eq!(place(text, UP), Some(Device));
+        assert_eq!(place(text, ROUTER), Some(Host));
+        assert_eq!(place("llama-cli -ot .*=CUDA_Host", ROUTER), Some(Host));
+        // A syntax that only ECMAScript has.
+        assert_eq!(place("llama-cli -ot (?!blk)=CPU", UP), Some(Unknown));
+        assert_eq!(place("python3 --cpu-moe", UP), None);
+    }
+
+    #[test]
+    fn variables_come_before_options() {
+        let command = ["llama-cli", "-ngl", "0", "-ot", "exps=CPU"].map(OsString::from);
+        let variable = |name: &str| match name {
+            "LLAMA_ARG_N_GPU_LAYERS" => Some(OsStr::new("99")),
+            "LLAMA_ARG_OVERRIDE_TENSOR" => Some(OsStr::new("exps=Vulkan0")),
+            "LLAMA_ARG_CPU_MOE" => Some(OsStr::new("0")),
+            _ => None,
+        };
+        let options = Options::parse(&command, variable);
+        assert_eq!(options.layer(0, 4), Host);
+        assert_eq!(options.overridden(UP), Some(Device));
+        assert!(options.op_offload && !options.rpc);
+        assert!(!options.uses_no_device());
+    }
+
+    #[test]
+    fn routers_on_the_cpu() {
+        let text = format!(
+            "llama-cli --override-tensor {} --no-op-offload -ngl 99",
+            router_on_cpu::OVERRIDE
+        );
+        let options = options(&text);
+        assert_eq!(options.overridden(ROUTER), Some(Host));
+        assert_eq!(options.overridden("blk.3.exp_probs_b.bias"), Some(Host));
+        assert_eq!(options.overridden(UP), None);
+        assert!(!options.op_offload);
+    }
+}

@@ -19,10 +19,18 @@ use crate::{
 mod ubatch {
     /// `n_tokens`, `n_seq_tokens`, `n_seqs`, `n_seqs_unq`, each `u32`.
     pub const COUNTS: u64 = 4;
-    pub const POSITIONS: u64 = 40;
-    pub const SEQUENCE_IDS: u64 = 56;
-    pub const OUTPUTS: u64 = 80;
+    /// `pos`: up to b11434; with another member before it, as b11549 has.
+    pub const POSITIONS: [u64; 2] = [40, 48];
+    /// `n_seq_id`, from `pos` on.
+    pub const SEQUENCES: u64 = 8;
+    /// `seq_id`, likewise.
+    pub const SEQUENCE_IDS: u64 = 16;
+    /// `output`, likewise.
+    pub const OUTPUTS: u64 = 40;
 }
+
+/// Sequences above this are not believed (`LLAMA_MAX_SEQ` has been at most 256 up to now).
+const MAX_SEQUENCES: u32 = 1 << 12;
 
 pub const NEW_THREAD: ThreadState = ThreadState {
     owner: 0,
@@ -236,13 +244,39 @@ impl Ubatch {
         if tokens == 0 || u64::from(tokens) > MAX_ROWS {
             return None;
         }
-        Some(Self {
-            tokens,
-            unique_sequences,
-            positions: Address(address.offset(ubatch::POSITIONS).read()?),
-            sequence_ids: Address(address.offset(ubatch::SEQUENCE_IDS).read()?),
-            outputs: Address(address.offset(ubatch::OUTPUTS).read()?),
-        })
+        let at = |positions: u64| {
+            let member = |offset| address.offset(positions + offset).read().map(Address);
+            let ubatch = Self {
+                tokens,
+                unique_sequences,
+                positions: member(0)?,
+                sequence_ids: member(ubatch::SEQUENCE_IDS)?,
+                outputs: member(ubatch::OUTPUTS)?,
+            };
+            ubatch
+                .makes_sense(member(ubatch::SEQUENCES)?)
+                .then_some(ubatch)
+        };
+        at(ubatch::POSITIONS[0]).or_else(|| at(ubatch::POSITIONS[1]))
+    }
+
+    /// Whether the first token looks like one. With the offsets of another build its sequences would be
+    /// a number in place of a pointer, and their number half a pointer.
+    #[inline(always)]
+    fn makes_sense(&self, sequences: Address) -> bool {
+        let Some(sequences) = sequences.read::<u32>() else {
+            return false;
+        };
+        let Some(ids) = self.sequence_ids.read::<u64>() else {
+            return false;
+        };
+        let Some(first) = Address(ids).read::<u32>() else {
+            return false;
+        };
+        let Some(output) = self.outputs.read::<u8>() else {
+            return false;
+        };
+        (1..=MAX_SEQUENCES).contains(&sequences) && first < MAX_SEQUENCES && output <= 1
     }
 
     #[inline(always)]

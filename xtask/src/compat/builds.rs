@@ -82,7 +82,11 @@ const STATIC_LTO: How = How {
 const SHARED: [(&str, &How, &[Model]); 5] = [
     ("shared, Clang", &CLANG, &[Model::Qwen3Moe]),
     ("shared, GCC, `GGML_LTO`", &LTO, &[Model::Qwen3Moe]),
-    ("shared, GCC, RelWithDebInfo", &DEBUG_INFO, &[Model::Qwen3Moe]),
+    (
+        "shared, GCC, RelWithDebInfo",
+        &DEBUG_INFO,
+        &[Model::Qwen3Moe],
+    ),
     (
         "`GGML_BACKEND_DL`, `GGML_CPU_ALL_VARIANTS`",
         &ALL_VARIANTS,
@@ -91,13 +95,7 @@ const SHARED: [(&str, &How, &[Model]); 5] = [
     (
         "shared, GCC, `GGML_NATIVE`",
         &NATIVE,
-        &[
-            Model::Q4_0,
-            Model::Q4K,
-            Model::Q8_0,
-            Model::F16,
-            Model::F32,
-        ],
+        &[Model::Q4_0, Model::Q4K, Model::Q8_0, Model::F16, Model::F32],
     ),
 ];
 
@@ -110,11 +108,7 @@ pub fn all(root: &Path) -> Result<Vec<Build>> {
     let shared = |name: &str, bin: &Path, models: &[Model]| Build {
         name: name.to_owned(),
         version: RELEASE.to_owned(),
-        command: vec![
-            driver.clone(),
-            "--library".into(),
-            bin.join("libllama.so"),
-        ],
+        command: vec![driver.clone(), "--library".into(), bin.join("libllama.so")],
         environment: Default::default(),
         driven: Driven::Lines,
         models: models.to_vec(),
@@ -128,11 +122,7 @@ pub fn all(root: &Path) -> Result<Vec<Build>> {
 
     let mut builds = vec![
         shared("shared, GCC, Release", &bin, &[Model::Qwen3Moe]),
-        shared(
-            "the same, stripped",
-            &stripped(&bin)?,
-            &[Model::Qwen3Moe],
-        ),
+        shared("the same, stripped", &stripped(&bin)?, &[Model::Qwen3Moe]),
     ];
     for (name, how, models) in SHARED {
         let ggml = llama::build(&sources, how)?;

@@ -65,7 +65,7 @@ struct Found {
     hooks: Vec<Hook>,
     /// Builds that have this `ggml_tensor`.
     layout: Option<String>,
-    layout_found: Option<String>,
+    layout_found_by: Option<String>,
     pass_source: Option<String>,
     phase_source: Option<String>,
 }
@@ -75,8 +75,7 @@ struct Hook {
     hook: String,
     file: String,
     table: String,
-    /// `None` where the document does not tell.
-    hits: Option<u64>,
+    hits: u64,
 }
 
 /// How what the tracer has seen compares with what follows from the tokens.
@@ -279,43 +278,29 @@ impl Found {
                 hook: text(&probe["hook"])?,
                 file: file.to_string_lossy().into_owned(),
                 table: text(&probe["table"])?,
-                hits: hits(stats, probe),
+                hits: probe["hits"].as_u64()?,
             })
         };
         let hooks = target["hooks"].as_array().into_iter().flatten();
         let layouts = target["tensor_layouts"].as_array();
-        let layout = layouts.and_then(|layouts| layouts.iter().find(|layout| !layout.is_null()));
+        let shown = |layout: &&Value| !layout["builds"].is_null();
+        let layout = layouts.and_then(|layouts| layouts.iter().find(shown));
         let layout = layout.unwrap_or(&Value::Null);
         let context = &stats.0["contexts"][0];
         Self {
             hooks: hooks.filter_map(hook).collect(),
-            layout: text(layout).or_else(|| text(&layout["builds"])),
-            layout_found: text(&layout["found"]),
+            layout: text(&layout["builds"]),
+            layout_found_by: text(&layout["found_by"]),
             pass_source: text(&context["pass_source"]),
             phase_source: text(&context["phase_source"]),
         }
     }
 }
 
-/// How often a probe was hit.
-fn hits(stats: &Stats, probe: &Value) -> Option<u64> {
-    let integrity = &stats.0["integrity"]["hits"];
-    let counted = match probe["hook"].as_str()? {
-        "expert_ids" => &integrity["entered"],
-        "pass_begin" => &integrity["passes"],
-        _ => &Value::Null,
-    };
-    probe["hits"].as_u64().or(counted.as_u64())
-}
-
-fn hits_per_token(stats: &Stats) -> Option<f64> {
+/// Of a capture in which all passes were counted. Each has as many, be it of one token or of many.
+fn hits_per_token(stats: &Stats, hooks: &[Hook]) -> Option<f64> {
     let passes = stats.0["contexts"][0]["passes"].as_f64()?;
-    let hits: u64 = Found::of(stats)
-        .hooks
-        .iter()
-        .filter_map(|hook| hook.hits)
-        .sum();
-    // Each pass has as many, be it of one token or of many.
+    let hits: u64 = hooks.iter().map(|hook| hook.hits).sum();
     Some(hits as f64 / passes)
 }
 
@@ -327,7 +312,7 @@ fn trace(build: &Build, model: Model) -> Row {
         Err(error) => (Outcome::refused(&error), Found::default()),
     };
     let (attach, hits_per_token) = match by_attach(build, &known) {
-        Ok((stats, outcome)) => (outcome, hits_per_token(&stats)),
+        Ok((stats, outcome)) => (outcome, hits_per_token(&stats, &Found::of(&stats).hooks)),
         Err(error) => (Outcome::refused(&error), None),
     };
     Row {

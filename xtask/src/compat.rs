@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_row_shows_what_was_hit_and_what_the_tracer_said() {
-        let hook = |name, hits: Option<u64>| json!({"hook": name, "file": "libggml.so", "table": ".dynsym", "hits": hits});
+        let hook = |name, hits: u64| json!({"hook": name, "file": "libggml.so", "table": ".dynsym", "hits": hits});
         let row = json!({
             "build": "shared", "version": "b1", "model": "llama",
             "hooks": [

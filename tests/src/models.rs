@@ -6,7 +6,7 @@
 //!
 //! # Known routing
 //!
-//! [`write_known_routing`] makes a `qwen3moe` model whose routing is known without running it:
+//! [`write_known_routing`] makes a model whose routing is known without running it:
 //!
 //! - Token `t` has the class `t mod n_embd`, and its embedding is 1 at its class, else 0.
 //! - The output of attention and of every expert is multiplied by zero, so the embedding is also what
@@ -43,6 +43,7 @@ use anyhow::{Context, Result, ensure};
 
 pub use dense::write_dense;
 use file::Data;
+pub use file::WeightType;
 use model::Model;
 use rng::Rng;
 pub use shapes::{Architecture, Shape, write_shape};
@@ -54,9 +55,31 @@ const MIN_GAP: f32 = 0.1;
 const N_HEAD: u32 = 4;
 const N_HEAD_KV: u32 = 2;
 
+/// What a [`ModelSpec`] can be written as: architectures whose experts are chosen from the logits as
+/// they are, and where nothing but attention and experts is added to the residual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlainArchitecture {
+    /// `qwen3moe`.
+    Qwen3Moe,
+    /// `llama` with experts, as Mixtral. Builds of llama.cpp know it that are too old for `qwen3moe`.
+    Llama,
+}
+
+impl PlainArchitecture {
+    /// `general.architecture`.
+    fn name(self) -> &'static str {
+        match self {
+            PlainArchitecture::Qwen3Moe => "qwen3moe",
+            PlainArchitecture::Llama => "llama",
+        }
+    }
+}
+
 /// The shape of a model to write.
 #[derive(Debug, Clone, Copy)]
 pub struct ModelSpec {
+    /// Decides keys and tensors, not the routing.
+    pub architecture: PlainArchitecture,
     /// All of them have experts.
     pub layers: u32,
     /// Experts per layer.
@@ -67,6 +90,9 @@ pub struct ModelSpec {
     pub n_embd: u32,
     /// Width of one expert; a multiple of 32.
     pub n_ff: u32,
+    /// How the experts of a model with known routing are stored; `n_embd` and `n_ff` are multiples of
+    /// its block. Models with other weights have one type for all of them.
+    pub experts: WeightType,
     /// Models that differ only in this differ in all weights, and in routing.
     pub seed: u64,
     /// Whether each expert's weights are multiplied by a scale (of 1), as some quantizations have it.
@@ -76,42 +102,57 @@ pub struct ModelSpec {
 impl ModelSpec {
     /// 4 layers with 32 experts, 4 of them chosen, as in gpt-oss-20b.
     pub const SMALL: ModelSpec = ModelSpec {
+        architecture: PlainArchitecture::Qwen3Moe,
         layers: 4,
         n_expert: 32,
         k: 4,
         n_embd: 128,
         n_ff: 64,
+        experts: WeightType::F16,
         seed: 1,
         scales: false,
     };
     /// 4 layers with 128 experts, 4 of them chosen, as in gpt-oss-120b.
     pub const MEDIUM: ModelSpec = ModelSpec {
+        architecture: PlainArchitecture::Qwen3Moe,
         layers: 4,
         n_expert: 128,
         k: 4,
         n_embd: 128,
         n_ff: 32,
+        experts: WeightType::F16,
         seed: 3,
         scales: false,
     };
     /// 3 layers with 512 experts, 10 of them chosen, as in qwen3next.
     pub const WIDE: ModelSpec = ModelSpec {
+        architecture: PlainArchitecture::Qwen3Moe,
         layers: 3,
         n_expert: 512,
         k: 10,
         n_embd: 128,
         n_ff: 32,
+        experts: WeightType::F16,
         seed: 2,
         scales: false,
     };
-
+    /// As the small one, with experts in Q4_K, and rows that suit every [`WeightType`].
+    pub const QUANTIZED: ModelSpec = ModelSpec {
+        n_embd: 256,
+        n_ff: 256,
+        experts: WeightType::Q4K,
+        seed: 5,
+        ..ModelSpec::SMALL
+    };
     /// 8 layers as wide as those of Qwen3-30B-A3B, with 128 experts, 8 of them chosen.
     pub const REFERENCE: ModelSpec = ModelSpec {
+        architecture: PlainArchitecture::Qwen3Moe,
         layers: 8,
         n_expert: 128,
         k: 8,
         n_embd: 2048,
         n_ff: 768,
+        experts: WeightType::F16,
         seed: 4,
         scales: false,
     };
@@ -125,6 +166,14 @@ impl ModelSpec {
         ensure!(
             self.n_ff > 0 && self.n_ff.is_multiple_of(32),
             "n_ff {} is not a multiple of 32",
+            self.n_ff
+        );
+        let block = self.experts.block();
+        ensure!(
+            self.n_embd.is_multiple_of(block) && self.n_ff.is_multiple_of(block),
+            "{:?} has blocks of {block}, and rows of {} and {}",
+            self.experts,
+            self.n_embd,
             self.n_ff
         );
         ensure!(
@@ -193,7 +242,7 @@ impl Expected {
 /// A `spec` that makes no model, a `vocab` without tokenizer or with too few tokens, or a failure to
 /// read or write.
 pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Result<Expected> {
-    let mut model = qwen3moe(vocab, spec)?;
+    let mut model = without_layers(vocab, spec)?;
     let classes = spec.n_embd as usize;
     model.embedding(Data::F16(one_hot_rows(model.n_vocab(), classes)));
     let mut rng = Rng::new(spec.seed);
@@ -201,7 +250,16 @@ pub fn write_known_routing(path: &Path, vocab: &Path, spec: &ModelSpec) -> Resul
     for layer in 0..spec.layers {
         let (router, ids) = known_router(spec, &mut rng);
         check_gaps(&router, &ids)?;
-        add_layer(&mut model, spec, layer, Data::F32(router), || Data::ZeroF16);
+        let attention = || Data::Zero(WeightType::F16);
+        let experts = || Data::Zero(spec.experts);
+        add_layer(
+            &mut model,
+            spec,
+            layer,
+            Data::F32(router),
+            attention,
+            experts,
+        );
         routing.push(ids);
     }
     let output = successor_rows(model.n_vocab(), classes, &mut rng)?;
@@ -236,23 +294,31 @@ fn write_drawn(
     spec: &ModelSpec,
     weights: impl Fn() -> Data + Copy,
 ) -> Result<()> {
-    let mut model = qwen3moe(vocab, spec)?;
+    let mut model = without_layers(vocab, spec)?;
     let mut rng = Rng::new(spec.seed);
     model.embedding(weights());
     for layer in 0..spec.layers {
         // The router's input has an RMS of 1, so logits get a standard deviation of 3, enough to
         // keep neighbouring ones apart.
         let std = 3.0 / (spec.n_embd as f32).sqrt();
-        add_layer(&mut model, spec, layer, Data::NormalF32 { std }, weights);
+        add_layer(
+            &mut model,
+            spec,
+            layer,
+            Data::NormalF32 { std },
+            weights,
+            weights,
+        );
     }
     model.output(weights());
     model.write(path, &mut rng)
 }
 
-/// A `qwen3moe` model of `spec` without layers.
-fn qwen3moe(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
+/// A model of `spec` without layers.
+fn without_layers(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
     spec.check()?;
-    let mut model = Model::new(vocab, "qwen3moe", "expert-trace test model", spec.n_embd)?;
+    let architecture = spec.architecture.name();
+    let mut model = Model::new(vocab, architecture, "expert-trace test model", spec.n_embd)?;
     let head_dim = spec.n_embd / N_HEAD;
     model.keys(&[
         ("block_count", spec.layers),
@@ -269,13 +335,14 @@ fn qwen3moe(vocab: &Path, spec: &ModelSpec) -> Result<Model> {
     Ok(model)
 }
 
-/// Adds a layer with the given router, and `weights` everywhere else.
+/// Adds a layer with the given router, and weights made by `attention` and `experts`.
 fn add_layer(
     model: &mut Model,
     spec: &ModelSpec,
     layer: u32,
     router: Data,
-    weights: impl Fn() -> Data,
+    attention: impl Fn() -> Data,
+    experts: impl Fn() -> Data,
 ) {
     let ModelSpec {
         n_expert,
@@ -286,21 +353,27 @@ fn add_layer(
     let head_dim = n_embd / N_HEAD;
     let name = |part: &str| format!("blk.{layer}.{part}.weight");
     model.norm(name("attn_norm"), n_embd);
-    model.norm(name("attn_q_norm"), head_dim);
-    model.norm(name("attn_k_norm"), head_dim);
+    if spec.architecture == PlainArchitecture::Qwen3Moe {
+        model.norm(name("attn_q_norm"), head_dim);
+        model.norm(name("attn_k_norm"), head_dim);
+    }
     model.norm(name("ffn_norm"), n_embd);
     model.tensor(name("ffn_gate_inp"), &[n_embd, n_expert], router);
     for (part, shape) in [
-        ("attn_q", [n_embd, n_embd, 1]),
-        ("attn_k", [n_embd, head_dim * N_HEAD_KV, 1]),
-        ("attn_v", [n_embd, head_dim * N_HEAD_KV, 1]),
-        ("attn_output", [n_embd, n_embd, 1]),
+        ("attn_q", [n_embd, n_embd]),
+        ("attn_k", [n_embd, head_dim * N_HEAD_KV]),
+        ("attn_v", [n_embd, head_dim * N_HEAD_KV]),
+        ("attn_output", [n_embd, n_embd]),
+    ] {
+        model.tensor(name(part), &shape, attention());
+    }
+    for (part, shape) in [
         ("ffn_gate_exps", [n_embd, n_ff, n_expert]),
         ("ffn_up_exps", [n_embd, n_ff, n_expert]),
         ("ffn_down_exps", [n_ff, n_embd, n_expert]),
     ] {
-        model.tensor(name(part), &shape, weights());
-        if spec.scales && part.ends_with("_exps") {
+        model.tensor(name(part), &shape, experts());
+        if spec.scales {
             model.norm(format!("blk.{layer}.{part}.scale"), n_expert);
         }
     }
@@ -416,7 +489,12 @@ mod tests {
 
     #[test]
     fn known_routers_cover_all_experts_unevenly() {
-        for spec in [ModelSpec::SMALL, ModelSpec::MEDIUM, ModelSpec::WIDE] {
+        for spec in [
+            ModelSpec::SMALL,
+            ModelSpec::MEDIUM,
+            ModelSpec::WIDE,
+            ModelSpec::QUANTIZED,
+        ] {
             let (router, routing) = known_router(&spec, &mut Rng::new(spec.seed));
             check_gaps(&router, &routing).unwrap();
             let mut uses = vec![0; spec.n_expert as usize];
@@ -426,6 +504,29 @@ mod tests {
             let (min, max) = (uses.iter().min().unwrap(), uses.iter().max().unwrap());
             assert!(*min >= 1 && *max >= 5 * min, "{spec:?}: {uses:?}");
         }
+    }
+
+    #[test]
+    fn rows_that_are_no_whole_blocks_are_refused() {
+        let all = [
+            WeightType::F32,
+            WeightType::F16,
+            WeightType::Q4_0,
+            WeightType::Q8_0,
+            WeightType::Q4K,
+        ];
+        for experts in all {
+            let spec = ModelSpec {
+                experts,
+                ..ModelSpec::QUANTIZED
+            };
+            spec.check().unwrap();
+        }
+        let spec = ModelSpec {
+            experts: WeightType::Q4K,
+            ..ModelSpec::SMALL
+        };
+        assert!(spec.check().is_err());
     }
 
     #[test]

@@ -9,12 +9,48 @@ use super::rng::Rng;
 /// `GGUF_DEFAULT_ALIGNMENT`, of the data section and of each tensor in it.
 const ALIGNMENT: u64 = 32;
 
+/// A type that weights are stored in, by its name in `enum ggml_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightType {
+    F32,
+    F16,
+    /// Blocks of 32.
+    Q4_0,
+    /// Blocks of 32.
+    Q8_0,
+    /// Blocks of 256.
+    Q4K,
+}
+
+impl WeightType {
+    /// Sizes are those of the blocks in ggml-common.h.
+    fn storage(self) -> Storage {
+        let (ggml_type, block, bytes) = match self {
+            WeightType::F32 => (0, 1, 4),
+            WeightType::F16 => (1, 1, 2),
+            WeightType::Q4_0 => (2, 32, 18),
+            WeightType::Q8_0 => (8, 32, 34),
+            WeightType::Q4K => (12, 256, 144),
+        };
+        Storage {
+            ggml_type,
+            block,
+            bytes,
+        }
+    }
+
+    /// Elements that are stored together: rows are multiples of it.
+    pub fn block(self) -> u32 {
+        self.storage().block as u32
+    }
+}
+
 /// Where a tensor's elements come from, in the type they are stored in.
 pub enum Data {
     F32(Vec<f32>),
     F16(Vec<u16>),
-    /// A hole in the file.
-    ZeroF16,
+    /// A hole in the file: in every type, bytes of 0 are weights of 0.
+    Zero(WeightType),
     /// Drawn while writing, so that large tensors are never in memory.
     NormalF16 {
         std: f32,
@@ -44,16 +80,13 @@ pub struct Tensor {
 
 impl Tensor {
     fn storage(&self) -> Storage {
-        let (ggml_type, block, bytes) = match self.data {
-            Data::F32(_) | Data::NormalF32 { .. } => (0, 1, 4),
-            Data::F16(_) | Data::ZeroF16 | Data::NormalF16 { .. } => (1, 1, 2),
-            Data::RandomQ4 { .. } => (2, 32, 18),
+        let weight_type = match self.data {
+            Data::F32(_) | Data::NormalF32 { .. } => WeightType::F32,
+            Data::F16(_) | Data::NormalF16 { .. } => WeightType::F16,
+            Data::Zero(weight_type) => weight_type,
+            Data::RandomQ4 { .. } => WeightType::Q4_0,
         };
-        Storage {
-            ggml_type,
-            block,
-            bytes,
-        }
+        weight_type.storage()
     }
 
     fn elements(&self) -> u64 {
@@ -68,7 +101,7 @@ impl Tensor {
             Data::F16(values) => values
                 .iter()
                 .try_for_each(|x| out.write_all(&x.to_le_bytes())),
-            Data::ZeroF16 => Ok(()),
+            Data::Zero(_) => Ok(()),
             Data::NormalF16 { std } => (0..self.elements())
                 .try_for_each(|_| out.write_all(&f16(rng.normal() * std).to_le_bytes())),
             Data::NormalF32 { std } => (0..self.elements())

@@ -15,7 +15,10 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use super::{ModelSpec, N_HEAD, N_HEAD_KV, file::Data, model::Model, rng::Rng, write_random};
+use super::{
+    ModelSpec, N_HEAD, N_HEAD_KV, PlainArchitecture, file::Data, file::WeightType, model::Model,
+    rng::Rng, write_random,
+};
 
 /// Width of the residual.
 const N_EMBD: u32 = 64;
@@ -117,11 +120,13 @@ impl Shape {
 
     fn qwen3moe(&self) -> ModelSpec {
         ModelSpec {
+            architecture: PlainArchitecture::Qwen3Moe,
             layers: self.layers,
             n_expert: self.n_expert,
             k: self.k,
             n_embd: N_EMBD,
             n_ff: N_FF,
+            experts: WeightType::F16,
             seed: self.seed,
             scales: false,
         }

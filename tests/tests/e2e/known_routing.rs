@@ -2,7 +2,10 @@
 
 use expert_trace_tests::tracer::count;
 
-use crate::support::{Known, Traced, compare_with_tokens, known_scaled, known_small, known_wide};
+use crate::support::{
+    Known, Traced, compare_with_tokens, known_llama, known_quantized, known_scaled, known_small,
+    known_wide,
+};
 
 fn compare(known: &Known, threads: &str, ubatch: &str) {
     let options = ["-t", threads, "-c", "4096", "-b", "2048", "-ub", ubatch];
@@ -28,6 +31,17 @@ fn small_three_threads_odd_ubatch() {
 #[test]
 fn experts_with_scales() {
     compare(known_scaled(), "2", "512");
+}
+
+#[test]
+fn mixtral() {
+    compare(known_llama(), "2", "512");
+}
+
+/// The CPU backend stores such weights in another order, and multiplies with them by other functions.
+#[test]
+fn repacked_experts() {
+    compare(known_quantized(), "2", "512");
 }
 
 #[test]

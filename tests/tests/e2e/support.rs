@@ -11,7 +11,7 @@ use std::{
 
 use expert_trace_tests::{
     llama::LlamaCpp,
-    models::{self, Expected, ModelSpec, Shape},
+    models::{self, Expected, ModelSpec, PlainArchitecture, Shape},
     oracle::{Oracle, read_dump},
     prebuilt::Prebuilt,
     tracer::{self, Counts, Stats, count, read_log},
@@ -63,6 +63,22 @@ pub fn known_scaled() -> &'static Known {
         ..ModelSpec::SMALL
     };
     MODEL.get_or_init(|| known("known-scaled.gguf", spec))
+}
+
+/// The same as the small one, as a `llama` model.
+pub fn known_llama() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    let spec = ModelSpec {
+        architecture: PlainArchitecture::Llama,
+        ..ModelSpec::SMALL
+    };
+    MODEL.get_or_init(|| known("known-llama.gguf", spec))
+}
+
+/// 4 layers, 32 experts in Q4_K, top-4.
+pub fn known_quantized() -> &'static Known {
+    static MODEL: OnceLock<Known> = OnceLock::new();
+    MODEL.get_or_init(|| known("known-quantized.gguf", ModelSpec::QUANTIZED))
 }
 
 /// 4 layers, 128 experts, top-4.

@@ -2,6 +2,7 @@
 
 mod cache;
 mod command;
+mod compat;
 mod cuda;
 mod demo;
 mod ebpf;
@@ -11,6 +12,7 @@ mod packages;
 mod pip;
 mod prebuilt;
 mod results;
+mod suite;
 mod system;
 mod test;
 mod workspace;
@@ -53,6 +55,11 @@ enum Task {
     Llama,
     /// Test and measure on an NVIDIA GPU, as root; writes docs/results/cuda.json
     Cuda(cuda::Arguments),
+    /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the table in
+    /// docs/compatibility.md
+    Compat(compat::Arguments),
+    /// Say which results of long suites are older than the code they cover
+    Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
     Prebuilt,
 }
@@ -73,6 +80,8 @@ fn run() -> Result<ExitCode> {
         Task::Demo(arguments) => demo::run(&root, &arguments)?,
         Task::Test(arguments) => return test::run(&root, &arguments),
         Task::Cuda(arguments) => cuda::run(&root, &arguments)?,
+        Task::Compat(arguments) => compat::run(&root, &arguments)?,
+        Task::Results(arguments) => results::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
         Task::Prebuilt => export(&prebuilt::provision()?.to_env()),
     }

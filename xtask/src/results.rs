@@ -1,11 +1,12 @@
 //! Results of suites that CI does not run: files in docs/results that say what they are of.
 
+use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::command;
@@ -13,8 +14,11 @@ use crate::command;
 /// Results of `cargo xtask cuda`.
 pub const CUDA: &str = "docs/results/cuda.json";
 
+/// Results of `cargo xtask compat`.
+pub const COMPAT: &str = "docs/results/compat.json";
+
 /// All result files.
-const ALL: [&str; 1] = [CUDA];
+const ALL: [&str; 2] = [COMPAT, CUDA];
 
 /// What the results depend on.
 const COVERED: [&str; 4] = [
@@ -24,11 +28,77 @@ const COVERED: [&str; 4] = [
     "tests",
 ];
 
+#[derive(Default, clap::Args)]
+pub struct Arguments {
+    /// Fail if one is older than the code it covers, as before a release
+    #[arg(long)]
+    fresh: bool,
+}
+
+/// `cargo xtask results`.
+pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
+    let ages = ages(root)?;
+    for (name, age) in &ages {
+        println!("{name}: {age}");
+    }
+    let stale = ages.iter().filter(|(_, age)| !age.is_fresh());
+    let stale: Vec<&str> = stale.map(|(name, _)| *name).collect();
+    ensure!(
+        !arguments.fresh || stale.is_empty(),
+        "not of the code that is here: {}",
+        stale.join(", ")
+    );
+    Ok(())
+}
+
+/// How a result file stands to the code it covers.
+struct Age {
+    /// As the file has it.
+    commit: String,
+    /// Makes it anew.
+    command: String,
+    /// Commits since then; `None` where the history does not tell.
+    commits: Option<u64>,
+}
+
+impl Age {
+    fn is_fresh(&self) -> bool {
+        self.commits == Some(0)
+    }
+}
+
+impl fmt::Display for Age {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            commit,
+            command,
+            commits,
+        } = self;
+        match commits {
+            Some(0) => write!(f, "of commit {commit}, up to date"),
+            Some(commits) => write!(
+                f,
+                "of commit {commit}, OLDER than the code it covers by {commits} commits; {command} \
+                 makes it anew"
+            ),
+            None => write!(
+                f,
+                "of commit {commit}, whose age cannot be told without the history"
+            ),
+        }
+    }
+}
+
+fn ages(root: &Path) -> Result<Vec<(&'static str, Age)>> {
+    let age = |name| Ok((name, age(root, name)?));
+    ALL.into_iter().map(age).collect()
+}
+
 /// Start of a result file: of which commit it is, from when, on which kernel, by which command.
 pub fn header(root: &Path, commit: Option<&str>, command: &str) -> Result<Value> {
     let commit = match commit {
         Some(commit) => commit.to_owned(),
-        None => git(root, &["rev-parse", "HEAD"])?,
+        None => head(root)?,
     };
     let kernel = command::output(Command::new("uname").args(["-s", "-r", "-m"]))?;
     Ok(json!({
@@ -37,6 +107,20 @@ pub fn header(root: &Path, commit: Option<&str>, command: &str) -> Result<Value>
         "kernel": kernel.trim(),
         "command": command,
     }))
+}
+
+/// The commit that is checked out. What is not committed is in no history, and its results can never be
+/// up to date.
+fn head(root: &Path) -> Result<String> {
+    let commit = git(root, &["rev-parse", "HEAD"])?;
+    let mut status = vec!["status", "--porcelain", "--"];
+    status.extend(COVERED);
+    let changes = git(root, &status)?;
+    Ok(if changes.is_empty() {
+        commit
+    } else {
+        format!("{commit}, changed")
+    })
 }
 
 /// Writes a result file.
@@ -49,32 +133,23 @@ pub fn write(path: &Path, document: &Value) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Says of each result file whether it is older than the code it covers.
-pub fn report_age(root: &Path) -> Result<()> {
-    for name in ALL {
-        println!("{name}: {}", age(root, name)?);
-    }
-    Ok(())
-}
-
-fn age(root: &Path, name: &str) -> Result<String> {
+fn age(root: &Path, name: &str) -> Result<Age> {
     let path = root.join(name);
     let text = fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}: a result file is missing", path.display()))?;
     let document: Value =
         serde_json::from_str(&text).with_context(|| format!("{name} is no JSON"))?;
-    let commit = document["commit"].as_str().unwrap_or_default();
+    let text = |key: &str| document[key].as_str().unwrap_or_default().to_owned();
+    let commit = text("commit");
     let range = format!("{commit}..HEAD");
     let mut arguments = vec!["rev-list", "--count", &range, "--"];
     arguments.extend(COVERED);
     // A copy of the sources need not have the history.
-    Ok(match git(root, &arguments).as_deref() {
-        Ok("0") => format!("of commit {commit}, up to date"),
-        Ok(commits) => format!(
-            "of commit {commit}, OLDER than the code it covers by {commits} commits; {} makes it anew",
-            document["command"].as_str().unwrap_or("its command")
-        ),
-        Err(_) => format!("of commit {commit}, whose age cannot be told without the history"),
+    let commits = git(root, &arguments).ok().and_then(|n| n.parse().ok());
+    Ok(Age {
+        commit,
+        command: text("command"),
+        commits,
     })
 }
 

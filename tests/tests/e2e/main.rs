@@ -4,6 +4,7 @@
 
 mod attach;
 mod callback;
+mod compat;
 mod cuda;
 mod cuda_standin;
 mod devices;

@@ -1,0 +1,351 @@
+//! One build of llama.cpp after another: is every row of expert ids the one that follows from its token,
+//! by `run` and by `attach`? Where it is not, the tracer has to say so.
+//!
+//! The builds come as a list from `cargo xtask compat`, which makes a table of the results. In CI there
+//! is only what needs no further build.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use expert_trace_tests::{
+    builds::{Build, Driven, Model, strip_libraries},
+    driver::Driver,
+    models::Expected,
+    server::Server,
+    tracer::{self, Attached, Stats, read_log},
+};
+use serde::Serialize;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{Known, known, llama, scratch};
+
+/// Comes before a row of the table, for `cargo xtask compat`.
+const RESULT: &str = "RESULT ";
+
+/// Lengths of the prompts, each decoded by one call.
+const PROMPTS: [u32; 3] = [1, 7, 200];
+/// Tokens that are decoded one by one after them. A driver's context has room for 512 in all.
+const DECODED: usize = 32;
+
+/// Starts of lines in which the tracer says what it has not seen.
+const ADMISSIONS: [&str; 5] = [
+    "INCOMPLETE: ",
+    "No expert routing was seen: ",
+    "Not visible: ",
+    "Seen in some of ",
+    "Left out: ",
+];
+
+/// What has become of a build.
+#[derive(Debug, Serialize)]
+struct Row {
+    build: String,
+    version: String,
+    model: &'static str,
+    #[serde(flatten)]
+    by_run: Found,
+    /// Of all probes, while tokens are decoded one by one; `None` where no pass was seen.
+    hits_per_token: Option<f64>,
+    run: Outcome,
+    attach: Outcome,
+}
+
+/// What the tracer has found in the target.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Found {
+    hooks: Vec<Hook>,
+    /// Builds that have this `ggml_tensor`.
+    layout: Option<String>,
+    layout_found: Option<String>,
+    pass_source: Option<String>,
+    phase_source: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Hook {
+    hook: String,
+    file: String,
+    table: String,
+    /// `None` where the document does not tell.
+    hits: Option<u64>,
+}
+
+/// How what the tracer has seen compares with what follows from the tokens.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    /// Every row was seen once, in order, with its experts, and the capture is complete.
+    equal: bool,
+    rows: usize,
+    expected: usize,
+    complete: bool,
+    /// What the tracer says of what it has not seen.
+    says: Vec<String>,
+}
+
+impl Outcome {
+    /// Whether a user would take what was counted for the truth, and it is not.
+    fn misleads(&self) -> bool {
+        !self.equal && self.complete && self.says.is_empty()
+    }
+
+    fn refused(error: &anyhow::Error) -> Self {
+        Self {
+            equal: false,
+            rows: 0,
+            expected: 0,
+            complete: false,
+            says: vec![format!("{error:#}")],
+        }
+    }
+}
+
+/// A build with its model loaded, waiting to be told what to decode.
+enum Target {
+    Driver(Driver),
+    Server(Server),
+}
+
+/// What has gone through a model.
+#[derive(Debug, Default)]
+struct Work {
+    tokens: Vec<u32>,
+    /// Those of them whose output was wanted: the last layer computes no others.
+    outputs: Vec<u32>,
+}
+
+impl Target {
+    /// Starts it, or what starts it. What it says goes to the file `said`.
+    fn start(build: &Build, command: &mut Command, said: &Path) -> Result<Self> {
+        Ok(match build.driven {
+            Driven::Lines => {
+                command.stderr(File::create(said)?);
+                let driver = Driver::spawn(command);
+                Self::Driver(driver.with_context(|| fs::read_to_string(said).unwrap_or_default())?)
+            }
+            Driven::Http => Self::Server(Server::start(command, said)?),
+        })
+    }
+
+    fn pid(&self) -> u32 {
+        match self {
+            Self::Driver(driver) => driver.pid(),
+            Self::Server(server) => server.pid(),
+        }
+    }
+
+    fn decode(&mut self, prompts: &[u32], decoded: usize) -> Result<Work> {
+        let mut work = Work::default();
+        for (n, length) in (0..).zip(prompts) {
+            let start = 1000 + 17 * n;
+            let prompt: Vec<u32> = (start..start + length).collect();
+            let last = n + 1 == prompts.len() as u32;
+            let following = self.continue_by(&prompt, if last { decoded } else { 0 })?;
+            work.tokens.extend(&prompt);
+            work.outputs.extend(prompt.last());
+            work.tokens.extend(&following);
+            work.outputs.extend(&following);
+        }
+        Ok(work)
+    }
+
+    /// Has it decode a prompt at once and then so many tokens one by one, which are returned.
+    fn continue_by(&mut self, prompt: &[u32], decoded: usize) -> Result<Vec<u32>> {
+        match self {
+            Self::Driver(driver) => {
+                driver.decode(prompt)?;
+                let tokens: Vec<u32> = (0..decoded as u32).map(|n| 5000 + 31 * n).collect();
+                for token in &tokens {
+                    driver.decode(&[*token])?;
+                }
+                Ok(tokens)
+            }
+            Self::Server(server) => {
+                // The last one that it generates does not go through the model.
+                let mut tokens = server.complete(prompt, decoded + 1)?;
+                tokens.truncate(decoded);
+                Ok(tokens)
+            }
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        let status = match self {
+            Self::Driver(driver) => driver.quit()?,
+            Self::Server(server) => server.stop()?.0,
+        };
+        ensure!(status.success(), "it ended with {status}");
+        Ok(())
+    }
+}
+
+/// Where a tracer and its target write.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        Self(scratch())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn options(&self) -> [String; 3] {
+        [
+            format!("--output={}", self.path("stats.json").display()),
+            format!("--log={}", self.path("log").display()),
+            "--top=0".to_owned(),
+        ]
+    }
+
+    /// Compares what was traced with what was decoded.
+    fn compare(&self, work: &Work, expected: &Expected, said: &str) -> Result<(Stats, Outcome)> {
+        let stats = Stats::read(&self.path("stats.json"))?;
+        let mut seen: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+        for (layer, ids) in read_log(&self.path("log"))? {
+            seen.entry(layer).or_default().push(ids);
+        }
+        let of_tokens = |layer| {
+            let last = layer + 1 == expected.layers();
+            let tokens = if last { &work.outputs } else { &work.tokens };
+            let ids = tokens.iter().map(|token| expected.ids(layer, *token).to_vec());
+            (layer, ids.collect())
+        };
+        let rows = |of: &BTreeMap<u32, Vec<Vec<u32>>>| of.values().map(Vec::len).sum();
+        let by_tokens: BTreeMap<u32, Vec<Vec<u32>>> =
+            (0..expected.layers()).map(of_tokens).collect();
+        let complete = stats.0["integrity"]["complete"] == true;
+        let outcome = Outcome {
+            equal: seen == by_tokens && complete,
+            rows: rows(&seen),
+            expected: rows(&by_tokens),
+            complete,
+            says: admissions(said),
+        };
+        Ok((stats, outcome))
+    }
+}
+
+fn admissions(said: &str) -> Vec<String> {
+    let lines = said.lines().map(str::trim);
+    let lines = lines.filter(|line| ADMISSIONS.iter().any(|start| line.starts_with(start)));
+    lines.map(str::to_owned).collect()
+}
+
+/// Traces the build from its first instruction to its end.
+fn by_run(build: &Build, known: &Known) -> Result<(Stats, Outcome)> {
+    let files = Files::new();
+    let said = files.path("said");
+    let mut command = tracer::run(&files.options(), &build.command_line(&known.path))?;
+    command.envs(&build.environment);
+    let mut target = Target::start(build, &mut command, &said)?;
+    let work = target.decode(&PROMPTS, DECODED)?;
+    target.end()?;
+    files.compare(&work, &known.expected, &fs::read_to_string(&said)?)
+}
+
+/// Traces the build after it has computed something.
+fn by_attach(build: &Build, known: &Known) -> Result<(Stats, Outcome)> {
+    let files = Files::new();
+    let mut command = build.command_line(&known.path);
+    let mut target = Target::start(build, &mut command, &files.path("said"))?;
+    target.decode(&[5], 0)?;
+    let tracer = Attached::to(target.pid(), &files.options())?;
+    let work = target.decode(&PROMPTS, DECODED)?;
+    let said = tracer.interrupt()?;
+    target.end()?;
+    files.compare(&work, &known.expected, &said)
+}
+
+impl Found {
+    /// The one place that knows where the document has it.
+    fn of(stats: &Stats) -> Self {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let target = &stats.0["target"];
+        let hook = |probe: &Value| {
+            let file = Path::new(probe["file"].as_str()?).file_name()?;
+            Some(Hook {
+                hook: text(&probe["hook"])?,
+                file: file.to_string_lossy().into_owned(),
+                table: text(&probe["table"])?,
+                hits: hits(stats, probe),
+            })
+        };
+        let hooks = target["hooks"].as_array().into_iter().flatten();
+        let layouts = target["tensor_layouts"].as_array();
+        let layout = layouts.and_then(|layouts| layouts.iter().find(|layout| !layout.is_null()));
+        let layout = layout.unwrap_or(&Value::Null);
+        let context = &stats.0["contexts"][0];
+        Self {
+            hooks: hooks.filter_map(hook).collect(),
+            layout: text(layout).or_else(|| text(&layout["builds"])),
+            layout_found: text(&layout["found"]),
+            pass_source: text(&context["pass_source"]),
+            phase_source: text(&context["phase_source"]),
+        }
+    }
+}
+
+/// How often a probe was hit.
+fn hits(stats: &Stats, probe: &Value) -> Option<u64> {
+    let integrity = &stats.0["integrity"]["hits"];
+    let counted = match probe["hook"].as_str()? {
+        "expert_ids" => &integrity["entered"],
+        "pass_begin" => &integrity["passes"],
+        _ => &Value::Null,
+    };
+    probe["hits"].as_u64().or(counted.as_u64())
+}
+
+fn hits_per_token(stats: &Stats) -> Option<f64> {
+    let passes = stats.0["contexts"][0]["passes"].as_f64()?;
+    let hits: u64 = Found::of(stats).hooks.iter().filter_map(|hook| hook.hits).sum();
+    // Each pass has as many, be it of one token or of many.
+    Some(hits as f64 / passes)
+}
+
+fn trace(build: &Build, model: Model) -> Row {
+    let (spec, name) = model.spec();
+    let known = known(&format!("compat-{}.gguf", name.replace(", ", "-")), spec);
+    let (run, found) = match by_run(build, &known) {
+        Ok((stats, outcome)) => (outcome, Found::of(&stats)),
+        Err(error) => (Outcome::refused(&error), Found::default()),
+    };
+    let (attach, hits_per_token) = match by_attach(build, &known) {
+        Ok((stats, outcome)) => (outcome, hits_per_token(&stats)),
+        Err(error) => (Outcome::refused(&error), None),
+    };
+    Row {
+        build: build.name.clone(),
+        version: build.version.clone(),
+        model: name,
+        by_run: found,
+        hits_per_token,
+        run,
+        attach,
+    }
+}
+
+#[test]
+#[ignore = "builds and downloads many llama.cpp; run by `cargo xtask compat`"]
+fn every_build() {
+    let mut misled = Vec::new();
+    for build in Build::list_from_env().unwrap() {
+        for model in &build.models {
+            let row = trace(&build, *model);
+            println!("{RESULT}{}", serde_json::to_string(&row).unwrap());
+            for (how, outcome) in [("run", &row.run), ("attach", &row.attach)] {
+                if outcome.misleads() {
+                    misled.push(format!("{}, {}, by {how}", row.build, row.model));
+                }
+            }
+        }
+    }
+    assert!(misled.is_empty(), "wrong, and not said: {misled:?}");
+}

@@ -3,15 +3,14 @@
 #
 # Usage: python3 driver.py EXTENSION.so MODEL.gguf
 #
-# Commands, answers and errors are those of driver.c. The extension is imported as a user would import
-# it, and llama.cpp's API is called in the library that Python has loaded for it. That llama.cpp's
-# structs can be passed without knowing their members is explained in driver.c, too.
+# Commands, answers and errors are those of driver.c, and so is the number of threads. The extension is
+# opened as a library, but not imported: that would need the packages that its Python part imports. That
+# llama.cpp's structs can be passed without knowing their members is explained in driver.c, too.
 
 import ctypes
-import importlib.machinery
-import importlib.util
-import pathlib
 import sys
+
+N_THREADS = 2
 
 
 class ByValue(ctypes.Structure):
@@ -29,6 +28,7 @@ FUNCTIONS = {
     "llama_context_default_params": (ByValue, []),
     "llama_model_load_from_file": (POINTER, [ctypes.c_char_p, ByValue]),
     "llama_init_from_model": (POINTER, [POINTER, ByValue]),
+    "llama_set_n_threads": (None, [POINTER, INT, INT]),
     "llama_batch_get_one": (ByValue, [ctypes.POINTER(INT), INT]),
     "llama_decode": (INT, [POINTER, ByValue]),
     "llama_free": (None, [POINTER]),
@@ -40,16 +40,8 @@ class Failure(Exception):
     """Something that the user is told, without a traceback."""
 
 
-def import_extension(path):
-    """Loads the extension as `import` does, by the name that its file has."""
-    name = pathlib.Path(path).name.split(".")[0]
-    loader = importlib.machinery.ExtensionFileLoader(name, path)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 def functions(path):
-    """llama.cpp's functions in an extension that was loaded."""
+    """llama.cpp's functions in the extension."""
     library = ctypes.CDLL(path)
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
@@ -78,7 +70,6 @@ def serve(llama, context):
 
 
 def main(extension, model_path):
-    import_extension(extension)
     llama = functions(extension)
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(
@@ -89,6 +80,7 @@ def main(extension, model_path):
     context = llama.llama_init_from_model(model, llama.llama_context_default_params())
     if context is None:
         raise Failure(f"{model_path}: no context")
+    llama.llama_set_n_threads(context, N_THREADS, N_THREADS)
     serve(llama, context)
     llama.llama_free(context)
     llama.llama_model_free(model)
@@ -97,5 +89,5 @@ def main(extension, model_path):
 
 try:
     main(*sys.argv[1:])
-except (Failure, OSError, AttributeError, TypeError, ValueError, ImportError) as error:
+except (Failure, OSError, AttributeError, TypeError, ValueError) as error:
     sys.exit(f"driver.py: {error}")

@@ -215,7 +215,7 @@ pub const MAX_WARMUP_PASSES: u32 = 8;
 
 /// Where the fields of `ggml_tensor` are, in bytes from its start (ggml.h).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TensorLayout {
     /// `src[0]`.
     pub src: u32,
@@ -225,7 +225,8 @@ pub struct TensorLayout {
 
 /// Candidate layouts; the probe finds out which is true by the tensor's own name.
 ///
-/// `type` at 0, `ne` at 16 and `nb` at 48 are the same in all of them.
+/// In all of them, and in all that are read: `type` is at 0, `ne` at [`TENSOR_NE`], `nb` at
+/// [`TENSOR_NB`]; `view_src`, `view_offs`, `data` and `name` follow each other.
 pub const TENSOR_LAYOUTS: [TensorLayout; 2] = [
     // b4106 (2024-11-17) to today.
     TensorLayout {
@@ -238,6 +239,21 @@ pub const TENSOR_LAYOUTS: [TensorLayout; 2] = [
         data: 256,
     },
 ];
+
+/// The layout that a library declares for itself, in its DWARF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeclaredLayout {
+    /// Of `ggml_tensor`.
+    pub tensor: TensorLayout,
+    /// `ith` in `ggml_compute_params`, in bytes from its start (ggml-cpu-impl.h). It is the first field
+    /// since b3209.
+    pub ith: u32,
+}
+
+/// Value in the map `LAYOUT` of a library whose layout is in the map `DECLARED`. Others are 0 while the
+/// layout is not known, and 1 + the index in [`TENSOR_LAYOUTS`].
+pub const LAYOUT_DECLARED: u32 = u32::MAX;
 
 /// llama.cpp builds that have the layout of the same index in [`TENSOR_LAYOUTS`].
 pub const TENSOR_LAYOUT_BUILDS: [&str; 2] = ["b4106 or newer", "b3209 to b4105"];
@@ -342,8 +358,39 @@ pub const CONTROL_LOGITS: u32 = 8;
 /// Entries of the map `CONTROL`.
 pub const CONTROL_ENTRIES: u32 = 9;
 
-/// Entries of the map `LAYOUT`: libraries (attach cookies) told apart in one session.
+/// `ne` in `ggml_tensor`, in bytes from its start.
+pub const TENSOR_NE: u32 = 16;
+/// `nb` there.
+pub const TENSOR_NB: u32 = 48;
+
+/// Entries of the maps `LAYOUT` and `DECLARED`: libraries told apart in one session.
 pub const MAX_SOURCES: u32 = 64;
+/// Entries of the map `HITS`: probes told apart in one session.
+pub const MAX_PROBES: u32 = 1024;
+
+/// What a probe is called by: its attach cookie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Which library with expert ids it belongs to: index in the maps `LAYOUT` and `DECLARED`.
+    pub source: u32,
+    /// Which probe it is: index in the map `HITS`.
+    pub probe: u32,
+}
+
+impl Site {
+    /// The attach cookie.
+    pub const fn cookie(self) -> u64 {
+        (self.probe as u64) << 32 | self.source as u64
+    }
+
+    /// Back from the attach cookie.
+    pub const fn of_cookie(cookie: u64) -> Self {
+        Self {
+            source: cookie as u32,
+            probe: (cookie >> 32) as u32,
+        }
+    }
+}
 
 const _: () = {
     assert!(size_of::<Header>() == 64);

@@ -14,7 +14,7 @@ use expert_trace_common::{Counter, Kind, Route, TENSOR_LAYOUTS};
 use crate::{
     maps::count,
     rows::{Routed, emit_routed, is_first_sight},
-    target::{Address, cookie, process_and_thread},
+    target::{Address, process_and_thread},
     tensor::{DataAndName, Shape, ids_layer, source},
 };
 
@@ -74,11 +74,11 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
 
 /// `set_tensor_async` is entered.
 #[inline(always)]
-pub fn on_weights_follow<C: EbpfContext>(ctx: &C) {
+pub fn on_weights_follow<C: EbpfContext>(ctx: &C, source: u32) {
     if let Some(awaited) = awaited()
         && awaited.route == Route::Fetch as u16
     {
-        arrived(ctx, &awaited);
+        arrived(ctx, source, &awaited);
     }
 }
 
@@ -116,7 +116,7 @@ pub struct Memcpy {
 
 /// `cudaMemcpyAsync` is entered.
 #[inline(always)]
-pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, copy: Memcpy) {
+pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, source: u32, copy: Memcpy) {
     if copy.stream <= STREAM_PER_THREAD {
         return;
     }
@@ -136,7 +136,7 @@ pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, copy: Memcpy) {
             });
         }
     } else if kind == HOST_TO_DEVICE && copy.stream == awaited.stream {
-        arrived(ctx, &awaited);
+        arrived(ctx, source, &awaited);
     }
 }
 
@@ -209,7 +209,7 @@ fn is_same_copy(last: &Awaited, next: &Awaited) -> bool {
 }
 
 #[inline(always)]
-fn arrived<C: EbpfContext>(ctx: &C, awaited: &Awaited) {
+fn arrived<C: EbpfContext>(ctx: &C, source: u32, awaited: &Awaited) {
     forget();
     let route = if awaited.route == Route::Fetch as u16 {
         count(Counter::FetchedIds, 1);
@@ -228,7 +228,7 @@ fn arrived<C: EbpfContext>(ctx: &C, awaited: &Awaited) {
             kind: Kind::Rows,
             route,
             layer: awaited.layer,
-            source: cookie(ctx),
+            source,
             tensor,
             data: Address(awaited.host),
         },

@@ -9,15 +9,15 @@ use core::ptr;
 
 use aya_ebpf::programs::ProbeContext;
 use expert_trace_common::{
-    Counter, Header, Kind, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS, Route, TENSOR_LAYOUTS,
-    TensorLayout, payload,
+    Counter, Header, Kind, LAYOUT_DECLARED, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS, Route,
+    TENSOR_LAYOUTS, TensorLayout, payload,
 };
 
 use crate::{
-    maps::{EVENTS, LAYOUT, Record, THREADS, count},
+    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, count},
     pass::header,
     rows::{Routed, emit_routed},
-    target::{Address, cookie, process_and_thread},
+    target::{Address, process_and_thread},
     tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, source},
 };
 
@@ -35,42 +35,41 @@ enum Known {
 }
 
 #[inline(always)]
-pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
-    // `ith` is the first field of `ggml_compute_params` since b3209 (ggml-cpu-impl.h).
-    let Some(ith) = params.read::<i32>() else {
+pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Address) {
+    let Some(known_layout) = LAYOUT.get_ptr_mut(source) else {
+        return count(Counter::HitUnreadable, 1);
+    };
+    // SAFETY: the map's value is alive during the program.
+    let number = unsafe { ptr::read_volatile(known_layout) };
+    let declared = match number {
+        LAYOUT_DECLARED => DECLARED.get(source),
+        _ => None,
+    };
+    let ith = declared.map_or(0, |declared| declared.ith);
+    let Some(ith) = params.offset(u64::from(ith)).read::<i32>() else {
         return count(Counter::HitUnreadable, 1);
     };
     if ith != 0 {
         return count(Counter::FilteredThread, 1);
     }
-    // After the filter: most hits end there.
-    let source = cookie(ctx);
-    let Some(known_layout) = LAYOUT.get_ptr_mut(source) else {
-        return count(Counter::HitUnreadable, 1);
-    };
-    // SAFETY: the map's value is alive during the program.
-    let layout_number = unsafe { ptr::read_volatile(known_layout) };
-
-    let (number, index, tensor) = match layout_number {
-        0 => match find_layout(dst) {
-            Some((number, index, tensor)) => {
+    let layout = match (number, declared) {
+        (_, Some(declared)) => declared.tensor,
+        (0, None) => match find_layout(dst) {
+            Some((number, layout)) => {
                 // SAFETY: as above. Racing hits of one library write the same number.
                 unsafe { ptr::write_volatile(known_layout, number) };
-                (number, index, tensor)
+                layout
             }
             None => return count(Counter::LayoutUnknown, 1),
         },
-        1 => match read_index(dst, &TENSOR_LAYOUTS[0]) {
-            Some((index, tensor)) => (1, index, tensor),
-            None => return count(Counter::HitUnreadable, 1),
-        },
-        _ => match read_index(dst, &TENSOR_LAYOUTS[1]) {
-            Some((index, tensor)) => (2, index, tensor),
-            None => return count(Counter::HitUnreadable, 1),
-        },
+        (1, None) => TENSOR_LAYOUTS[0],
+        (_, None) => TENSOR_LAYOUTS[1],
+    };
+    let Some((index, tensor)) = read_index(dst, &layout) else {
+        return count(Counter::HitUnreadable, 1);
     };
     match recognise(&tensor.name) {
-        Some(Known::ExpertIds { .. }) if gathers_scales(dst, number) => {
+        Some(Known::ExpertIds { .. }) if gathers_scales(dst, &layout) => {
             count(Counter::FilteredTensor, 1);
         }
         Some(Known::ExpertIds { layer }) => {
@@ -97,16 +96,15 @@ pub fn on_get_rows(ctx: &ProbeContext, params: Address, dst: Address) {
 
 /// Tries the candidates until a tensor shows a name that is only there when the offsets are right.
 #[inline(always)]
-fn find_layout(dst: Address) -> Option<(u32, Address, DataAndName)> {
-    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[0])
-        && recognise(&tensor.name).is_some()
-    {
-        return Some((1, index, tensor));
+fn find_layout(dst: Address) -> Option<(u32, TensorLayout)> {
+    let shows_a_name = |layout| {
+        read_index(dst, layout).is_some_and(|(_, tensor)| recognise(&tensor.name).is_some())
+    };
+    if shows_a_name(&TENSOR_LAYOUTS[0]) {
+        return Some((1, TENSOR_LAYOUTS[0]));
     }
-    if let Some((index, tensor)) = read_index(dst, &TENSOR_LAYOUTS[1])
-        && recognise(&tensor.name).is_some()
-    {
-        return Some((2, index, tensor));
+    if shows_a_name(&TENSOR_LAYOUTS[1]) {
+        return Some((2, TENSOR_LAYOUTS[1]));
     }
     None
 }
@@ -122,12 +120,7 @@ fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndNa
 /// with scales gather those by the same ids, once for each of their weights (`build_lora_mm_id` in
 /// llama-graph.cpp), in nodes that nobody has named.
 #[inline(always)]
-fn gathers_scales(dst: Address, layout_number: u32) -> bool {
-    let layout = if layout_number == 1 {
-        &TENSOR_LAYOUTS[0]
-    } else {
-        &TENSOR_LAYOUTS[1]
-    };
+fn gathers_scales(dst: Address, layout: &TensorLayout) -> bool {
     DataAndName::read(dst, layout).is_some_and(|dst| dst.name.starts_with(UNNAMED))
 }
 

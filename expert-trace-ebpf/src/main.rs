@@ -47,45 +47,45 @@ use aya_ebpf::{
 use expert_trace_common::{Counter, Header, Kind};
 
 use crate::{
-    maps::{active, count},
+    maps::{count, hit},
     target::Address,
 };
 
 #[uprobe]
 fn get_rows(ctx: ProbeContext) -> u32 {
-    if !active() {
+    let Some(site) = hit(&ctx) else {
         return 0;
-    }
+    };
     count(Counter::Entered, 1);
     let (Some(params), Some(dst)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1)) else {
         count(Counter::HitUnreadable, 1);
         return 0;
     };
-    get_rows::on_get_rows(&ctx, Address(params), Address(dst));
+    get_rows::on_get_rows(&ctx, site.source, Address(params), Address(dst));
     0
 }
 
 #[uprobe]
 fn cpu_split(ctx: ProbeContext) -> u32 {
-    if active()
+    if let Some(site) = hit(&ctx)
         && let Some(cgraph) = ctx.arg::<u64>(0)
     {
-        split::on_split(&ctx, Address(cgraph));
+        split::on_split(&ctx, site.source, Address(cgraph));
     }
     0
 }
 
 #[uretprobe]
 fn cpu_split_done(ctx: RetProbeContext) -> u32 {
-    if active() {
-        split::on_split_done(&ctx, ctx.ret());
+    if let Some(site) = hit(&ctx) {
+        split::on_split_done(&ctx, site.source, ctx.ret());
     }
     0
 }
 
 #[uprobe]
 fn fetch(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let (Some(tensor), Some(data), Some(offset)) =
             (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3))
     {
@@ -96,15 +96,15 @@ fn fetch(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn weights_follow(ctx: ProbeContext) -> u32 {
-    if active() {
-        copies::on_weights_follow(&ctx);
+    if let Some(site) = hit(&ctx) {
+        copies::on_weights_follow(&ctx, site.source);
     }
     0
 }
 
 #[uprobe]
 fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let Some(dst) = ctx.arg::<u64>(1)
     {
         copies::on_device_mul_mat_id(Address(dst));
@@ -114,7 +114,7 @@ fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn device_memcpy(ctx: ProbeContext) -> u32 {
-    if active()
+    if let Some(site) = hit(&ctx)
         && let (Some(to), Some(from), Some(bytes), Some(kind), Some(stream)) = (
             ctx.arg::<u64>(0),
             ctx.arg::<u64>(1),
@@ -130,14 +130,14 @@ fn device_memcpy(ctx: ProbeContext) -> u32 {
             kind,
             stream,
         };
-        copies::on_device_memcpy(&ctx, copy);
+        copies::on_device_memcpy(&ctx, site.source, copy);
     }
     0
 }
 
 #[uprobe]
 fn graph_compute(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let Some(sched) = ctx.arg::<u64>(0)
     {
         copies::on_pass_begin();
@@ -148,7 +148,7 @@ fn graph_compute(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn set_inputs(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let Some(ubatch) = ctx.arg::<u64>(1)
     {
         pass::on_set_inputs(ubatch);
@@ -158,7 +158,7 @@ fn set_inputs(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn process_ubatch(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let (Some(llama_context), Some(ubatch)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1))
     {
         pass::on_process_ubatch(llama_context, ubatch);
@@ -168,7 +168,7 @@ fn process_ubatch(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn leave_context(ctx: ProbeContext) -> u32 {
-    if active()
+    if hit(&ctx).is_some()
         && let Some(context) = ctx.arg::<u64>(0)
     {
         pass::on_leave_context(context);
@@ -177,8 +177,8 @@ fn leave_context(ctx: ProbeContext) -> u32 {
 }
 
 #[uprobe]
-fn libraries(_ctx: ProbeContext) -> u32 {
-    if active() {
+fn libraries(ctx: ProbeContext) -> u32 {
+    if hit(&ctx).is_some() {
         maps::emit_header(Header {
             kind: Kind::Libraries as u8,
             process: target::process(),

@@ -2,17 +2,18 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::{
+    EbpfContext,
+    bindings::BPF_F_NO_PREALLOC,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, Follow, Header,
-    MAX_SOURCES, payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, DeclaredLayout, Follow,
+    Header, MAX_PROBES, MAX_SOURCES, Site, payload,
 };
 
-use crate::target::process;
+use crate::target::{process, site};
 
 /// The loader sets the size.
 #[map]
@@ -29,9 +30,17 @@ pub static CONTROL: Array<u32> = Array::with_max_entries(CONTROL_ENTRIES, 0);
 #[map]
 pub static FOLLOWED: HashMap<u32, u8> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
 
-/// By attach cookie: 1 + index in `TENSOR_LAYOUTS`, 0 while it is not known.
+/// By library: 1 + index in `TENSOR_LAYOUTS`, `LAYOUT_DECLARED`, or 0 while it is not known.
 #[map]
 pub static LAYOUT: Array<u32> = Array::with_max_entries(MAX_SOURCES, 0);
+
+/// By library: the layout that it declares. The loader writes it before the library is probed.
+#[map]
+pub static DECLARED: Array<DeclaredLayout> = Array::with_max_entries(MAX_SOURCES, 0);
+
+/// By probe: how often it was hit while tracing was on.
+#[map]
+static HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PROBES, 0);
 
 /// What a thread is working on. LRU: of threads that are gone nothing needs to be kept.
 #[map]
@@ -90,6 +99,19 @@ pub fn active() -> bool {
         && (control(CONTROL_FOLLOW) == Follow::Nobody as u32 || is_followed(process()))
 }
 
+/// Where the hit is, and counts it for its probe, if it counts: see [`active`].
+#[inline(always)]
+pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Site> {
+    if !active() {
+        return None;
+    }
+    let site = site(ctx);
+    if let Some(hits) = HITS.get_ptr_mut(site.probe) {
+        add(hits, 1);
+    }
+    Some(site)
+}
+
 #[inline(always)]
 pub fn control(index: u32) -> u32 {
     CONTROL.get(index).copied().unwrap_or(0)
@@ -104,11 +126,15 @@ pub fn is_followed(process: u32) -> bool {
 pub fn count(counter: Counter, n: u64) {
     if let Some(counts) = COUNTS.get_ptr_mut(0) {
         // SAFETY: counters are numbered from 0 to COUNTERS - 1.
-        let counter = unsafe { counts.cast::<u64>().add(counter as usize) };
-        // SAFETY: the map keeps the value aligned and alive. Atomic because another hit may
-        // preempt this one on the same CPU.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, n) };
+        add(unsafe { counts.cast::<u64>().add(counter as usize) }, n);
     }
+}
+
+/// Adds to a value of a map. Atomic because another hit may preempt this one on the same CPU.
+#[inline(always)]
+fn add(value: *mut u64, n: u64) {
+    // SAFETY: the map keeps the value aligned and alive.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(value, n) };
 }
 
 /// Record with a payload of `N` bytes, as it lies in the ring buffer.

@@ -19,7 +19,7 @@ pub struct Routed {
     pub kind: Kind,
     pub route: Route,
     pub layer: u16,
-    /// Attach cookie of the probe.
+    /// Library that the probe belongs to.
     pub source: u32,
     pub tensor: Address,
     /// Where its elements are on the host; for a tensor on a device not its own `data`.

@@ -16,7 +16,7 @@ use expert_trace_common::{CONTROL_LOGITS, Counter, Kind, Route, TENSOR_LAYOUTS, 
 use crate::{
     maps::{control, count},
     rows::{Routed, emit_routed, is_first_sight, run_chunks},
-    target::{Address, cookie, process_and_thread},
+    target::{Address, process_and_thread},
     tensor::{DataAndName, Name, copied_ids_layer, is_view, layer_behind, source},
 };
 
@@ -61,7 +61,7 @@ struct Ahead {
 }
 
 #[inline(always)]
-pub fn on_split(ctx: &ProbeContext, cgraph: Address) {
+pub fn on_split(ctx: &ProbeContext, source: u32, cgraph: Address) {
     count(Counter::CpuSplits, 1);
     let Some(graph) = cgraph.read::<Graph>() else {
         return;
@@ -101,7 +101,7 @@ pub fn on_split(ctx: &ProbeContext, cgraph: Address) {
             kind: Kind::Rows,
             route: Route::SplitInput,
             layer,
-            source: cookie(ctx),
+            source,
             tensor: found,
             data: Address(data),
         },
@@ -200,7 +200,7 @@ fn scores(name: &Name) -> Option<(Kind, u16)> {
 /// `status` is what `ggml_graph_compute` returns: other than 0 (`GGML_STATUS_SUCCESS`), it has not
 /// computed everything.
 #[inline(always)]
-pub fn on_split_done<C: EbpfContext>(ctx: &C, status: i32) {
+pub fn on_split_done<C: EbpfContext>(ctx: &C, source: u32, status: i32) {
     let key = process_and_thread();
     let Some(ahead) = AHEAD.get_ptr(key) else {
         return;
@@ -227,7 +227,7 @@ pub fn on_split_done<C: EbpfContext>(ctx: &C, status: i32) {
             },
             route: Route::Logits,
             layer: ahead.layer,
-            source: cookie(ctx),
+            source,
             tensor: Address(ahead.tensor),
             data: Address(ahead.data),
         },

@@ -7,6 +7,7 @@ use aya_ebpf::{
         generated::{bpf_get_attach_cookie, bpf_probe_read_user as read_user_raw},
     },
 };
+use expert_trace_common::Site;
 
 /// An address in the target. It is never believed: every read can fail.
 #[derive(Clone, Copy)]
@@ -53,9 +54,9 @@ pub fn thread() -> u32 {
     process_and_thread() as u32
 }
 
-/// The attach cookie of the probe that was hit: which library it sits in.
+/// The probe that was hit.
 #[inline(always)]
-pub fn cookie<C: EbpfContext>(ctx: &C) -> u32 {
+pub fn site<C: EbpfContext>(ctx: &C) -> Site {
     // SAFETY: the context is the one the program was called with.
-    unsafe { bpf_get_attach_cookie(ctx.as_ptr()) as u32 }
+    Site::of_cookie(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })
 }

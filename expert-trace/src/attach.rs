@@ -14,7 +14,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader, Pod,
     maps::{Array, MapData, PerCpuArray, RingBuf},
     programs::{
         RawTracePoint, UProbe,
@@ -25,13 +25,14 @@ use aya::{
 use btf_rs::{Btf, Type};
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_LOGITS,
-    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter, Follow,
-    TENSOR_LAYOUT_BUILDS,
+    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter, DeclaredLayout,
+    Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
 use crate::{
+    layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
     target::printable,
@@ -113,6 +114,14 @@ pub enum Scope {
     },
 }
 
+/// A value of a map, made of integers without padding.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Plain<T>(T);
+
+// SAFETY: three integers of the same size, valid for every pattern of bits.
+unsafe impl Pod for Plain<DeclaredLayout> {}
+
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
     ebpf: Ebpf,
@@ -120,6 +129,8 @@ pub struct Session {
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
+    declared: Array<MapData, Plain<DeclaredLayout>>,
+    hits: PerCpuArray<MapData, u64>,
     links: Vec<(FileId, UProbeLink)>,
     /// Keep the tracepoints' programs attached.
     tracepoints: Vec<RawTracePointLink>,
@@ -154,12 +165,16 @@ impl Session {
         let control = Array::try_from(take("CONTROL")?).map_err(map_error)?;
         let counts = PerCpuArray::try_from(take("COUNTS")?).map_err(map_error)?;
         let layouts = Array::try_from(take("LAYOUT")?).map_err(map_error)?;
+        let declared = Array::try_from(take("DECLARED")?).map_err(map_error)?;
+        let hits = PerCpuArray::try_from(take("HITS")?).map_err(map_error)?;
         let mut session = Self {
             ebpf,
             scope,
             control,
             counts,
             layouts,
+            declared,
+            hits,
             links: Vec::new(),
             tracepoints: Vec::new(),
         };
@@ -244,7 +259,8 @@ impl Session {
             hook,
             symbol,
             definition,
-            source,
+            site,
+            declared,
             attach_path,
             file,
             ..
@@ -255,10 +271,16 @@ impl Session {
             offset: definition.file_offset,
             reason,
         };
+        if site.probe >= MAX_PROBES || site.source >= MAX_SOURCES {
+            return Err(refused("there are too many probes by now".to_owned()));
+        }
+        if let Some(declared) = declared {
+            self.declare(site.source, *declared)?;
+        }
         let program = uprobe(&mut self.ebpf, hook.program())?;
         let point = UProbeAttachPoint {
             location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
-            cookie: Some(u64::from(*source)),
+            cookie: Some(site.cookie()),
         };
         let (scope, _code) = match self.scope {
             Scope::Process(pid) => (UProbeScope::OneProcess(pid), None),
@@ -320,15 +342,37 @@ impl Session {
         Ok(Counters(sums))
     }
 
-    /// Layout of `ggml_tensor` found in a library: the builds that have it, `None` while unknown.
+    /// Tells the BPF programs the layout that a library declares.
+    fn declare(&mut self, source: u32, declared: Declared) -> Result<(), AttachError> {
+        let number = match declared {
+            Declared::Candidate(index) => 1 + index as u32,
+            Declared::Other(layout) => {
+                let layout = Plain(layout);
+                self.declared.set(source, layout, 0).map_err(map_error)?;
+                LAYOUT_DECLARED
+            }
+        };
+        self.layouts.set(source, number, 0).map_err(map_error)
+    }
+
+    /// Which of [`TENSOR_LAYOUTS`](expert_trace_common::TENSOR_LAYOUTS) a library has, once that is
+    /// known; `None` also when it has declared another one.
     ///
     /// # Errors
     /// When the map cannot be read.
-    pub fn layout(&self, source: u32) -> Result<Option<&'static str>, AttachError> {
-        let number = self.layouts.get(&source, 0).map_err(map_error)? as usize;
-        Ok(number
-            .checked_sub(1)
-            .and_then(|index| TENSOR_LAYOUT_BUILDS.get(index).copied()))
+    pub fn candidate_layout(&self, source: u32) -> Result<Option<usize>, AttachError> {
+        let number = self.layouts.get(&source, 0).map_err(map_error)?;
+        let known = (1..=TENSOR_LAYOUTS.len() as u32).contains(&number);
+        Ok(known.then(|| number as usize - 1))
+    }
+
+    /// How often a probe was hit while tracing was on.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn hits(&self, probe: &Probe) -> Result<u64, AttachError> {
+        let hits = self.hits.get(&probe.site.probe, 0).map_err(map_error)?;
+        Ok(hits.iter().sum())
     }
 
     /// Detaches all probes. The kernel waits for a grace period for each of them.

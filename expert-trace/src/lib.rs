@@ -11,12 +11,12 @@
 //!
 //! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
-//! - [`symbols`]: ELF bytes to file offsets. [`probes`]: which functions are to be probed: the `Plan`.
+//! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
-//! - [`requirements`], [`diagnosis`] and [`silence`]: why the machine or a process cannot be traced, and
-//!   why nothing was counted.
+//! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
+//!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
@@ -40,6 +40,7 @@ pub mod export;
 pub mod gate;
 pub mod gguf;
 pub mod launch;
+pub mod layout;
 pub mod model;
 pub mod models;
 pub mod probes;
@@ -54,3 +55,4 @@ pub mod summary;
 pub mod symbols;
 pub mod target;
 pub mod variables;
+pub mod visibility;

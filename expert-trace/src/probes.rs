@@ -8,10 +8,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use expert_trace_common::Site;
 use object::read::ReadCache;
 use serde::Serialize;
 
 use crate::{
+    layout::{self, Declared},
     symbols::{self, Bounded, Definition, SymbolError},
     target::{MappedFile, open_regular, printable},
 };
@@ -152,9 +154,12 @@ pub struct Probe {
     /// Where in the file.
     #[serde(flatten)]
     pub definition: Definition,
-    /// Number of the file among those with expert ids: the probe's attach cookie.
+    /// What the BPF programs call it by.
     #[serde(skip)]
-    pub source: u32,
+    pub site: Site,
+    /// The layout that its library declares, for expert ids.
+    #[serde(skip)]
+    pub declared: Option<Declared>,
     /// The file itself.
     #[serde(skip)]
     pub file_id: FileId,
@@ -170,6 +175,8 @@ pub struct Plan {
     pub probes: Vec<Probe>,
     looked_at: HashMap<FileId, LookedAt>,
     sources: u32,
+    /// Probes that were ever planned.
+    numbered: u32,
     /// Something else than a probe tells when libraries are loaded.
     gated: bool,
     /// Whether the choice is to be made from router logits, where those are all that the host has.
@@ -179,7 +186,7 @@ pub struct Plan {
 }
 
 /// A file, by device and inode: what the kernel sets uprobes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FileId {
     device: u64,
     inode: u64,
@@ -265,18 +272,18 @@ impl Plan {
 
     /// Whether there is a probe for this.
     pub fn has(&self, hook: Hook) -> bool {
-        self.probes.iter().any(|probe| probe.hook == hook)
+        self.of(hook).next().is_some()
+    }
+
+    /// The probes for this.
+    pub fn of(&self, hook: Hook) -> impl Iterator<Item = &Probe> {
+        self.probes.iter().filter(move |probe| probe.hook == hook)
     }
 
     /// A probe in llama.cpp, if there is one.
     pub fn of_llama_cpp(&self) -> Option<&Probe> {
         let mut probes = self.probes.iter();
         probes.find(|probe| probe.hook != Hook::Libraries)
-    }
-
-    /// Libraries that show expert ids: their probes have the cookies 0 to this.
-    pub fn sources(&self) -> u32 {
-        self.sources
     }
 
     /// Adds the probes of files not looked at before, and returns what is to be done.
@@ -332,7 +339,7 @@ impl Plan {
         // Those that wait sit where the functions were.
         self.waiting.retain(|probe| probe.file_id != id);
         let first = self.probes.len();
-        self.add(elf, id, shown, attach_path);
+        self.add(file, elf, id, shown, attach_path);
         Ok(Change {
             stale,
             probes: self.probes[first..].to_vec(),
@@ -368,23 +375,36 @@ impl Plan {
         })
     }
 
-    fn add(&mut self, elf: symbols::Elf, id: FileId, file: &Path, attach_path: &Path) {
+    fn add(
+        &mut self,
+        file: &File,
+        elf: symbols::Elf,
+        id: FileId,
+        shown: &Path,
+        attach_path: &Path,
+    ) {
         for hook in self.hooks() {
             for symbol in hook.symbols() {
                 for definition in elf.definitions.get(*symbol).into_iter().flatten() {
+                    let shows_ids = hook == Hook::ExpertIds;
                     self.waiting.push(Probe {
                         hook,
                         symbol,
-                        file: file.to_string_lossy().into_owned(),
+                        file: shown.to_string_lossy().into_owned(),
                         build_id: elf.build_id.clone(),
                         definition: definition.clone(),
-                        source: self.sources,
+                        site: Site {
+                            source: self.sources,
+                            probe: self.numbered,
+                        },
+                        declared: shows_ids
+                            .then(|| declared_layout(file, shown, definition))
+                            .flatten(),
                         file_id: id,
                         attach_path: attach_path.to_owned(),
                     });
-                    if hook == Hook::ExpertIds {
-                        self.sources += 1;
-                    }
+                    self.numbered += 1;
+                    self.sources += u32::from(shows_ids);
                 }
             }
         }
@@ -411,6 +431,15 @@ fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
     // Read on demand: the file can be large, and can be truncated under us.
     let cache = ReadCache::new(file);
     symbols::resolve(Bounded(&cache), &names)
+}
+
+/// The layout that the library of a function declares.
+fn declared_layout(file: &File, shown: &Path, function: &Definition) -> Option<Declared> {
+    let cache = ReadCache::new(file);
+    let entry = function.address - function.skipped;
+    layout::declared(Bounded(&cache), entry)
+        .inspect_err(|why| tracing::debug!("{}: {why}", printable(shown)))
+        .ok()
 }
 
 /// Build id of an ELF file, in hex.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use crate::{
     diagnosis,
     stats::{ModelFile, Stats},
-    summary,
     target::printable,
+    visibility::{self, NotVisible},
 };
 
 /// What the reason is picked from.
@@ -28,8 +28,10 @@ struct Facts<'a> {
     rows: u64,
     /// Nothing was lost.
     complete: bool,
-    /// What a user can change.
-    make_visible: &'static str,
+    /// Graphs that were computed.
+    passes: u64,
+    /// Why routing may have been out of sight.
+    why: Option<NotVisible>,
     models: &'a [ModelFile],
 }
 
@@ -47,7 +49,8 @@ pub fn reason(stats: &Stats) -> String {
         routed: hits.routed,
         rows: stats.integrity.rows.seen,
         complete: stats.integrity.complete,
-        make_visible: summary::make_visible(stats),
+        passes: hits.passes,
+        why: Some(visibility::explain(stats)),
         models: &stats.models,
     }
     .reason()
@@ -71,6 +74,15 @@ impl Facts<'_> {
             "expert ids were there, and could not be read".to_owned()
         } else if self.token_lookup > 0 {
             self.no_moe_layer_ran()
+        } else if let Some(why) = self
+            .why
+            .as_ref()
+            .filter(|_| self.entered == 0 && self.passes > 0)
+        {
+            format!(
+                "graphs were computed, and {}; {}",
+                why.explanation, why.remedy
+            )
         } else if self.entered == 0 {
             "no token was decoded on the CPU backend".to_owned()
         } else {
@@ -82,7 +94,7 @@ impl Facts<'_> {
         let on_device = format!(
             "{}, or run the program with -ngl 0; where an RPC server computes on its \
              CPU, trace the server",
-            self.make_visible
+            self.why.as_ref().map_or("", |why| &why.remedy)
         );
         // The one with the most layers speaks for the others, such as a draft model's.
         let model = self
@@ -116,7 +128,10 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::gguf::{ExpertsUsed, ModelShape};
+    use crate::{
+        gguf::{ExpertsUsed, ModelShape},
+        visibility::Reason,
+    };
 
     fn model(path: &str, moe_layers: u32) -> ModelFile {
         ModelFile {
@@ -191,8 +206,21 @@ mod tests {
             stripped: Some("/bin/llama".into()),
             ..Facts::default()
         };
+        let never_entered = Facts {
+            passes: 2,
+            why: Some(NotVisible {
+                reason: Reason::NeverEntered,
+                explanation: "it was never entered".to_owned(),
+                remedy: "rebuild".to_owned(),
+            }),
+            ..facts()
+        };
         for (facts, expected) in [
             (facts(), "no token was decoded on the CPU backend"),
+            (
+                never_entered,
+                "graphs were computed, and it was never entered; rebuild",
+            ),
             (entered(0, 0, true), "no token was decoded, and nothing"),
             (entered(3, 0, true), "MoE layers ran, and routed no row"),
             (entered(3, 2, false), "expert ids were there"),

@@ -7,7 +7,6 @@ use std::{
 
 use crate::{
     model::{Coverage, Exclusion, Pass},
-    probes::Hook,
     stats::Stats,
 };
 
@@ -77,20 +76,25 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
     };
     let unseen = context.passes_not_visible;
     let passes = context.passes + unseen.passes;
-    let mut anything = false;
     if unseen.passes > 0 {
-        anything = true;
         writeln!(
             text,
-            "Not visible: {} of {passes} passes, {} tokens: their routing stayed on a device.",
+            "Not visible: {} of {passes} passes, {} tokens.",
             unseen.passes, unseen.tokens
         )?;
     }
-    if !context.layers_not_visible.is_empty() {
-        anything = true;
+    if context.passes_not_known > 0 {
         writeln!(
             text,
-            "Not visible: layers {}: their routing stayed on a device.",
+            "Perhaps not visible: {} passes showed no routing, and whether they computed tokens is not \
+             known.",
+            context.passes_not_known
+        )?;
+    }
+    if !context.layers_not_visible.is_empty() {
+        writeln!(
+            text,
+            "Not visible: layers {}.",
             ranges(&context.layers_not_visible)
         )?;
     }
@@ -101,40 +105,29 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
         .map(|layer| u32::from(layer.layer_id))
         .collect();
     if !partly.is_empty() {
-        anything = true;
         writeln!(
             text,
             "Seen in some of the {passes} passes only: layers {}.",
             ranges(&partly)
         )?;
     }
-    if anything {
-        writeln!(text, "  To see all: {}.", make_visible(stats))?;
-    }
     if !stats.not_visible.is_empty() {
         let passes: u64 = stats.not_visible.iter().map(|of| of.count.passes).sum();
         writeln!(
             text,
-            "Not visible: {passes} passes of other contexts ({}): their model is dense (a draft model, \
-             say), or its routing stayed on a device.",
+            "Not visible: {passes} passes of other contexts ({}), unless their model is dense (a draft \
+             model, say).",
             stats.not_visible.len()
         )?;
     }
-    Ok(())
-}
-
-/// What a user can change where routing stayed on a device.
-pub fn make_visible(stats: &Stats) -> &'static str {
-    let mut hooks = stats.target.hooks.iter();
-    if stats.integrity.logits.refused > 0 {
-        "mend what INCOMPLETE names: router logits were there, and told no experts"
-    } else if hooks.any(|probe| probe.hook == Hook::SplitDone) {
-        // It was asked for already.
-        "get the routers' weights onto the CPU: look for an --override-tensor of your own, or for a \
-         draft model, which has options of its own (--override-tensor-draft)"
-    } else {
-        "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)"
+    if let Some(why) = &stats.why_not_visible {
+        writeln!(
+            text,
+            "  Why: {}.\n  To see all: {}.",
+            why.explanation, why.remedy
+        )?;
     }
+    Ok(())
 }
 
 /// What choices made from router logits rest on, and cost.

@@ -6,7 +6,8 @@
 // Usage: standin LAYOUT K ROWS ID_STRIDE ROW_STRIDE FAULT
 //
 //   LAYOUT       new (b4106 and newer), old (b3209 to b4105), odd (none that ever was),
-//                ancient (new tensors; compute params as before b3209)
+//                ancient (new tensors; compute params as before b3209), wide (16 sources per
+//                tensor, and those compute params; -DDECLARED has DWARF say so)
 //   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
 //   FAULT        none, type, planes, data, tensor, range, suffix, copy, long; half: a second pass of
 //                one layer follows
@@ -21,6 +22,31 @@
 
 struct offsets { size_t src, data, name; };
 
+#ifdef DECLARED
+struct ggml_tensor {
+    int                  type;
+    void *               buffer;
+    int64_t              ne[4];
+    size_t               nb[4];
+    int                  op;
+    int32_t              op_params[16];
+    int32_t              flags;
+    struct ggml_tensor * grad;
+    struct ggml_tensor * src[16];
+    struct ggml_tensor * view_src;
+    size_t               view_offs;
+    void *               data;
+    char                 name[64];
+    void *               extra;
+};
+struct ggml_compute_params { int type, ith, nth; };
+typedef struct ggml_compute_params params_t;
+typedef struct ggml_tensor tensor_t;
+#else
+typedef void params_t;
+typedef void tensor_t;
+#endif
+
 #ifdef LOCKED
 // The kernel sets no uprobe on an instruction with a lock prefix.
 void ggml_compute_forward_get_rows(const void * params, void * dst);
@@ -32,7 +58,7 @@ __asm__(".text\n"
         "    ret\n"
         ".size ggml_compute_forward_get_rows, . - ggml_compute_forward_get_rows\n");
 #else
-__attribute__((noinline)) void ggml_compute_forward_get_rows(const void * params, void * dst) {
+__attribute__((noinline)) void ggml_compute_forward_get_rows(const params_t * params, tensor_t * dst) {
     __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
 }
 #endif
@@ -58,6 +84,8 @@ int main(int argc, char ** argv) {
         at = (struct offsets) { 160, 256, 264 };
     } else if (!strcmp(layout, "odd")) {
         at = (struct offsets) { 168, 272, 280 };
+    } else if (!strcmp(layout, "wide")) {
+        at = (struct offsets) { 160, 304, 312 };
     }
     const int64_t n_expert = id_stride == 4 ? row_stride / 4 : 1024;
 
@@ -97,12 +125,12 @@ int main(int argc, char ** argv) {
         for (int ith = 1; ith >= 0; ith--) {
             // ith, nth; before b3209 a type came first.
             int32_t params[16] = { ith, 2 };
-            if (!strcmp(layout, "ancient")) {
+            if (!strcmp(layout, "ancient") || !strcmp(layout, "wide")) {
                 params[0] = 1;
                 params[1] = ith;
                 params[2] = 2;
             }
-            ggml_compute_forward_get_rows(params, dst);
+            ggml_compute_forward_get_rows((const params_t *) params, (tensor_t *) dst);
         }
     }
     free(data);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -139,6 +140,11 @@ pub fn strip_libraries(from: &Path, into: &Path) -> Result<()> {
         let library = entry?.path();
         let name = library.file_name().unwrap_or_default();
         if !name.to_string_lossy().contains(".so") {
+            continue;
+        }
+        // A library under two names stays one: two would be loaded as two.
+        if let Ok(target) = fs::read_link(&library) {
+            symlink(target, into.join(name))?;
             continue;
         }
         let status = Command::new("strip")

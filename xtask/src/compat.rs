@@ -69,30 +69,33 @@ fn test_command(root: &Path, builds: &[Build]) -> Result<Command> {
 /// What the system calls the processor.
 fn processor() -> Result<String> {
     let lscpu = command::output(Command::new("lscpu").env("LC_ALL", "C"))?;
-    let name = lscpu.lines().find_map(|line| line.strip_prefix("Model name:"));
+    let name = lscpu
+        .lines()
+        .find_map(|line| line.strip_prefix("Model name:"));
     Ok(name.unwrap_or("unknown").trim().to_owned())
 }
 
 /// The results as a table in Markdown.
 fn table(rows: &[Value]) -> String {
-    let mut table = "| build | llama.cpp | model | hooks hit, and files they are in | not hit | layout of tensors; found by | hits per token | ids by `run` | by `attach` |\n\
-                     |---|---|---|---|---|---|---|---|---|\n"
+    let mut table = "| build | llama.cpp | model | expert ids from | hooks hit | found, not hit | \
+                     layout of `ggml_tensor`, found by | hits per token | ids by `run` | by `attach` |\n\
+                     |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for row in rows {
         let [build, version, model] = ["build", "version", "model"].map(|key| text(&row[key]));
-        let (hit, not_hit) = hooks(row);
+        let (ids, hit, not_hit) = (ids(row), by_hits(row, true), by_hits(row, false));
         let hits = row["hits_per_token"].as_f64();
         let hits = hits.map_or_else(|| "–".to_owned(), |hits| format!("{hits:.0}"));
         let layout = match (text(&row["layout"]), text(&row["layout_found"])) {
             ("", _) => "–".to_owned(),
             (layout, "") => layout.to_owned(),
-            (layout, found) => format!("{layout}; {found}"),
+            (layout, found) => format!("{layout}, {found}"),
         };
         let [run, attach] = ["run", "attach"].map(|how| outcome(&row[how]));
         // Writing to a String does not fail.
         let _ = writeln!(
             table,
-            "| {build} | {version} | {model} | {hit} | {not_hit} | {layout} | {hits} | {run} | {attach} |"
+            "| {build} | {version} | {model} | {ids} | {hit} | {not_hit} | {layout} | {hits} | {run} | {attach} |"
         );
     }
     table
@@ -100,4 +103,105 @@ fn table(rows: &[Value]) -> String {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
+}
+
+/// Where expert ids are read: the file, and the symbol table that the function was found in.
+fn ids(row: &Value) -> String {
+    let of_ids = |hook: &&Value| hook["hook"] == "expert_ids";
+    let places = hooks(row).filter(of_ids).map(|hook| {
+        let [file, table] = ["file", "table"].map(|key| text(&hook[key]));
+        format!("`{file}`, `{table}`")
+    });
+    joined(places, "; ")
+}
+
+/// Hooks that were found, and were hit or not.
+fn by_hits(row: &Value, hit: bool) -> String {
+    let as_asked = |hook: &&Value| hook["hits"].as_u64().is_some_and(|hits| (hits > 0) == hit);
+    let names = hooks(row)
+        .filter(as_asked)
+        .map(|hook| format!("`{}`", text(&hook["hook"])));
+    joined(names, ", ")
+}
+
+fn hooks(row: &Value) -> impl Iterator<Item = &Value> {
+    row["hooks"].as_array().into_iter().flatten()
+}
+
+/// Without repetitions, which libraries that are there twice would make.
+fn joined(names: impl Iterator<Item = String>, separator: &str) -> String {
+    let mut all: Vec<String> = Vec::new();
+    for name in names {
+        if !all.contains(&name) {
+            all.push(name);
+        }
+    }
+    if all.is_empty() {
+        "–".to_owned()
+    } else {
+        all.join(separator)
+    }
+}
+
+/// Whether the ids were equal, or what the tracer said.
+fn outcome(outcome: &Value) -> String {
+    let [rows, expected] = ["rows", "expected"].map(|key| outcome[key].as_u64().unwrap_or(0));
+    if outcome["equal"] == true {
+        return format!("equal, {rows} rows");
+    }
+    let says = outcome["says"].as_array().into_iter().flatten().map(text);
+    let says = says.map(|line| line.replace('|', "\\|").replace('\n', " "));
+    let says = joined(says, " ");
+    format!("not equal, {rows} of {expected} rows: \u{201c}{says}\u{201d}")
+}
+
+/// Puts the table into the document, in the place of the last one.
+fn show(document: &Path, table: &str) -> Result<()> {
+    let text = fs::read_to_string(document)
+        .with_context(|| format!("cannot read {}", document.display()))?;
+    let text = with_table(&text, table)
+        .with_context(|| format!("{} has no place for a table", document.display()))?;
+    fs::write(document, text).with_context(|| format!("cannot write {}", document.display()))
+}
+
+fn with_table(document: &str, table: &str) -> Option<String> {
+    let (before, rest) = document.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{table}\n{END}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_table_takes_the_place_of_the_last_one() {
+        let old = format!("# Title\n{BEGIN}\n| old |\n\n{END}The end.\n");
+        let new = with_table(&old, "| new |\n").unwrap();
+        assert_eq!(new, format!("# Title\n{BEGIN}\n| new |\n\n{END}The end.\n"));
+        assert_eq!(with_table("# Title\n", "| new |\n"), None);
+    }
+
+    #[test]
+    fn a_row_shows_what_was_hit_and_what_the_tracer_said() {
+        let hook = |name, hits: Option<u64>| json!({"hook": name, "file": "libggml.so", "table": ".dynsym", "hits": hits});
+        let row = json!({
+            "build": "shared", "version": "b1", "model": "llama",
+            "hooks": [
+                hook("expert_ids", Some(9)), hook("pass_begin", Some(0)), hook("fetch", None),
+            ],
+            "layout": "b4106 or newer", "layout_found": null, "hits_per_token": 51.96,
+            "run": {"equal": true, "rows": 12, "expected": 12, "says": []},
+            "attach": {"equal": false, "rows": 0, "expected": 12, "says": ["INCOMPLETE: a|b."]},
+        });
+        let table = table(&[row]);
+        let last = table.lines().last().unwrap();
+        assert_eq!(
+            last,
+            "| shared | b1 | llama | `libggml.so`, `.dynsym` | `expert_ids` | `pass_begin` | \
+             b4106 or newer | 52 | equal, 12 rows | not equal, 0 of 12 rows: \
+             \u{201c}INCOMPLETE: a\\|b.\u{201d} |"
+        );
+    }
 }

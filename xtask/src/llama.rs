@@ -205,7 +205,13 @@ pub fn build(sources: &Path, how: &How) -> Result<PathBuf> {
     let options = [&OPTIONS[..], how.options].concat().join(" ");
     let targets = how.targets.join(" ");
     let compiler = how.compiler.version()?;
-    let mut parts = vec![SDIST.sha256, &options, &targets, &compiler, env::consts::ARCH];
+    let mut parts = vec![
+        SDIST.sha256,
+        &options,
+        &targets,
+        &compiler,
+        env::consts::ARCH,
+    ];
     let processor = how.is_native().then(processor).transpose()?;
     parts.extend(processor.as_deref());
     let name = format!("{}-{}-{}", how.name, SDIST.version, cache::key(&parts));

@@ -23,9 +23,10 @@ use self::{
     targets::{Targets, Variables},
 };
 use crate::{
-    attach::{Events, Session},
+    attach::{AttachError, Events, Session},
     cli::Recording,
     decode::{Body, decode},
+    layout::Layout,
     model::{BlindTime, Context, End, Model, Options},
     probes::{Change, Hook, Plan, Probe},
     signals::OwnSignal,
@@ -312,10 +313,24 @@ impl Capture {
         let counted = |context: &&Context| context.passes > 0;
         let contexts: Vec<&Context> = self.model.contexts().iter().filter(counted).collect();
         let main = stats::main_context(&contexts);
-        let sources = self.plan.sources();
-        let tensor_layouts = (0..sources)
-            .map(|source| self.session.layout(source))
-            .collect::<Result<_, _>>()?;
+        let tensor_layouts = self
+            .plan
+            .of(Hook::ExpertIds)
+            .map(|probe| {
+                let shown = self.session.candidate_layout(probe.site.source)?;
+                Ok(Layout::new(probe.declared, shown))
+            })
+            .collect::<Result<_, AttachError>>()?;
+        let hooks = self
+            .hooks
+            .iter()
+            .map(|probe| {
+                Ok(stats::HookStats {
+                    probe: probe.clone(),
+                    hits: self.session.hits(probe)?,
+                })
+            })
+            .collect::<Result<_, AttachError>>()?;
         let (started, _) = self.started.context("the capture has not started")?;
         let processes = self.targets.describe(self.pid.get());
         let models = std::mem::take(&mut self.targets.models).into_files();
@@ -331,7 +346,7 @@ impl Capture {
             },
             target: stats::Target {
                 process: main_target,
-                hooks: self.hooks.clone(),
+                hooks,
                 tensor_layouts,
             },
             capture: CaptureStats {
@@ -363,10 +378,12 @@ impl Capture {
                 })
                 .filter(|context| context.count.passes > 0)
                 .collect(),
+            why_not_visible: None,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
-        })
+        }
+        .explained())
     }
 
     /// Process of a context, in our PID namespace where that is known.

@@ -123,6 +123,8 @@ pub enum Coverage {
     Observed,
     /// In some passes: it stayed on a device in others.
     PartlyObserved,
+    /// In some passes; whether others computed tokens is not known.
+    NotKnown,
 }
 
 /// A row whose last chosen value lies less than [`CLOSE_CALL`] above the next.
@@ -184,6 +186,8 @@ pub struct Context {
     pub unseen: Excluded,
     /// Passes that computed tokens, none of them for an output, and of which no routing was seen.
     pub unseen_without_output: Excluded,
+    /// Passes of which neither the routing nor the ubatch was seen.
+    silent: u64,
     /// Counts by layer.
     pub layers: BTreeMap<u16, Layer>,
     /// Passes left out.
@@ -233,11 +237,20 @@ impl Context {
             0
         };
         let unseen = self.unseen.passes + self.unseen_without_output.passes;
-        if seen + idle >= self.passes + unseen {
-            Coverage::Observed
-        } else {
+        if seen + idle < self.passes + unseen {
             Coverage::PartlyObserved
+        } else if self.passes_not_known() > 0 {
+            Coverage::NotKnown
+        } else {
+            Coverage::Observed
         }
+    }
+
+    /// Passes of which no routing was seen, in a context whose ubatches cannot be read: whether they
+    /// computed tokens is not known. Where ubatches are read, those without one have no tokens.
+    pub fn passes_not_known(&self) -> u64 {
+        let seen = self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes;
+        if seen == 0 { self.silent } else { 0 }
     }
 }
 
@@ -603,6 +616,8 @@ impl Model {
                 };
                 unseen.passes += 1;
                 unseen.tokens += u64::from(pass.token_count());
+            } else {
+                context.silent += 1;
             }
             return;
         }

@@ -631,3 +631,34 @@ fn passes_of_which_nothing_was_seen_are_counted() {
     assert_eq!(context.coverage(3, Some(3)), Coverage::PartlyObserved);
     assert_eq!(context.coverage(4, Some(5)), Coverage::PartlyObserved);
 }
+
+/// Where ubatches cannot be read, a pass without routing may have computed tokens out of sight.
+#[test]
+fn passes_that_may_have_had_tokens_are_no_coverage() {
+    let silent = |number| TestPass {
+        number,
+        ..TestPass::default()
+    };
+    let seen = |number, ubatch| TestPass {
+        number,
+        ubatch,
+        layers: &[(0, &[&[1, 2]])],
+        ..TestPass::default()
+    };
+    let context = |ubatch: &'static [(i32, u16, bool)]| {
+        let passes = [seen(0, ubatch), silent(1), seen(2, ubatch)];
+        let mut model = run(
+            Options::default(),
+            ModelFacts::default(),
+            &passes,
+            End::Exited,
+        );
+        model.contexts.remove(0)
+    };
+    let old = context(&[]);
+    assert_eq!((old.passes, old.passes_not_known()), (2, 1));
+    assert_eq!(old.coverage(0, None), Coverage::NotKnown);
+    let new = context(&[(7, 0, true)]);
+    assert_eq!((new.passes, new.passes_not_known()), (2, 0));
+    assert_eq!(new.coverage(0, None), Coverage::Observed);
+}

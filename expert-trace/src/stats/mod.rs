@@ -10,11 +10,32 @@ use serde::Serialize;
 
 use crate::{
     gguf::ModelShape,
+    layout::Layout,
     model::{CloseCall, Context, Coverage, Excluded, Exclusion, Layer},
     probes::Probe,
+    visibility,
 };
 
 pub use self::integrity::{Dropped, Flow, Hits, Integrity, Logits, Routes, UnknownRows};
+
+impl Stats {
+    /// The same, with the reason why routing was not seen, where that was so.
+    pub fn explained(mut self) -> Self {
+        let unseen = |context: &ContextStats| {
+            context.passes_not_visible.passes > 0
+                || context.passes_not_known > 0
+                || !context.layers_not_visible.is_empty()
+                || context
+                    .layers
+                    .iter()
+                    .any(|layer| layer.coverage != Coverage::Observed)
+        };
+        if self.contexts.iter().any(unseen) || !self.not_visible.is_empty() {
+            self.why_not_visible = Some(visibility::explain(&self));
+        }
+        self
+    }
+}
 
 /// Name of the document's schema.
 pub const SCHEMA_NAME: &str = "expert-trace-stats";
@@ -44,6 +65,8 @@ pub struct Stats {
     pub contexts: Vec<ContextStats>,
     /// Contexts that computed tokens, and of which no routing was seen at all.
     pub not_visible: Vec<NotVisible>,
+    /// Why routing was not seen, and what to change; `null` when all was.
+    pub why_not_visible: Option<visibility::NotVisible>,
     /// Passes that are in no count.
     pub excluded: Vec<ExcludedPasses>,
     /// Proof that nothing was lost, or what was.
@@ -88,10 +111,20 @@ pub struct Target {
     #[serde(flatten)]
     pub process: Process,
     /// Probes that were set.
-    pub hooks: Vec<Probe>,
-    /// Layout of `ggml_tensor` in each library that showed expert ids, by the builds that have it;
-    /// `null` when no hit has shown it.
-    pub tensor_layouts: Vec<Option<&'static str>>,
+    pub hooks: Vec<HookStats>,
+    /// Layouts of each library that defines the function with expert ids.
+    pub tensor_layouts: Vec<Layout>,
+}
+
+/// A probe that was set.
+#[derive(Debug, Serialize)]
+pub struct HookStats {
+    /// Where.
+    #[serde(flatten)]
+    pub probe: Probe,
+    /// How often it was hit while tracing was on. A function whose symbol is there need never run:
+    /// compilers copy its code into its callers.
+    pub hits: u64,
 }
 
 /// A model file, all shards of it.
@@ -176,6 +209,9 @@ pub struct ContextStats {
     pub excluded: Vec<ExcludedPasses>,
     /// Passes that computed tokens, and of which no routing was seen: it stayed on a device.
     pub passes_not_visible: Excluded,
+    /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
+    /// known. 0 where ubatches are read.
+    pub passes_not_known: u64,
     /// Layers with experts, by the model file, of which no routing was seen in any pass.
     pub layers_not_visible: Vec<u32>,
     /// Counts by layer.
@@ -304,6 +340,7 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
         },
         excluded: excluded_list(&context.excluded),
         passes_not_visible: context.not_visible(last),
+        passes_not_known: context.passes_not_known(),
         layers_not_visible: model.map_or_else(Vec::new, |model| {
             let expected = models[model].shape.moe_layers.iter().copied();
             expected

@@ -23,7 +23,10 @@ use serde::Serialize;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{Known, known, llama, scratch};
+use crate::{
+    layouts::compile_to,
+    support::{Known, known, llama, scratch},
+};
 
 /// Comes before a row of the table, for `cargo xtask compat`.
 const RESULT: &str = "RESULT ";
@@ -214,7 +217,9 @@ impl Files {
         let of_tokens = |layer| {
             let last = layer + 1 == expected.layers();
             let tokens = if last { &work.outputs } else { &work.tokens };
-            let ids = tokens.iter().map(|token| expected.ids(layer, *token).to_vec());
+            let ids = tokens
+                .iter()
+                .map(|token| expected.ids(layer, *token).to_vec());
             (layer, ids.collect())
         };
         let rows = |of: &BTreeMap<u32, Vec<Vec<u32>>>| of.values().map(Vec::len).sum();
@@ -305,7 +310,11 @@ fn hits(stats: &Stats, probe: &Value) -> Option<u64> {
 
 fn hits_per_token(stats: &Stats) -> Option<f64> {
     let passes = stats.0["contexts"][0]["passes"].as_f64()?;
-    let hits: u64 = Found::of(stats).hooks.iter().filter_map(|hook| hook.hits).sum();
+    let hits: u64 = Found::of(stats)
+        .hooks
+        .iter()
+        .filter_map(|hook| hook.hits)
+        .sum();
     // Each pass has as many, be it of one token or of many.
     Some(hits as f64 / passes)
 }
@@ -330,6 +339,33 @@ fn trace(build: &Build, model: Model) -> Row {
         run,
         attach,
     }
+}
+
+/// Libraries as distributions ship them: the dynamic linker's symbols are all there is.
+#[test]
+fn stripped_shared_libraries() {
+    let directory = scratch();
+    strip_libraries(&llama().bin, directory.path()).unwrap();
+    let driver = directory.path().join("driver");
+    compile_to(&driver, &["driver.c"], &["-ldl"]);
+    let library = directory.path().join("libllama.so");
+    let build = Build {
+        name: "stripped".to_owned(),
+        version: String::new(),
+        command: vec![driver, "--library".into(), library],
+        environment: BTreeMap::new(),
+        driven: Driven::Lines,
+        models: Vec::new(),
+    };
+    let row = trace(&build, Model::Qwen3Moe);
+    assert!(row.run.equal, "{:?}", row.run);
+    assert!(row.attach.equal, "{:?}", row.attach);
+    let hooks = &row.by_run.hooks;
+    assert!(hooks.iter().any(|hook| hook.hook == "expert_ids"));
+    assert!(
+        hooks.iter().all(|hook| hook.table == ".dynsym"),
+        "{hooks:?}"
+    );
 }
 
 #[test]

@@ -274,7 +274,7 @@ fn tensors_of_old_builds() {
     let steps = "pass slow get fast get slow other get pass slow get fast get slow";
     let traced = run(shared().command("old", SMALL, steps));
     traced.assert_exact(2 * 2 * 37, Routes::of_layers(4, 0));
-    let layout = &traced.stats.0["target"]["tensor_layouts"][0];
+    let layout = &traced.stats.0["target"]["tensor_layouts"][0]["builds"];
     assert_eq!(layout, "b3209 to b4105");
 }
 

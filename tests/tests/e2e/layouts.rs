@@ -8,6 +8,7 @@ use std::{
 };
 
 use expert_trace_tests::tracer::{self, Stats, read_log};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::scratch;
@@ -117,16 +118,36 @@ fn assert_exact(layout: &str, shape: &Shape) -> Stats {
 fn both_tensor_layouts_are_found_by_the_first_row() {
     for (layout, builds) in [("new", "b4106 or newer"), ("old", "b3209 to b4105")] {
         let stats = assert_exact(layout, &argsort(4, 2, 32));
-        assert_eq!(stats.0["target"]["tensor_layouts"][0], builds);
+        let found = &stats.0["target"]["tensor_layouts"][0];
+        assert_eq!(found["builds"], builds);
+        assert_eq!(found["found_by"], "names");
         assert_eq!(stats.number("/integrity/hits/layout_unknown"), 0);
         assert_eq!(stats.0["contexts"][0]["pass_source"], "layer_order");
         assert_eq!(stats.0["contexts"][0]["phase_source"], "rows");
     }
 }
 
+/// Where a library has DWARF, its layout is known before anything runs, and need not be one of ours.
+#[test]
+fn a_declared_layout_is_taken_from_dwarf() {
+    let shape = argsort(4, 10, 32);
+    let (_directory, program) = compile("standin.c", &["-g", "-DDECLARED"]);
+    let (stats, rows) = trace(Command::new(&program), "wide", &shape, "none");
+    stats.assert_complete();
+    assert_eq!(rows, expected(&shape));
+    let found = &stats.0["target"]["tensor_layouts"][0];
+    let declared = json!({
+        "found_by": "dwarf", "builds": null, "src": 160, "data": 304, "ith": 4,
+    });
+    assert_eq!(*found, declared);
+    // Two threads, three layers.
+    assert_eq!(stats.0["target"]["hooks"][0]["hits"], 6);
+}
+
 #[test]
 fn an_unknown_layout_is_refused_with_the_reason() {
     for (layout, words) in [
+        ("wide", "ggml_compute_params has a layout that is not known"),
         ("odd", "layout that is not known: nothing was read"),
         (
             "ancient",

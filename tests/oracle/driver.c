@@ -1,8 +1,8 @@
 // Decodes what it is told to, with the libllama of any build from 2024 on, by others or by us.
 //
-// It is the smallest user of llama.cpp: a model, a context of default parameters, and llama_decode. No
-// header of llama.cpp is needed, so that one program serves libraries of which nothing but the binary
-// is there, of versions years apart. driver.py does the same inside a Python process.
+// It is the smallest user of llama.cpp: a model, a context of default parameters with two threads, and
+// llama_decode. No header of llama.cpp is needed, so that one program serves libraries of which nothing
+// but the binary is there, of versions years apart. driver.py does the same inside a Python process.
 //
 // Usage: driver --library LIBLLAMA.SO MODEL.gguf     a shared libllama, opened at run time
 //        driver MODEL.gguf                           compiled with -DLINKED, linked with a libllama
@@ -41,6 +41,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/// More than one, so that a tracer has to tell threads apart. llama.cpp's default of 4 is too many for a
+/// machine with 2 processors: they wait for each other at every node of a graph.
+enum { N_THREADS = 2 };
+
 /// Any of llama.cpp's structs. The largest, `llama_context_params`, has less than 200 bytes in 2026.
 struct by_value {
     uint64_t words[128];
@@ -55,6 +59,7 @@ struct api {
     struct by_value (*context_default_params)(void);
     void * (*model_load)(const char * path, struct by_value params);
     void * (*context_init)(void * model, struct by_value params);
+    void (*set_n_threads)(void * context, int32_t n_threads, int32_t n_threads_batch);
     struct by_value (*batch_get_one)(int32_t * tokens, int32_t n_tokens, int32_t position, int32_t sequence);
     int32_t (*decode)(void * context, struct by_value batch);
     void (*context_free)(void * context);
@@ -74,6 +79,7 @@ struct by_value llama_model_default_params(void);
 struct by_value llama_context_default_params(void);
 void *          llama_model_load_from_file(const char * path, struct by_value params);
 void *          llama_init_from_model(void * model, struct by_value params);
+void            llama_set_n_threads(void * context, int32_t n_threads, int32_t n_threads_batch);
 struct by_value llama_batch_get_one(int32_t * tokens, int32_t n_tokens, int32_t position, int32_t sequence);
 int32_t         llama_decode(void * context, struct by_value batch);
 void            llama_free(void * context);
@@ -86,6 +92,7 @@ static const struct api linked = {
     .context_default_params = llama_context_default_params,
     .model_load             = llama_model_load_from_file,
     .context_init           = llama_init_from_model,
+    .set_n_threads          = llama_set_n_threads,
     .batch_get_one          = llama_batch_get_one,
     .decode                 = llama_decode,
     .context_free           = llama_free,
@@ -150,6 +157,7 @@ static bool find_api(int * argc, char *** argv, struct api * api) {
            find(library, "llama_context_default_params", NULL, &api->context_default_params) &&
            find(library, "llama_model_load_from_file", "llama_load_model_from_file", &api->model_load) &&
            find(library, "llama_init_from_model", "llama_new_context_with_model", &api->context_init) &&
+           find(library, "llama_set_n_threads", NULL, &api->set_n_threads) &&
            find(library, "llama_batch_get_one", NULL, &api->batch_get_one) &&
            find(library, "llama_decode", NULL, &api->decode) &&
            find(library, "llama_free", NULL, &api->context_free) &&
@@ -234,6 +242,7 @@ int main(int argc, char ** argv) {
     void * context = api.context_init(model, api.context_default_params());
     bool   ok      = context != NULL || fail(argv[1], "no context");
     if (ok) {
+        api.set_n_threads(context, N_THREADS, N_THREADS);
         puts("ready");
         fflush(stdout);
         ok = serve(&api, context);

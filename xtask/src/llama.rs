@@ -278,7 +278,7 @@ fn processor() -> Result<String> {
     Ok(flags.unwrap_or_default().to_owned())
 }
 
-fn ensure_build_tools() -> Result<()> {
+pub fn ensure_build_tools() -> Result<()> {
     let needed: Vec<&str> = [("cmake", "cmake"), ("ninja", "ninja-build")]
         .into_iter()
         .filter(|(program, _)| !packages::on_path(program))

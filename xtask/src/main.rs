@@ -5,6 +5,7 @@ mod command;
 mod compat;
 mod cuda;
 mod demo;
+mod driver;
 mod ebpf;
 mod llama;
 mod npm;
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use expert_trace_tests::builds::Build;
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
 ///
@@ -83,7 +85,11 @@ fn run() -> Result<ExitCode> {
         Task::Compat(arguments) => compat::run(&root, &arguments)?,
         Task::Results(arguments) => results::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
-        Task::Prebuilt => export(&prebuilt::provision()?.to_env()),
+        Task::Prebuilt => {
+            export(&prebuilt::provision()?.to_env());
+            let list = workspace::target()?.join(test::BUILDS);
+            export(&[Build::write_list(&list, &prebuilt::some(&root)?)?]);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

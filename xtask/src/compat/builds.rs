@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use expert_trace_tests::builds::{Build, Driven, Model, strip_libraries};
 
 use crate::llama::{self, Compiler, How, RELEASE};
-use crate::{cache, command, packages};
+use crate::{cache, command, driver, packages};
 
 /// All of a shared ggml.
 const GGML: &[&str] = &["ggml", "ggml-base", "ggml-cpu"];
@@ -101,10 +101,10 @@ const SHARED: [(&str, &How, &[Model]); 5] = [
 
 /// All of them.
 pub fn all(root: &Path) -> Result<Vec<Build>> {
-    let source = root.join("tests/oracle/driver.c");
+    let source = driver::source(root);
     let sources = llama::sources()?;
     let bin = llama::shared()?;
-    let driver = driver(&source)?;
+    let driver = driver::build(root)?;
     let shared = |name: &str, bin: &Path, models: &[Model]| Build {
         name: name.to_owned(),
         version: RELEASE.to_owned(),
@@ -133,20 +133,6 @@ pub fn all(root: &Path) -> Result<Vec<Build>> {
     builds.push(linked("static, GCC", &archives, &archives)?);
     builds.push(linked("static, GCC, `GGML_LTO`", &lto, &archives)?);
     Ok(builds)
-}
-
-/// The driver that opens a libllama at run time.
-fn driver(source: &Path) -> Result<PathBuf> {
-    let key = cache::key(&[&read(source)?, &Compiler::System.version()?]);
-    cache::entry(&format!("driver-{key}"), |partial| {
-        command::run(
-            Command::new(Compiler::System.c())
-                .args(["-O2", "-o"])
-                .arg(partial)
-                .arg(source)
-                .arg("-ldl"),
-        )
-    })
 }
 
 /// The driver with all of llama.cpp in it: ggml's archives of one build, and libllama's of another.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use expert_trace_tests::builds::Build;
 use serde_json::Value;
 
-use crate::{command, llama, results, suite, system, workspace};
+use crate::{command, llama, prebuilt, results, suite, system, workspace};
 
 /// Document that shows the table.
 const DOCUMENT: &str = "docs/compatibility.md";
@@ -32,7 +32,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         system::is_root(),
         "tracing another process needs root: run `sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask compat`"
     );
-    let mut builds = builds::all(root)?;
+    let mut builds = [builds::all(root)?, prebuilt::all(root)?].concat();
     if let Some(filter) = &arguments.filter {
         builds.retain(|build| build.name.contains(filter));
     }

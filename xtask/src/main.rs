@@ -63,7 +63,11 @@ enum Task {
     /// Say which results of long suites are older than the code they cover
     Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
-    Prebuilt,
+    Prebuilt {
+        /// Also those that only `cargo xtask compat` traces
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -85,10 +89,15 @@ fn run() -> Result<ExitCode> {
         Task::Compat(arguments) => compat::run(&root, &arguments)?,
         Task::Results(arguments) => results::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
-        Task::Prebuilt => {
-            export(&prebuilt::provision()?.to_env());
+        Task::Prebuilt { all } => {
+            let builds = if all {
+                prebuilt::all(&root)?
+            } else {
+                prebuilt::some(&root)?
+            };
             let list = workspace::target()?.join(test::BUILDS);
-            export(&[Build::write_list(&list, &prebuilt::some(&root)?)?]);
+            export(&prebuilt::provision()?.to_env());
+            export(&[Build::write_list(&list, &builds)?]);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -40,7 +40,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let table = table(&found.results);
     print!("\n{table}");
     if arguments.filter.is_none() {
-        let mut document = results::header(root, None, "cargo xtask compat")?;
+        let mut document = results::header(root, results::COMPAT, None, "cargo xtask compat")?;
         document["processor"] = processor()?.into();
         document["tests"] = found.sum.clone().into();
         document["builds"] = found.results.into();
@@ -77,16 +77,21 @@ fn processor() -> Result<String> {
 
 /// The results as a table in Markdown.
 fn table(rows: &[Value]) -> String {
-    let mut table = "| build | llama.cpp | model | expert ids from | hooks hit | found, not hit | \
+    let mut table = "| build | llama.cpp | model | expert ids from | found, never hit | \
                      layout of `ggml_tensor`, found by | hits per token | ids by `run` | by `attach` |\n\
                      |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for row in rows {
         let [build, version, model] = ["build", "version", "model"].map(|key| text(&row[key]));
-        let (ids, hit, not_hit) = (ids(row), by_hits(row, true), by_hits(row, false));
+        let (ids, never_hit) = (ids(row), never_hit(row));
+        let repacked = if row["repacked"] == true {
+            ", repacked"
+        } else {
+            ""
+        };
         let hits = row["hits_per_token"].as_f64();
         let hits = hits.map_or_else(|| "–".to_owned(), |hits| format!("{hits:.0}"));
-        let layout = match (text(&row["layout"]), text(&row["layout_found"])) {
+        let layout = match (text(&row["layout"]), text(&row["layout_found_by"])) {
             ("", _) => "–".to_owned(),
             (layout, "") => layout.to_owned(),
             (layout, found) => format!("{layout}, {found}"),
@@ -95,7 +100,7 @@ fn table(rows: &[Value]) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(
             table,
-            "| {build} | {version} | {model} | {ids} | {hit} | {not_hit} | {layout} | {hits} | {run} | {attach} |"
+            "| {build} | {version} | {model}{repacked} | {ids} | {never_hit} | {layout} | {hits} | {run} | {attach} |"
         );
     }
     table
@@ -105,41 +110,51 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// Where expert ids are read: the file, and the symbol table that the function was found in.
+/// Where expert ids were read: the file, and the symbol table that the function was found in. Of
+/// libraries that were only looked at, how many.
 fn ids(row: &Value) -> String {
-    let of_ids = |hook: &&Value| hook["hook"] == "expert_ids";
-    let places = hooks(row).filter(of_ids).map(|hook| {
-        let [file, table] = ["file", "table"].map(|key| text(&hook[key]));
-        format!("`{file}`, `{table}`")
-    });
+    let (hit, idle): (Vec<&Value>, Vec<&Value>) = hooks(row)
+        .filter(|hook| hook["hook"] == "expert_ids")
+        .partition(|hook| was_hit(hook));
+    let mut places: Vec<String> = hit
+        .iter()
+        .map(|hook| {
+            let [file, table] = ["file", "table"].map(|key| text(&hook[key]));
+            format!("`{file}`, `{table}`")
+        })
+        .collect();
+    if !idle.is_empty() {
+        places.push(format!("{} more files not entered", idle.len()));
+    }
     joined(places, "; ")
 }
 
-/// Hooks that were found, and were hit or not.
-fn by_hits(row: &Value, hit: bool) -> String {
-    let as_asked = |hook: &&Value| hook["hits"].as_u64().is_some_and(|hits| (hits > 0) == hit);
-    let names = hooks(row)
-        .filter(as_asked)
-        .map(|hook| format!("`{}`", text(&hook["hook"])));
+/// Hooks that were found, and hit in no file.
+fn never_hit(row: &Value) -> String {
+    let is_idle = |name: &Value| !hooks(row).any(|hook| hook["hook"] == *name && was_hit(hook));
+    let mut names: Vec<String> = hooks(row)
+        .map(|hook| &hook["hook"])
+        .filter(|name| is_idle(name))
+        .map(|name| format!("`{}`", text(name)))
+        .collect();
+    names.sort();
+    names.dedup();
     joined(names, ", ")
+}
+
+fn was_hit(hook: &Value) -> bool {
+    hook["hits"] != 0
 }
 
 fn hooks(row: &Value) -> impl Iterator<Item = &Value> {
     row["hooks"].as_array().into_iter().flatten()
 }
 
-/// Without repetitions, which libraries that are there twice would make.
-fn joined(names: impl Iterator<Item = String>, separator: &str) -> String {
-    let mut all: Vec<String> = Vec::new();
-    for name in names {
-        if !all.contains(&name) {
-            all.push(name);
-        }
-    }
-    if all.is_empty() {
+fn joined(parts: Vec<String>, separator: &str) -> String {
+    if parts.is_empty() {
         "–".to_owned()
     } else {
-        all.join(separator)
+        parts.join(separator)
     }
 }
 
@@ -150,8 +165,8 @@ fn outcome(outcome: &Value) -> String {
         return format!("equal, {rows} rows");
     }
     let says = outcome["says"].as_array().into_iter().flatten().map(text);
-    let says = says.map(|line| line.replace('|', "\\|").replace('\n', " "));
-    let says = joined(says, " ");
+    let says: Vec<&str> = says.collect();
+    let says = says.join(" ").replace('|', "\\|").replace('\n', " ");
     format!("not equal, {rows} of {expected} rows: \u{201c}{says}\u{201d}")
 }
 
@@ -185,13 +200,14 @@ mod tests {
 
     #[test]
     fn a_row_shows_what_was_hit_and_what_the_tracer_said() {
-        let hook = |name, hits: Option<u64>| json!({"hook": name, "file": "libggml.so", "table": ".dynsym", "hits": hits});
+        let hook = |name, file, hits: u64| json!({"hook": name, "file": file, "table": ".dynsym", "hits": hits});
         let row = json!({
-            "build": "shared", "version": "b1", "model": "llama",
+            "build": "shared", "version": "b1", "model": "llama", "repacked": true,
             "hooks": [
-                hook("expert_ids", Some(9)), hook("pass_begin", Some(0)), hook("fetch", None),
+                hook("expert_ids", "libggml-cpu.so", 9), hook("fetch", "libggml-base.so", 0),
+                hook("expert_ids", "libggml-cpu-x64.so", 0),
             ],
-            "layout": "b4106 or newer", "layout_found": null, "hits_per_token": 51.96,
+            "layout": "b4106 or newer", "layout_found_by": "names", "hits_per_token": 51.96,
             "run": {"equal": true, "rows": 12, "expected": 12, "says": []},
             "attach": {"equal": false, "rows": 0, "expected": 12, "says": ["INCOMPLETE: a|b."]},
         });
@@ -199,8 +215,8 @@ mod tests {
         let last = table.lines().last().unwrap();
         assert_eq!(
             last,
-            "| shared | b1 | llama | `libggml.so`, `.dynsym` | `expert_ids` | `pass_begin` | \
-             b4106 or newer | 52 | equal, 12 rows | not equal, 0 of 12 rows: \
+            "| shared | b1 | llama, repacked | `libggml-cpu.so`, `.dynsym`; 1 more files not entered \
+             | `fetch` | b4106 or newer, names | 52 | equal, 12 rows | not equal, 0 of 12 rows: \
              \u{201c}INCOMPLETE: a\\|b.\u{201d} |"
         );
     }

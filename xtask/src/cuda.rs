@@ -37,7 +37,12 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     .context("no NVIDIA GPU answers")?;
     let llama = llama::provision_cuda(root)?;
     let found = suite::run(&mut test_command(root, arguments, &llama)?)?;
-    let mut document = results::header(root, arguments.commit.as_deref(), "cargo xtask cuda")?;
+    let mut document = results::header(
+        root,
+        results::CUDA,
+        arguments.commit.as_deref(),
+        "cargo xtask cuda",
+    )?;
     document["gpu"] = gpu.trim().into();
     document["tests"] = found.sum.clone().into();
     document["costs"] = found.results.into();

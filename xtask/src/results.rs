@@ -20,13 +20,29 @@ pub const COMPAT: &str = "docs/results/compat.json";
 /// All result files.
 const ALL: [&str; 2] = [COMPAT, CUDA];
 
-/// What the results depend on.
+/// What all results depend on.
 const COVERED: [&str; 4] = [
     "expert-trace",
     "expert-trace-common",
     "expert-trace-ebpf",
     "tests",
 ];
+
+/// What those of `cargo xtask compat` depend on, too: which builds there are, and how they are made.
+const BUILDS: [&str; 4] = [
+    "xtask/src/compat/builds.rs",
+    "xtask/src/driver.rs",
+    "xtask/src/llama.rs",
+    "xtask/src/prebuilt/cpu.rs",
+];
+
+fn covered(name: &str) -> Vec<&'static str> {
+    let mut covered = COVERED.to_vec();
+    if name == COMPAT {
+        covered.extend(BUILDS);
+    }
+    covered
+}
 
 #[derive(Default, clap::Args)]
 pub struct Arguments {
@@ -94,11 +110,11 @@ fn ages(root: &Path) -> Result<Vec<(&'static str, Age)>> {
     ALL.into_iter().map(age).collect()
 }
 
-/// Start of a result file: of which commit it is, from when, on which kernel, by which command.
-pub fn header(root: &Path, commit: Option<&str>, command: &str) -> Result<Value> {
+/// Start of the result file `name`: of which commit it is, from when, on which kernel, by which command.
+pub fn header(root: &Path, name: &str, commit: Option<&str>, command: &str) -> Result<Value> {
     let commit = match commit {
         Some(commit) => commit.to_owned(),
-        None => head(root)?,
+        None => head(root, name)?,
     };
     let kernel = command::output(Command::new("uname").args(["-s", "-r", "-m"]))?;
     Ok(json!({
@@ -111,10 +127,10 @@ pub fn header(root: &Path, commit: Option<&str>, command: &str) -> Result<Value>
 
 /// The commit that is checked out. What is not committed is in no history, and its results can never be
 /// up to date.
-fn head(root: &Path) -> Result<String> {
+fn head(root: &Path, name: &str) -> Result<String> {
     let commit = git(root, &["rev-parse", "HEAD"])?;
     let mut status = vec!["status", "--porcelain", "--"];
-    status.extend(COVERED);
+    status.extend(covered(name));
     let changes = git(root, &status)?;
     Ok(if changes.is_empty() {
         commit
@@ -143,7 +159,7 @@ fn age(root: &Path, name: &str) -> Result<Age> {
     let commit = text("commit");
     let range = format!("{commit}..HEAD");
     let mut arguments = vec!["rev-list", "--count", &range, "--"];
-    arguments.extend(COVERED);
+    arguments.extend(covered(name));
     // A copy of the sources need not have the history.
     let commits = git(root, &arguments).ok().and_then(|n| n.parse().ok());
     Ok(Age {

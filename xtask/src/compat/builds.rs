@@ -122,7 +122,11 @@ pub fn all(root: &Path) -> Result<Vec<Build>> {
 
     let mut builds = vec![
         shared("shared, GCC, Release", &bin, &[Model::Qwen3Moe]),
-        shared("the same, stripped", &stripped(&bin)?, &[Model::Qwen3Moe]),
+        shared(
+            "shared, GCC, stripped",
+            &stripped(&bin)?,
+            &[Model::Qwen3Moe],
+        ),
     ];
     for (name, how, models) in SHARED {
         let ggml = llama::build(&sources, how)?;
@@ -130,7 +134,13 @@ pub fn all(root: &Path) -> Result<Vec<Build>> {
     }
     let archives = llama::build(&sources, &STATIC)?;
     let lto = llama::build(&sources, &STATIC_LTO)?;
-    builds.push(linked("static, GCC", &archives, &archives)?);
+    let unstripped = linked("static, GCC", &archives, &archives)?;
+    let stripped = Build {
+        name: "static, GCC, stripped".to_owned(),
+        command: vec![stripped_program(&unstripped.command[0])?],
+        ..unstripped.clone()
+    };
+    builds.extend([unstripped, stripped]);
     builds.push(linked("static, GCC, `GGML_LTO`", &lto, &archives)?);
     Ok(builds)
 }
@@ -143,8 +153,10 @@ fn linked_driver(source: &Path, ggml: &Path, llama: &Path) -> Result<PathBuf> {
         &ggml.to_string_lossy(),
         &llama.to_string_lossy(),
     ]);
-    cache::entry(&format!("driver-static-{key}"), |partial| {
-        let object = partial.with_extension("o");
+    let built = cache::entry(&format!("driver-static-{key}"), |partial| {
+        fs::create_dir_all(partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        let object = partial.join("driver.o");
         command::run(
             Command::new(Compiler::System.c())
                 .args(["-O2", "-DLINKED", "-c", "-o"])
@@ -156,7 +168,7 @@ fn linked_driver(source: &Path, ggml: &Path, llama: &Path) -> Result<PathBuf> {
             Command::new(Compiler::System.cxx())
                 .arg("-O2")
                 .arg("-o")
-                .arg(partial)
+                .arg(partial.join("driver"))
                 .arg(&object)
                 .arg(llama.join("libllama.a"))
                 .arg("-Wl,--start-group")
@@ -164,7 +176,20 @@ fn linked_driver(source: &Path, ggml: &Path, llama: &Path) -> Result<PathBuf> {
                 .arg("-Wl,--end-group")
                 .args(["-fopenmp", "-pthread", "-ldl", "-lm"]),
         )
-    })
+    })?;
+    Ok(built.join("driver"))
+}
+
+/// A program without any symbol.
+fn stripped_program(program: &Path) -> Result<PathBuf> {
+    let key = cache::key(&[&program.to_string_lossy()]);
+    let stripped = cache::entry(&format!("driver-stripped-{key}"), |partial| {
+        fs::create_dir_all(partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        let into = partial.join("driver");
+        command::run(Command::new("strip").arg("-o").arg(into).arg(program))
+    })?;
+    Ok(stripped.join("driver"))
 }
 
 /// A ggml with a copy of libllama beside it, where the driver looks for both.

@@ -9,8 +9,9 @@
 //                ancient (new tensors; compute params as before b3209), wide (16 sources per
 //                tensor, and those compute params; -DDECLARED has DWARF say so)
 //   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
-//   FAULT        none, type, planes, data, tensor, range, suffix, copy, long; half: a second pass of
-//                one layer follows
+//   FAULT        none, type, planes, absurd (another number in each layer), data, tensor, meaning
+//                (the function takes something else), range, suffix, copy, long, endless (a name
+//                without its NUL); half: a second pass of one layer follows
 //
 // Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
 // ROW_STRIDE / 4 where the ids lie side by side.
@@ -108,8 +109,15 @@ int main(int argc, char ** argv) {
             }
         }
         const int32_t type  = !strcmp(fault, "type") ? 0 : 26;
-        const int64_t ne[4] = { k, rows, !strcmp(fault, "planes") ? 2 : 1, 1 };
-        const size_t  nb[4] = { (size_t) id_stride, (size_t) row_stride, size, size };
+        int64_t       ne[4] = { k, rows, !strcmp(fault, "planes") ? 2 : 1, 1 };
+        size_t        nb[4] = { (size_t) id_stride, (size_t) row_stride, size, size };
+        if (!strcmp(fault, "absurd")) {
+            switch (layer) {
+                case 0: ne[0] = (int64_t) 1 << 40; break;
+                case 1: ne[1] = -1; break;
+                case 2: nb[1] = (size_t) 1 << 60; break;
+            }
+        }
         const void *  where = !strcmp(fault, "data") ? (void *) 64 : data;
         put(ids, 0, &type, sizeof(type));
         put(ids, 16, ne, sizeof(ne));
@@ -118,6 +126,9 @@ int main(int argc, char ** argv) {
         snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s", !strcmp(fault, "copy") ? "CPU#" : "",
                  layer, !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
         put(ids, at.name, name, strlen(name) + 1);
+        if (!strcmp(fault, "endless")) {
+            memset(ids + at.name + strlen(name), '1', 64 - strlen(name));
+        }
 
         const void * src1 = !strcmp(fault, "tensor") ? (void *) 64 : (void *) ids;
         put(dst, at.src + 8, &src1, sizeof(src1));
@@ -129,6 +140,10 @@ int main(int argc, char ** argv) {
                 params[0] = 1;
                 params[1] = ith;
                 params[2] = 2;
+            }
+            if (!strcmp(fault, "meaning")) {
+                ggml_compute_forward_get_rows((const params_t *) 3, (tensor_t *) 5);
+                continue;
             }
             ggml_compute_forward_get_rows((const params_t *) params, (tensor_t *) dst);
         }

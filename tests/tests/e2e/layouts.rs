@@ -202,6 +202,9 @@ fn what_makes_no_sense_is_counted_and_never_shown() {
     for (fault, counter, hits) in [
         ("type", "/unknown_rows/malformed", 3),
         ("planes", "/unknown_rows/malformed", 3),
+        ("absurd", "/unknown_rows/malformed", 3),
+        // Each of two threads has three layers.
+        ("meaning", "/hits/unreadable", 6),
         ("data", "/rows/dropped/unreadable", 30),
         ("range", "/received/rejected", 3),
         // Not even a name is there: no layout fits.
@@ -222,7 +225,7 @@ fn what_makes_no_sense_is_counted_and_never_shown() {
         );
     }
     // Other names, as the scheduler's copies have, are other tensors.
-    for fault in ["suffix", "copy", "long"] {
+    for fault in ["suffix", "copy", "long", "endless"] {
         let (stats, rows) = trace(standin(), "new", &shape, fault);
         assert_eq!(rows, [], "{fault}");
         assert_eq!(stats.number("/integrity/hits/routed"), 0, "{fault}");

@@ -96,7 +96,10 @@ fn table(rows: &[Value]) -> String {
             (layout, "") => layout.to_owned(),
             (layout, found) => format!("{layout}, {found}"),
         };
-        let [run, attach] = ["run", "attach"].map(|how| outcome(&row[how]));
+        let (run, attach) = (
+            outcome(&row["run"], None),
+            outcome(&row["attach"], Some(&row["run"])),
+        );
         // Writing to a String does not fail.
         let _ = writeln!(
             table,
@@ -124,7 +127,7 @@ fn ids(row: &Value) -> String {
         })
         .collect();
     if !idle.is_empty() {
-        places.push(format!("{} more files not entered", idle.len()));
+        places.push(format!("not entered: {} more", idle.len()));
     }
     joined(places, "; ")
 }
@@ -158,16 +161,23 @@ fn joined(parts: Vec<String>, separator: &str) -> String {
     }
 }
 
-/// Whether the ids were equal, or what the tracer said.
-fn outcome(outcome: &Value) -> String {
+/// Whether the ids were equal, or else what the tracer said; not again where it said the same before.
+fn outcome(outcome: &Value, before: Option<&Value>) -> String {
     let [rows, expected] = ["rows", "expected"].map(|key| outcome[key].as_u64().unwrap_or(0));
     if outcome["equal"] == true {
         return format!("equal, {rows} rows");
     }
-    let says = outcome["says"].as_array().into_iter().flatten().map(text);
-    let says: Vec<&str> = says.collect();
-    let says = says.join(" ").replace('|', "\\|").replace('\n', " ");
-    format!("not equal, {rows} of {expected} rows: \u{201c}{says}\u{201d}")
+    let says = if before.is_some_and(|before| before["says"] == outcome["says"]) {
+        "the same".to_owned()
+    } else {
+        let says = outcome["says"].as_array().into_iter().flatten().map(text);
+        let says = says.collect::<Vec<_>>().join(" ");
+        format!(
+            "\u{201c}{}\u{201d}",
+            says.replace('|', "\\|").replace('\n', " ")
+        )
+    };
+    format!("not equal, {rows} of {expected} rows: {says}")
 }
 
 /// Puts the table into the document, in the place of the last one.
@@ -215,7 +225,7 @@ mod tests {
         let last = table.lines().last().unwrap();
         assert_eq!(
             last,
-            "| shared | b1 | llama, repacked | `libggml-cpu.so`, `.dynsym`; 1 more files not entered \
+            "| shared | b1 | llama, repacked | `libggml-cpu.so`, `.dynsym`; not entered: 1 more \
              | `fetch` | b4106 or newer, names | 52 | equal, 12 rows | not equal, 0 of 12 rows: \
              \u{201c}INCOMPLETE: a\\|b.\u{201d} |"
         );

@@ -293,7 +293,7 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
                 rows: 0,
                 expected: expected.values().map(Vec::len).sum(),
                 complete: false,
-                says: vec![without_directories(&refusal, build)],
+                says: vec![without_directories(refusal.trim(), build)],
             };
             return Ok((outcome, None));
         }

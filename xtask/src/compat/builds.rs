@@ -59,7 +59,7 @@ const ALL_VARIANTS: How = How {
     options: &["-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"],
     // The variants are dependencies of ggml.
     targets: &["ggml", "ggml-base"],
-    duration: "15 minutes on 2 cores",
+    duration: "7 minutes on 2 cores",
 };
 
 const STATIC: How = How {

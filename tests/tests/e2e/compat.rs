@@ -25,7 +25,7 @@ use tempfile::TempDir;
 
 use crate::{
     layouts::compile_to,
-    support::{Known, known, llama, scratch},
+    support::{Known, known, known_llama, llama, scratch},
 };
 
 /// Comes before a row of the table, for `cargo xtask compat`.
@@ -360,12 +360,17 @@ fn hits_per_token(stats: &Stats) -> Option<f64> {
 fn trace(build: &Build, model: Model) -> Result<Row> {
     let (spec, name) = model.spec();
     let known = known(&format!("compat-{}.gguf", name.replace(", ", "-")), spec);
-    let (run, by_run, repacked) = by_run(build, &known).context("by run")?;
-    let (attach, hits_per_token) = by_attach(build, &known).context("by attach")?;
+    trace_with(build, &known, name)
+}
+
+/// The same with a model that is there.
+fn trace_with(build: &Build, known: &Known, model: &'static str) -> Result<Row> {
+    let (run, by_run, repacked) = by_run(build, known).context("by run")?;
+    let (attach, hits_per_token) = by_attach(build, known).context("by attach")?;
     Ok(Row {
         build: build.name.clone(),
         version: build.version.clone(),
-        model: name,
+        model,
         repacked,
         by_run,
         hits_per_token,
@@ -406,7 +411,7 @@ fn published(name: &str) -> Row {
     let list = Build::list_from_env().unwrap();
     let build = list.iter().find(|build| build.name == name);
     let build = build.unwrap_or_else(|| panic!("no {name} in the list"));
-    let row = trace(build, Model::Llama).unwrap();
+    let row = trace_with(build, known_llama(), "llama").unwrap();
     println!("{row:#?}");
     row
 }

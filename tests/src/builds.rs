@@ -1,5 +1,6 @@
 //! Builds of llama.cpp that the compatibility suite traces. Each is data: `cargo xtask compat` makes a
-//! list of them and hands it over as a file; the tests know nothing of any single one.
+//! list of them and hands it over as a file; the suite knows nothing of any single one. `cargo xtask
+//! prebuilt` makes a list of some, which CI knows by name.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +15,7 @@ use crate::environment::existing;
 use crate::models::{ModelSpec, PlainArchitecture, WeightType};
 
 /// What sets the variable.
-const TASK: &str = "cargo xtask compat";
+const TASK: &str = "cargo xtask prebuilt";
 /// File with a list of builds.
 const LIST: &str = "EXPERT_TRACE_TEST_BUILDS";
 
@@ -93,7 +94,7 @@ impl Model {
 }
 
 impl Build {
-    /// The list that `cargo xtask compat` has prepared.
+    /// The list that was prepared.
     ///
     /// # Errors
     ///

@@ -25,7 +25,7 @@ use tempfile::TempDir;
 
 use crate::{
     layouts::compile_to,
-    support::{Known, known, llama, scratch},
+    support::{Known, known, known_llama, llama, scratch},
 };
 
 /// Comes before a row of the table, for `cargo xtask compat`.
@@ -344,6 +344,21 @@ impl Found {
     }
 }
 
+impl Found {
+    /// Fails unless expert ids were read by a function that this symbol table has, and in no other file
+    /// than one.
+    fn assert_ids_from(&self, table: &str) {
+        let of_ids = |hook: &&Hook| hook.hook == "expert_ids" && hook.hits > 0;
+        let tables: Vec<&str> = self
+            .hooks
+            .iter()
+            .filter(of_ids)
+            .map(|hook| hook.table.as_str())
+            .collect();
+        assert_eq!(tables, [table]);
+    }
+}
+
 /// Of a capture in which all passes were counted. Each has as many, be it of one token or of many.
 fn hits_per_token(stats: &Stats) -> Option<f64> {
     let passes = stats.0["contexts"][0]["passes"].as_f64()?;
@@ -354,12 +369,17 @@ fn hits_per_token(stats: &Stats) -> Option<f64> {
 fn trace(build: &Build, model: Model) -> Result<Row> {
     let (spec, name) = model.spec();
     let known = known(&format!("compat-{}.gguf", name.replace(", ", "-")), spec);
-    let (run, by_run, repacked) = by_run(build, &known).context("by run")?;
-    let (attach, hits_per_token) = by_attach(build, &known).context("by attach")?;
+    trace_with(build, &known, name)
+}
+
+/// The same with a model that is there.
+fn trace_with(build: &Build, known: &Known, model: &'static str) -> Result<Row> {
+    let (run, by_run, repacked) = by_run(build, known).context("by run")?;
+    let (attach, hits_per_token) = by_attach(build, known).context("by attach")?;
     Ok(Row {
         build: build.name.clone(),
         version: build.version.clone(),
-        model: name,
+        model,
         repacked,
         by_run,
         hits_per_token,
@@ -393,6 +413,57 @@ fn stripped_shared_libraries() {
         hooks.iter().all(|hook| hook.table == ".dynsym"),
         "{hooks:?}"
     );
+}
+
+/// One of the builds that others have published, traced with the model that even the oldest can load.
+fn published(name: &str) -> Row {
+    let list = Build::list_from_env().unwrap();
+    let build = list.iter().find(|build| build.name == name);
+    let build = build.unwrap_or_else(|| panic!("no {name} in the list"));
+    let row = trace_with(build, known_llama(), "llama").unwrap();
+    println!("{row:#?}");
+    row
+}
+
+/// `ggml_tensor` with `src` at 160, `get_rows` as a local symbol, and all of ggml in one library.
+#[test]
+fn node_llama_cpp_of_2024() {
+    let row = published("node-llama-cpp 3.1.1");
+    assert!(row.run.equal && row.attach.equal);
+    assert_eq!(row.by_run.layout.as_deref(), Some("b3209 to b4105"));
+    assert_eq!(row.by_run.phase_source.as_deref(), Some("rows"));
+    row.by_run.assert_ids_from(".symtab");
+}
+
+/// The CPU backend is opened at run time, after other variants of it were opened and closed.
+#[test]
+fn node_llama_cpp_of_2026() {
+    let row = published("node-llama-cpp 3.22.1");
+    assert!(row.run.equal && row.attach.equal);
+    assert_eq!(row.by_run.layout.as_deref(), Some("b4106 or newer"));
+    assert_eq!(row.by_run.phase_source.as_deref(), Some("ubatch"));
+    row.by_run.assert_ids_from(".symtab");
+}
+
+/// All of llama.cpp in one library of a Python process.
+#[test]
+fn python_extension_of_2025() {
+    let row = published("xllamacpp 0.1.4");
+    assert!(row.run.equal && row.attach.equal);
+    assert_eq!(row.by_run.layout.as_deref(), Some("b4106 or newer"));
+    row.by_run.assert_ids_from(".symtab");
+}
+
+/// The same, of a llama.cpp with another `llama_ubatch`: no experts are lost by it, and it is told.
+#[test]
+fn python_extension_of_2026() {
+    let row = published("xllamacpp 2026.10.11549");
+    for outcome in [&row.run, &row.attach] {
+        assert!(outcome.rows == outcome.expected && !outcome.complete);
+        assert!(outcome.says[0].contains("records lost: memory could not be read"));
+    }
+    assert_eq!(row.by_run.phase_source.as_deref(), Some("rows"));
+    row.by_run.assert_ids_from(".symtab");
 }
 
 #[test]

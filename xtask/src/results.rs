@@ -174,3 +174,63 @@ fn git(root: &Path, arguments: &[&str]) -> Result<String> {
     git.arg("-C").arg(root).args(arguments);
     Ok(command::output(&mut git)?.trim().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{env, path::PathBuf, process};
+
+    use super::*;
+
+    /// A repository with one commit, removed at the end.
+    struct Repository(PathBuf);
+
+    impl Repository {
+        fn new() -> Self {
+            let root = env::temp_dir().join(format!("xtask-results-{}", process::id()));
+            fs::create_dir_all(root.join("tests")).unwrap();
+            let repository = Self(root);
+            repository.git(&["init", "--quiet"]);
+            repository.commit("tests/code", "1");
+            repository
+        }
+
+        fn git(&self, arguments: &[&str]) {
+            let identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"];
+            git(&self.0, &[&identity, arguments].concat()).unwrap();
+        }
+
+        fn commit(&self, file: &str, text: &str) {
+            fs::write(self.0.join(file), text).unwrap();
+            self.git(&["add", "--all"]);
+            self.git(&["commit", "--quiet", "--message", file]);
+        }
+
+        /// Leaves results of what is there, and says how old they are.
+        fn results(&self) -> Age {
+            let header = header(&self.0, COMPAT, None, "cargo xtask compat").unwrap();
+            write(&self.0.join(COMPAT), &header).unwrap();
+            age(&self.0, COMPAT).unwrap()
+        }
+    }
+
+    impl Drop for Repository {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn results_are_fresh_until_what_they_cover_changes() {
+        let repository = Repository::new();
+        assert!(repository.results().is_fresh());
+        repository.commit("README.md", "not covered");
+        assert!(age(&repository.0, COMPAT).unwrap().is_fresh());
+        repository.commit("tests/code", "2");
+        assert_eq!(age(&repository.0, COMPAT).unwrap().commits, Some(1));
+
+        fs::write(repository.0.join("tests/code"), "not committed").unwrap();
+        let of_changes = repository.results();
+        assert!(of_changes.commit.ends_with(", changed"));
+        assert_eq!(of_changes.commits, None);
+    }
+}

@@ -2,7 +2,7 @@
 //! by `run` and by `attach`? Where it is not, the tracer has to say so.
 //!
 //! The builds come as a list from `cargo xtask compat`, which makes a table of the results. In CI there
-//! is only what needs no further build.
+//! are only a stripped copy of the usual build, and some that others have published.
 
 use std::{
     collections::BTreeMap,
@@ -294,6 +294,10 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
         Ok(tracer) => tracer,
         Err(refusal) => {
             let refusal = format!("{refusal:#}").replace(&target.pid().to_string(), "PID");
+            let refusal = refusal
+                .rsplit("expert-trace: error: ")
+                .next()
+                .unwrap_or_default();
             let work = target.decode(&PROMPTS, DECODED)?;
             target.end()?;
             let expected = work.rows(&known.expected);
@@ -302,7 +306,7 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
                 rows: 0,
                 expected: expected.values().map(Vec::len).sum(),
                 complete: false,
-                says: vec![without_directories(refusal.trim(), build)],
+                says: vec![without_directories(refusal.trim_end(), build)],
             };
             return Ok((outcome, None));
         }
@@ -342,9 +346,7 @@ impl Found {
             phase_source: text(&context["phase_source"]),
         }
     }
-}
 
-impl Found {
     /// Fails unless expert ids were read by a function that this symbol table has, and in no other file
     /// than one.
     fn assert_ids_from(&self, table: &str) {

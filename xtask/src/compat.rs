@@ -3,7 +3,6 @@
 
 mod builds;
 
-use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -19,6 +18,18 @@ const DOCUMENT: &str = "docs/compatibility.md";
 /// Lines of it between which the table is.
 const BEGIN: &str = "<!-- Made by `cargo xtask compat`: begin -->\n";
 const END: &str = "<!-- end -->\n";
+
+const COLUMNS: [&str; 9] = [
+    "build",
+    "llama.cpp",
+    "model",
+    "expert ids from",
+    "found, never hit",
+    "layout of `ggml_tensor`, found by",
+    "hits per token",
+    "ids by `run`",
+    "by `attach`",
+];
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -77,13 +88,13 @@ fn processor() -> Result<String> {
 
 /// The results as a table in Markdown.
 fn table(rows: &[Value]) -> String {
-    let mut table = "| build | llama.cpp | model | expert ids from | found, never hit | \
-                     layout of `ggml_tensor`, found by | hits per token | ids by `run` | by `attach` |\n\
-                     |---|---|---|---|---|---|---|---|---|---|\n"
-        .to_owned();
+    let mut table = format!(
+        "| {} |\n|{}\n",
+        COLUMNS.join(" | "),
+        "---|".repeat(COLUMNS.len())
+    );
     for row in rows {
         let [build, version, model] = ["build", "version", "model"].map(|key| text(&row[key]));
-        let (ids, never_hit) = (ids(row), never_hit(row));
         let repacked = if row["repacked"] == true {
             ", repacked"
         } else {
@@ -96,15 +107,18 @@ fn table(rows: &[Value]) -> String {
             (layout, "") => layout.to_owned(),
             (layout, found) => format!("{layout}, {found}"),
         };
-        let (run, attach) = (
+        let cells: [String; COLUMNS.len()] = [
+            build.to_owned(),
+            version.to_owned(),
+            format!("{model}{repacked}"),
+            ids(row),
+            never_hit(row),
+            layout,
+            hits,
             outcome(&row["run"], None),
             outcome(&row["attach"], Some(&row["run"])),
-        );
-        // Writing to a String does not fail.
-        let _ = writeln!(
-            table,
-            "| {build} | {version} | {model}{repacked} | {ids} | {never_hit} | {layout} | {hits} | {run} | {attach} |"
-        );
+        ];
+        table += &format!("| {} |\n", cells.join(" | "));
     }
     table
 }

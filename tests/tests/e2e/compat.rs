@@ -270,8 +270,8 @@ fn without_directories(text: &str, build: &Build) -> String {
     text
 }
 
-/// Traces the build from its first instruction to its end. Gives the document as well, and whether the
-/// experts were repacked.
+/// Traces the build from its first instruction to its end. Gives what was found in it as well, and
+/// whether the experts were repacked.
 fn by_run(build: &Build, known: &Known) -> Result<(Outcome, Found, bool)> {
     let files = Files::new();
     let mut command = tracer::run(&files.options(), &build.command_line(&known.path))?;

@@ -8,6 +8,7 @@ use std::{
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         linux::fs::MetadataExt as _,
+        unix::fs::FileExt as _,
     },
     path::Path,
     ptr::NonNull,
@@ -282,7 +283,7 @@ impl Session {
             location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
             cookie: Some(site.cookie()),
         };
-        let (scope, _code) = match self.scope {
+        let (scope, code) = match self.scope {
             Scope::Process(pid) => (UProbeScope::OneProcess(pid), None),
             Scope::FirstChild { .. } => {
                 // The kernel looks at the instruction when somebody maps it. If nobody did by now, a
@@ -301,6 +302,9 @@ impl Session {
                     None => chain(&error),
                 })
             })?;
+        if code.is_some_and(|code| !code.has_breakpoint()) {
+            return Err(refused(OTHER_FILE.to_owned()));
+        }
         self.links.push((probe.file_id, link));
         Ok(())
     }
@@ -381,14 +385,26 @@ impl Session {
     }
 }
 
+/// Why no breakpoint appears where one was set.
+const OTHER_FILE: &str =
+    "its file system maps another file in its place, which the kernel does not probe";
+
 /// The page of a file that holds an instruction, mapped as code.
 struct MappedCode {
     address: NonNull<c_void>,
+    /// Of the instruction in what is mapped.
+    offset: usize,
+    before: [u8; BREAKPOINT],
 }
+
+/// Bytes of the instruction that the kernel puts in the place of another (`UPROBE_SWBP_INSN_SIZE`).
+pub const BREAKPOINT: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
 
 impl MappedCode {
     fn at(path: &Path, offset: u64) -> io::Result<Self> {
         let file = File::open(path)?;
+        let mut before = [0; BREAKPOINT];
+        file.read_exact_at(&mut before, offset)?;
         let page = PAGE.get() as u64;
         // SAFETY: a new private mapping, which nobody reads.
         let address = unsafe {
@@ -401,7 +417,20 @@ impl MappedCode {
                 (offset / page * page) as libc::off_t,
             )
         }?;
-        Ok(Self { address })
+        Ok(Self {
+            address,
+            offset: (offset % page) as usize,
+            before,
+        })
+    }
+
+    /// Whether there is another instruction now than in the file.
+    fn has_breakpoint(&self) -> bool {
+        // By a system call: a page that is gone ends no one so.
+        let mut now = [0; BREAKPOINT];
+        let memory = File::open("/proc/self/mem");
+        let at = (self.address.addr().get() + self.offset) as u64;
+        memory.is_ok_and(|memory| memory.read_exact_at(&mut now, at).is_ok() && now != self.before)
     }
 }
 

@@ -76,7 +76,11 @@ Examples:
     sudo expert-trace attach -p $(pidof llama-server) -d 30s -o stats.json
 
   Write the choice of every token in every layer to a file:
-    sudo expert-trace attach --pid 4242 --log=routes.log --duration 30s";
+    sudo expert-trace attach --pid 4242 --log=routes.log --duration 30s
+
+  Trace every process that uses a library, and write a file for each:
+    sudo expert-trace attach --all --library bin/libggml-cpu.so -d 30s \\
+      -o stats-%p.json";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
@@ -140,8 +144,21 @@ pub struct Run {
 #[derive(Debug, Args)]
 pub struct Attach {
     /// Process to trace
-    #[arg(short, long, value_name = "PID")]
-    pub pid: NonZeroU32,
+    #[arg(
+        short,
+        long,
+        value_name = "PID",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
+    pub pid: Option<NonZeroU32>,
+    /// Trace every process that maps the library now, each on its own; none that maps it later
+    #[arg(long, requires = "library")]
+    pub all: bool,
+    /// File that the processes of --all map: libggml-cpu.so, or a program that has it built in. Any name
+    /// of it will do, also one that leads into a container (/proc/PID/root/...)
+    #[arg(long, value_name = "PATH", requires = "all")]
+    pub library: Option<PathBuf>,
     /// Stop after this time (30s, 5m, 1h30m)
     #[arg(short, long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub duration: Option<Duration>,
@@ -183,9 +200,10 @@ impl Completions {
 }
 
 /// What `run` and `attach` have in common.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Recording {
-    /// Write the counts to this file as JSON; with attach, - is stdout
+    /// Write the counts to this file as JSON. %p in its name, and in that of --log, is the process, %% a
+    /// percent sign; with attach, - is stdout
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Print one line per token and layer, to stderr or to a file

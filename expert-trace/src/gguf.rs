@@ -14,7 +14,7 @@
 
 mod shape;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokens;
 
 use std::collections::BTreeMap;

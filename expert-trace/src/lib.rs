@@ -11,6 +11,7 @@
 //!
 //! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
+//! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
 //! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
@@ -47,6 +48,7 @@ pub mod probes;
 pub mod redact;
 pub mod requirements;
 pub mod router_on_cpu;
+pub mod same_file;
 pub mod selection;
 pub mod signals;
 pub mod silence;
@@ -54,5 +56,6 @@ pub mod stats;
 pub mod summary;
 pub mod symbols;
 pub mod target;
+pub mod users;
 pub mod variables;
 pub mod visibility;

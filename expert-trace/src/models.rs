@@ -89,7 +89,7 @@ pub fn mapped(
     let mut models = KnownModels::default();
     let mapped: Vec<(&MappedFile, File)> = files
         .iter()
-        .filter(|file| !file.executable)
+        .filter(|file| !file.is_executable())
         .filter_map(|file| Some((file, open_mapped(pid, file, reach).ok()?)))
         .filter(|(_, open)| is_gguf(open))
         .collect();
@@ -106,7 +106,7 @@ pub fn mapped(
             models.seen.insert(name.into_owned());
             continue;
         }
-        let open = |shard: &PathBuf| {
+        let open = |shard: &Path| {
             let mut mapped = mapped.iter();
             match mapped.find(|(file, _)| file.path == *shard) {
                 _ if shards.len() == 1 => own.try_clone(),
@@ -114,7 +114,7 @@ pub fn mapped(
                 None => open_named(shard, reach),
             }
         };
-        models.add(first, shards.iter().map(open), "mapped");
+        models.add(first, &shards, open, "mapped");
     }
     models
 }
@@ -137,8 +137,8 @@ pub fn named(
         let name = Path::new(name);
         if open_named(name, reach).is_ok_and(|file| is_gguf(&file)) {
             let shards = shard_paths(name);
-            let open = shards.iter().map(|shard| open_named(shard, reach));
-            models.add(&directory.join(name), open, found);
+            let open = |shard: &Path| open_named(shard, reach);
+            models.add(&directory.join(name), &shards, open, found);
         }
     }
     models
@@ -226,21 +226,20 @@ impl KnownModels {
 
     /// What passes are judged by.
     pub fn facts(&self) -> ModelFacts {
-        let layers = match self.files.as_slice() {
-            // NextN blocks run only when the program asks for them.
-            [model] if model.shape.nextn_predict_layers == 0 => Some(
-                model
-                    .shape
-                    .moe_layers
-                    .iter()
-                    .filter_map(|layer| u16::try_from(*layer).ok())
-                    .collect(),
-            ),
+        let only = match self.files.as_slice() {
+            [model] => Some(&model.shape),
             _ => None,
         };
+        let layers = only.map(|shape| {
+            let main = shape.moe_layers.iter().copied();
+            main.filter(|layer| *layer < shape.main_layers())
+                .filter_map(|layer| u16::try_from(layer).ok())
+                .collect()
+        });
         ModelFacts {
             warmup_tokens: self.warmup_tokens.clone(),
             moe_layers: layers.filter(|layers: &BTreeSet<u16>| !layers.is_empty()),
+            nextn: only.and_then(ModelShape::first_nextn),
             selective: (!self.files.is_empty()).then(|| {
                 self.files
                     .iter()
@@ -273,20 +272,23 @@ impl KnownModels {
         self.files
     }
 
+    /// Reads the model whose first shard is called `path`; of several shards it needs all.
     fn add(
         &mut self,
         path: &Path,
-        shards: impl Iterator<Item = io::Result<File>>,
+        shards: &[PathBuf],
+        open: impl Fn(&Path) -> io::Result<File>,
         found: &'static str,
     ) {
-        let read = || -> Result<_, GgufError> {
-            let ggufs = shards
-                .map(|shard| {
-                    let mut shard = shard.map_err(|source| GgufError::Io { offset: 0, source })?;
-                    Gguf::read(&mut shard)
-                })
-                .collect::<Result<Vec<_>, _>>()?;
-            Ok((ModelShape::from_ggufs(&ggufs)?, special_tokens(&ggufs[0])))
+        let read_shard = |shard: &PathBuf| {
+            let file = open(shard).map_err(|source| GgufError::Io { offset: 0, source });
+            file.and_then(|mut file| Gguf::read(&mut file))
+                .map_err(|error| (shard.clone(), error))
+        };
+        let read = || {
+            let ggufs: Vec<Gguf> = shards.iter().map(read_shard).collect::<Result<_, _>>()?;
+            let shape = ModelShape::from_ggufs(&ggufs).map_err(|error| (path.to_owned(), error))?;
+            Ok((shape, special_tokens(&ggufs[0])))
         };
         match read() {
             Ok((shape, special)) => {
@@ -302,14 +304,45 @@ impl KnownModels {
                     shape,
                 });
             }
-            Err(error) => say!("warning: {}: {error}", printable(path)),
+            Err((file, error)) => {
+                let (file, error) = (printable(&file), anyhow::Error::new(error));
+                say!("warning: {file}: {error:#}; the model is not taken into account");
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::gguf::tests::{Builder, moe};
+
+    #[test]
+    fn a_model_needs_all_its_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let name = |no: u32| directory.path().join(format!("m-0000{no}-of-00003.gguf"));
+        let split = |builder: Builder, no| builder.u32("split.no", no).u32("split.count", 3);
+        let router = Builder::default().tensor("blk.2.ffn_gate_inp.weight", &[8]);
+        let experts = Builder::default().tensor("blk.2.ffn_up_exps.weight", &[8]);
+        for (no, builder) in (0..).zip([moe(), router, experts]) {
+            fs::write(name(no + 1), split(builder, no).bytes()).unwrap();
+        }
+        let command = ["llama-cli".into(), "-m".into(), name(1).into_os_string()];
+        let found = || {
+            let reach = Reach::of(std::process::id());
+            named(&command, None, directory.path(), reach.as_ref())
+        };
+        assert_eq!(found().into_files()[0].shape.moe_layers, [2]);
+        fs::rename(name(3), name(2)).unwrap();
+        assert!(found().is_empty(), "two files of three");
+        fs::copy(name(2), name(3)).unwrap();
+        assert!(
+            found().is_empty(),
+            "the third file in the place of the second"
+        );
+    }
 
     #[test]
     fn a_command_line_can_change_how_experts_are_chosen() {

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::{
     layout::{self, Declared},
+    same_file::FirstPage,
     symbols::{self, Bounded, Definition, SymbolError},
     target::{MappedFile, open_regular, printable},
 };
@@ -173,7 +174,9 @@ pub struct Probe {
 pub struct Plan {
     /// The probes, in the order they are to be attached.
     pub probes: Vec<Probe>,
-    looked_at: HashMap<FileId, LookedAt>,
+    looked_at: HashMap<Inode, LookedAt>,
+    /// Files that have functions to probe, or had.
+    files: Vec<Probed>,
     sources: u32,
     /// Probes that were ever planned.
     numbered: u32,
@@ -185,27 +188,50 @@ pub struct Plan {
     waiting: Vec<Probe>,
 }
 
-/// A file, by device and inode: what the kernel sets uprobes in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FileId {
+/// A file in which probes are, by its number among those.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileId(usize);
+
+/// Device and inode: a file's name, if not its identity (see [`crate::same_file`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Inode {
     device: u64,
-    inode: u64,
+    number: u64,
 }
 
-impl FileId {
+impl Inode {
     fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
-            inode: metadata.ino(),
+            number: metadata.ino(),
         }
     }
 }
 
-/// What a file was like when it was looked at.
+/// What was behind a device and inode when they were looked at.
 #[derive(Debug)]
 struct LookedAt {
     written: Written,
+    /// Where there were functions to probe.
+    file: Option<FileId>,
+}
+
+/// A file in which probes are set.
+#[derive(Debug)]
+struct Probed {
+    /// What it was first found by.
+    inode: Inode,
+    page: Option<FirstPage>,
     places: Vec<Place>,
+}
+
+impl Probed {
+    fn is(&self, inode: Inode, page: Option<&FirstPage>) -> bool {
+        let pages = self.page.as_ref().zip(page);
+        pages
+            .and_then(|(one, other)| one.is(other))
+            .unwrap_or(self.inode == inode)
+    }
 }
 
 /// When a file was last written, and how long it was: while this is the same, so are its contents.
@@ -292,7 +318,7 @@ impl Plan {
     /// that are none of our business.
     pub fn extend(&mut self, pid: u32, files: &[MappedFile]) -> Vec<Change> {
         let mut changes = Vec::new();
-        for file in files.iter().filter(|file| file.executable) {
+        for file in files.iter().filter(|file| file.is_executable()) {
             let attach_path = file.reachable_path(pid);
             match open_regular(&attach_path)
                 .and_then(|open| self.add_file(&open, &file.path, &attach_path))
@@ -316,10 +342,16 @@ impl Plan {
         attach_path: &Path,
     ) -> io::Result<Change> {
         let metadata = file.metadata()?;
-        let id = FileId::of(&metadata);
+        let inode = Inode::of(&metadata);
         let written = Written::of(&metadata);
-        let known = self.looked_at.get_mut(&id);
-        if known.as_ref().is_some_and(|known| known.written == written) {
+        let known = self.looked_at.get(&inode);
+        let mut page = None;
+        // Where it had functions, what is behind the name now need not be what was.
+        let before = known.and_then(|known| known.file).filter(|file_id| {
+            page = FirstPage::of(file).ok();
+            self.files[file_id.0].is(inode, page.as_ref())
+        });
+        if known.is_some_and(|known| known.written == written && known.file == before) {
             return Ok(Change::default());
         }
         let elf = look_up(file).unwrap_or_else(|error| {
@@ -327,14 +359,44 @@ impl Plan {
             symbols::Elf::default()
         });
         let places = self.places(file, &elf);
-        let known = self.looked_at.insert(id, LookedAt { written, places });
-        let stale = match known {
-            // Its time was changed, or the same was written again.
-            Some(known) if known.places == self.looked_at[&id].places => {
-                return Ok(Change::default());
+        if page.is_none() && !places.is_empty() {
+            page = FirstPage::of(file).ok();
+        }
+        let known = before.or_else(|| {
+            let mut files = self.files.iter();
+            let index = files.position(|probed| probed.is(inode, page.as_ref()));
+            index.map(FileId)
+        });
+        let (stale, id) = match known {
+            Some(id) => {
+                let old = std::mem::replace(&mut self.files[id.0].places, places);
+                let same = old == self.files[id.0].places;
+                self.looked_at.insert(
+                    inode,
+                    LookedAt {
+                        written,
+                        file: Some(id),
+                    },
+                );
+                // It has another name, its time was changed, or the same was written again.
+                if same {
+                    return Ok(Change::default());
+                }
+                ((!old.is_empty()).then_some(id), id)
             }
-            Some(known) => (!known.places.is_empty()).then_some(id),
-            None => None,
+            None => {
+                let file = (!places.is_empty()).then_some(FileId(self.files.len()));
+                self.looked_at.insert(inode, LookedAt { written, file });
+                let Some(id) = file else {
+                    return Ok(Change::default());
+                };
+                self.files.push(Probed {
+                    inode,
+                    page,
+                    places,
+                });
+                (None, id)
+            }
         };
         // Those that wait sit where the functions were.
         self.waiting.retain(|probe| probe.file_id != id);

@@ -72,6 +72,13 @@ pub enum Unmet {
          mounted here; use a kernel that has them, and run expert-trace where /sys is mounted"
     )]
     Uprobes,
+    /// `/proc` tells of other processes than those that have our numbers: `unshare --pid` without
+    /// `--mount-proc`, `nsenter --pid` without `--mount`.
+    #[error(
+        "/proc is that of another PID namespace than expert-trace runs in, so that its numbers mean \
+         other processes; mount the right one (mount -t proc proc /proc), or run expert-trace outside"
+    )]
+    Proc,
     /// The system call.
     #[error(
         "the kernel has no bpf() system call (CONFIG_BPF_SYSCALL), or a container's seccomp filter \
@@ -134,11 +141,16 @@ pub fn check(purpose: Purpose) -> Result<(), Unmet> {
     if !missing.is_empty() {
         return Err(Unmet::Capabilities { missing, purpose });
     }
-    if Path::new(UPROBE).exists() {
-        Ok(())
-    } else {
-        Err(Unmet::Uprobes)
+    if !Path::new(UPROBE).exists() {
+        return Err(Unmet::Uprobes);
     }
+    // Where there is none at all, other messages say what it was needed for.
+    let own = fs::read_link("/proc/self").unwrap_or_default();
+    let is_ours = own.as_os_str() == std::process::id().to_string().as_str();
+    if !is_ours && Path::new("/proc/version").exists() {
+        return Err(Unmet::Proc);
+    }
+    Ok(())
 }
 
 /// Whether we have a capability.

@@ -4,11 +4,12 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::{
         fd::AsRawFd as _,
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
-            fs::{FileExt as _, OpenOptionsExt as _},
+            fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
         },
     },
     path::{Path, PathBuf},
@@ -30,10 +31,19 @@ pub struct MappedFile {
     pub path: PathBuf,
     /// The file has been replaced or removed since.
     pub deleted: bool,
-    /// Whether any part is mapped executable.
-    pub executable: bool,
     /// Address range of the first mapping, as `/proc/PID/map_files` names it.
     range: String,
+    /// Its parts that are mapped executable.
+    code: Vec<Code>,
+}
+
+/// A part of a file that is mapped as code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Code {
+    /// In the file, in bytes.
+    offset: u64,
+    /// In the memory of the process.
+    addresses: Range<u64>,
 }
 
 /// Identity of a file: device (as `/proc/PID/maps` prints it) and inode.
@@ -52,9 +62,7 @@ impl MappedFile {
             return link;
         }
         // map_files needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the initial namespace.
-        let mut path = OsString::from(format!("/proc/{pid}/root"));
-        path.push(&self.path);
-        path.into()
+        in_root(pid, &self.path)
     }
 
     /// Opens what is mapped, and nothing else that its path may lead to by now: that the process maps
@@ -64,6 +72,41 @@ impl MappedFile {
     /// When it is not mapped any more, we may not follow the kernel's link, or it is no regular file.
     pub fn open(&self, pid: u32) -> io::Result<File> {
         open_regular(&self.link(pid))
+    }
+
+    /// Whether any part is mapped executable.
+    pub fn is_executable(&self) -> bool {
+        !self.code.is_empty()
+    }
+
+    /// Where the process has the code at an offset of the file.
+    pub fn address_of(&self, file_offset: u64) -> Option<u64> {
+        self.code.iter().find_map(|code| {
+            let address = code.addresses.start + file_offset.checked_sub(code.offset)?;
+            code.addresses.contains(&address).then_some(address)
+        })
+    }
+
+    /// Reads the path again where `/proc/PID/maps` has not told it for certain: it writes a line feed as
+    /// `\012`, and a name can end as that of a deleted file does.
+    fn make_certain(&mut self, pid: u32) {
+        let escaped = self.path.as_os_str().as_bytes().contains(&b'\\');
+        if !escaped && !self.deleted {
+            return;
+        }
+        let link = self.link(pid);
+        let (Ok(path), Ok(mapped)) = (fs::read_link(&link), fs::metadata(&link)) else {
+            return;
+        };
+        let is_mapped =
+            |named: fs::Metadata| (named.dev(), named.ino()) == (mapped.dev(), mapped.ino());
+        if fs::metadata(in_root(pid, &path)).is_ok_and(is_mapped) {
+            (self.path, self.deleted) = (path, false);
+        } else {
+            let bytes = path.as_os_str().as_bytes();
+            let name = bytes.strip_suffix(DELETED).unwrap_or(bytes);
+            self.path = OsStr::from_bytes(name).into();
+        }
     }
 
     fn link(&self, pid: u32) -> PathBuf {
@@ -76,7 +119,21 @@ impl MappedFile {
 /// # Errors
 /// When the process is gone or we may not look.
 pub fn mapped_files(pid: u32) -> io::Result<Vec<MappedFile>> {
-    Ok(parse_maps(&fs::read(format!("/proc/{pid}/maps"))?))
+    let mut files = parse_maps(&fs::read(format!("/proc/{pid}/maps"))?);
+    for file in &mut files {
+        file.make_certain(pid);
+    }
+    Ok(files)
+}
+
+/// What `/proc` appends to the names of files that are gone (`d_path` in fs/d_path.c).
+const DELETED: &[u8] = b" (deleted)";
+
+/// An absolute path of a process, as we reach it.
+fn in_root(pid: u32, path: &Path) -> PathBuf {
+    let mut reached = OsString::from(format!("/proc/{pid}/root"));
+    reached.push(path);
+    reached.into()
 }
 
 /// Reads the lines of `/proc/PID/maps` (fs/proc/task_mmu.c, `show_map_vma`). Lines that do not look
@@ -88,7 +145,7 @@ fn parse_maps(maps: &[u8]) -> Vec<MappedFile> {
             continue;
         };
         match files.iter_mut().find(|file| file.id == mapping.id) {
-            Some(file) => file.executable |= mapping.executable,
+            Some(file) => file.code.extend(mapping.code),
             None => files.push(mapping),
         }
     }
@@ -100,14 +157,14 @@ fn parse_line(line: &[u8]) -> Option<MappedFile> {
     let mut text = || std::str::from_utf8(fields.next()?).ok();
     let range = text()?.to_owned();
     let permissions = text()?;
-    let _offset = text()?;
+    let offset = text()?;
     let device = text()?.to_owned();
     let inode: u64 = text()?.parse().ok()?;
     let path = fields.next()?.trim_ascii_start();
     if inode == 0 || !path.starts_with(b"/") {
         return None;
     }
-    let (path, deleted) = match path.strip_suffix(b" (deleted)") {
+    let (path, deleted) = match path.strip_suffix(DELETED) {
         Some(path) => (path, true),
         None => (path, false),
     };
@@ -115,14 +172,43 @@ fn parse_line(line: &[u8]) -> Option<MappedFile> {
         id: FileId { device, inode },
         path: OsString::from_vec(path.to_vec()).into(),
         deleted,
-        executable: permissions.contains('x'),
+        code: if permissions.contains('x') {
+            vec![Code::parse(&range, offset)?]
+        } else {
+            Vec::new()
+        },
         range,
     })
+}
+
+impl Code {
+    fn parse(range: &str, offset: &str) -> Option<Self> {
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end) = range.split_once('-')?;
+        Some(Self {
+            offset: number(offset)?,
+            addresses: number(start)?..number(end)?,
+        })
+    }
+}
+
+/// Reads the memory of a process.
+///
+/// # Errors
+/// When it is gone, nothing is mapped there, or we may not look.
+pub fn read_memory(pid: u32, address: u64, into: &mut [u8]) -> io::Result<()> {
+    File::open(format!("/proc/{pid}/mem"))?.read_exact_at(into, address)
 }
 
 /// The executable of a process, as the process sees it.
 pub fn executable(pid: u32) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe"))
+}
+
+/// Name of a process' main thread, fit for a terminal.
+pub fn name(pid: u32) -> io::Result<String> {
+    let name = fs::read(format!("/proc/{pid}/comm"))?;
+    Ok(printable(OsStr::from_bytes(name.trim_ascii_end()).as_ref()))
 }
 
 /// Arguments a process was started with (it can have changed them).
@@ -354,7 +440,7 @@ mod tests {
                 (
                     file.path.to_string_lossy().into_owned(),
                     file.id.inode,
-                    file.executable,
+                    file.is_executable(),
                     file.deleted,
                 )
             })
@@ -484,7 +570,7 @@ mod tests {
         let exe = executable(own).unwrap();
         let files = mapped_files(own).unwrap();
         let file = files.iter().find(|file| file.path == exe).unwrap();
-        assert!(file.executable);
+        assert!(file.is_executable());
         assert_eq!(
             fs::read(file.reachable_path(own)).unwrap(),
             fs::read(exe).unwrap()

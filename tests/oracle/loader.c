@@ -1,5 +1,6 @@
 // Opens a library at run time and calls its main at once: `loader LIBRARY ARGUMENT...`. With -DFORK a
 // child does so after the library was opened, with no exec in between, and the parent ends as it does.
+// With -DWAIT it says "waiting" and does so for each line of its standard input.
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -24,6 +25,14 @@ int main(int argc, char ** argv) {
         waitpid(child, &status, 0);
         return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
     }
+#endif
+#ifdef WAIT
+    char line[16];
+    int  status = 0;
+    while (puts("waiting"), fflush(stdout), status == 0 && fgets(line, sizeof line, stdin)) {
+        status = entry(argc - 1, argv + 1);
+    }
+    return status;
 #endif
     exit(entry(argc - 1, argv + 1));
 }

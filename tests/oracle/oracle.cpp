@@ -10,11 +10,12 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
-//               [--count 0|1]
+//               [--count 0|1] [--nextn 0|1]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
 // programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
-// how often each expert was chosen, as a tracer inside the program would.
+// how often each expert was chosen, as a tracer inside the program would. With --nextn, blocks that
+// predict further tokens are loaded, too.
 //
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
@@ -26,6 +27,7 @@
 //   thread-generate SEQ N tok   generate, in a thread that ends with it    ok <id>...
 //   clear SEQ               forget a sequence                              ok
 //   context                 make one more context and use it               ok <index>
+//   nextn                   the same, one that runs the first NextN block  ok <index>
 //   use INDEX               use another context                            ok
 //   free INDEX              free a context                                 ok
 //   reserve                 have the context make a new scheduler          ok
@@ -47,6 +49,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -76,6 +79,7 @@ struct Options {
     int n_gpu_layers = 0;
     bool op_offload = true;
     bool count = false;
+    bool nextn = false;
     std::string rpc;
     std::vector<std::pair<std::string, std::string>> overrides;
 };
@@ -106,6 +110,8 @@ Options parse_options(int argc, char ** argv) {
             options.op_offload = std::stoi(value) != 0;
         } else if (flag == "--count") {
             options.count = std::stoi(value) != 0;
+        } else if (flag == "--nextn") {
+            options.nextn = std::stoi(value) != 0;
         } else if (flag == "--rpc") {
             options.rpc = value;
         } else if (flag == "-ot") {
@@ -198,10 +204,32 @@ ggml_backend_buffer_type_t buffer_type(const std::string & name) {
     throw std::runtime_error("no buffer type " + name);
 }
 
+// What builds without NextN blocks do not have.
+template <typename P> auto load_nextn(P & params, int) -> decltype(params.load_mtp, void()) {
+    params.load_mtp = true;
+}
+
+template <typename P> void load_nextn(P &, long) {
+    throw std::runtime_error("built without NextN blocks");
+}
+
+template <typename P> auto run_nextn(P & params, int) -> decltype(params.ctx_type, void()) {
+    params.ctx_type = decltype(params.ctx_type)(1); // LLAMA_CONTEXT_TYPE_MTP
+}
+
+template <typename P> void run_nextn(P &, long) {
+    throw std::runtime_error("built without NextN blocks");
+}
+
 struct Entry {
     llama_seq_id seq;
     llama_token token;
     bool output;
+};
+
+struct Context {
+    llama_context * ctx;
+    bool nextn;
 };
 
 class Driver {
@@ -224,18 +252,21 @@ class Driver {
         }
         overrides.push_back({ nullptr, nullptr });
         params.tensor_buft_overrides = overrides.data();
+        if (options.nextn) {
+            load_nextn(params, 0);
+        }
         model = llama_model_load_from_file(options.model.c_str(), params);
         if (model == nullptr) {
             throw std::runtime_error("cannot load " + options.model);
         }
         vocab = llama_model_get_vocab(model);
         n_vocab = llama_vocab_n_tokens(vocab);
-        add_context();
+        add_context(false);
     }
 
     ~Driver() {
-        for (llama_context * c : contexts) {
-            llama_free(c);
+        for (const Context & c : contexts) {
+            llama_free(c.ctx);
         }
         llama_model_free(model);
         if (dump.out != nullptr) {
@@ -299,15 +330,15 @@ class Driver {
             generate(in, [](llama_token id) { std::cout << id << std::endl; });
         } else if (command == "clear") {
             llama_memory_seq_rm(llama_get_memory(context()), sequence(number(in)), -1, -1);
-        } else if (command == "context") {
-            add_context();
+        } else if (command == "context" || command == "nextn") {
+            add_context(command == "nextn");
             out << ' ' << current;
         } else if (command == "use") {
             current = index(in);
         } else if (command == "free") {
             const size_t i = index(in);
-            llama_free(contexts[i]);
-            contexts[i] = nullptr;
+            llama_free(contexts[i].ctx);
+            contexts[i].ctx = nullptr;
         } else if (command == "reserve") {
             // A control vector of zeros changes no value, and the shape of every graph.
             const int          n_embd = llama_model_n_embd(model);
@@ -346,21 +377,24 @@ class Driver {
 
     size_t index(std::istringstream & in) {
         const int i = number(in);
-        if (i < 0 || i >= (int) contexts.size() || contexts[i] == nullptr) {
+        if (i < 0 || i >= (int) contexts.size() || contexts[i].ctx == nullptr) {
             throw std::runtime_error("no such context");
         }
         return i;
     }
 
     llama_context * context() {
-        if (contexts[current] == nullptr) {
+        if (contexts[current].ctx == nullptr) {
             throw std::runtime_error("the context in use was freed");
         }
-        return contexts[current];
+        return contexts[current].ctx;
     }
 
-    void add_context() {
+    void add_context(bool nextn) {
         llama_context_params params = llama_context_default_params();
+        if (nextn) {
+            run_nextn(params, 0);
+        }
         params.n_seq_max = N_SEQ_MAX;
         // One cache for all sequences: each may use all of it, and they share micro-batches.
         params.kv_unified = true;
@@ -384,7 +418,7 @@ class Driver {
         if (c == nullptr) {
             throw std::runtime_error("cannot make a context");
         }
-        contexts.push_back(c);
+        contexts.push_back({ c, nextn });
         current = contexts.size() - 1;
     }
 
@@ -413,11 +447,30 @@ class Driver {
             batch.seq_id[i][0] = entry.seq;
             batch.logits[i] = entry.output;
         }
+        std::vector<float> states;
+        if (contexts[current].nextn) {
+            states = states_before(entries);
+            batch.embd = states.data();
+        }
         const int status = llama_decode(ctx, batch);
+        batch.embd = nullptr;
         llama_batch_free(batch);
         if (status != 0) {
             throw std::runtime_error("llama_decode returned " + std::to_string(status));
         }
+    }
+
+    // For each token what stands for the model's state before it, from which a NextN block goes on. It
+    // only has to depend on the token.
+    std::vector<float> states_before(const std::vector<Entry> & entries) const {
+        const int n_embd = llama_model_n_embd(model);
+        std::vector<float> states;
+        for (const Entry & entry : entries) {
+            for (int i = 0; i < n_embd; i++) {
+                states.push_back(std::sin((entry.token + 1.0f) * (i + 1)));
+            }
+        }
+        return states;
     }
 
     llama_token decode_last(std::vector<Entry> & entries) {
@@ -450,7 +503,7 @@ class Driver {
     llama_model * model = nullptr;
     const llama_vocab * vocab = nullptr;
     int n_vocab = 0;
-    std::vector<llama_context *> contexts;
+    std::vector<Context> contexts;
     size_t current = 0;
 };
 

@@ -235,7 +235,7 @@ impl Expected {
 }
 
 /// Writes a model whose routing is the returned one to `path`, with the tokenizer of the
-/// vocabulary-only GGUF file `vocab`.
+/// vocabulary-only GGUF file `vocab`. A `path` that ends in `-00001-of-00003.gguf` gets that many files.
 ///
 /// # Errors
 ///

@@ -64,11 +64,18 @@ impl Attached {
     ///
     /// If it cannot attach; the error holds what it said.
     pub fn to<S: AsRef<OsStr>>(pid: u32, options: &[S]) -> Result<Attached> {
-        let mut child = command()?
-            .args(["attach", "--pid", &pid.to_string()])
-            .args(options)
-            .stderr(Stdio::piped())
-            .spawn()?;
+        let mut command = command()?;
+        command.args(["attach", "--pid", &pid.to_string()]);
+        Self::by(command.args(options))
+    }
+
+    /// A command that attaches, or has the tracer do so; returns when its probes are in place.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot attach; the error holds what it said.
+    pub fn by(command: &mut Command) -> Result<Attached> {
+        let mut child = command.stderr(Stdio::piped()).spawn()?;
         let mut stderr = BufReader::new(child.stderr.take().context("no stderr")?);
         let mut said = String::new();
         while !said.lines().last().unwrap_or_default().contains(READY) {
@@ -91,6 +98,11 @@ impl Attached {
             ensure!(self.stderr.read_line(&mut said)? > 0, "it ended: {said}");
         }
         Ok(())
+    }
+
+    /// Its process, or that of the command that has it attach.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends it a signal.

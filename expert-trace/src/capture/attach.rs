@@ -1,16 +1,16 @@
 //! Attaching to a running process.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{ffi::OsString, io, num::NonZeroU32, os::fd::OwnedFd, time::Duration};
 
 use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, Sinks, Start, Variables, Wanted, monotonic_ns};
+use super::{Capture, Sinks, Start, Variables, Wanted, all, monotonic_ns};
 use crate::{
-    attach::{Scope, Session},
-    caller::Caller,
-    cli::Attach,
+    attach::{Events, Scope, Session},
+    caller::{Account, Caller},
+    cli::{Attach, Recording},
     diagnosis::{self, Untraceable},
     launch::{self, ThreadExit},
     model::End,
@@ -24,20 +24,35 @@ use crate::{
 /// What `--strict` makes of an incomplete capture.
 const INCOMPLETE: u8 = 3;
 
-/// Traces a running process until Ctrl-C, the end of the duration, or its own end.
+/// Traces a running process, or all that map a library, until Ctrl-C, the end of the duration, or its
+/// own end.
 ///
 /// # Errors
-/// When the process cannot be traced, or the result cannot be written.
+/// When a process cannot be traced, or a result cannot be written.
 pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
-    let Attach {
-        pid,
-        duration,
-        router_on_cpu,
-        recording,
-    } = arguments;
     requirements::check(Purpose::Attach)?;
-    diagnosis::check_process(pid.get())?;
-    let wanted = Wanted {
+    let account = Caller::detect()?.account;
+    let complete = match (arguments.pid, &arguments.library) {
+        (Some(pid), _) => {
+            let process = Loaded::new(pid, &arguments, &account)?;
+            let mut process = process.probe(Signals::listen()?)?;
+            process.capture.start()?;
+            process.capture.announce();
+            process.trace(arguments.duration).await?
+        }
+        (None, Some(library)) => all::trace(library, &arguments, &account).await?,
+        (None, None) => bail!("name a process (--pid), or a library (--all --library)"),
+    };
+    Ok(if arguments.recording.strict && !complete {
+        INCOMPLETE
+    } else {
+        0
+    })
+}
+
+/// What is wanted of each process.
+pub(super) fn wanted(recording: &Recording) -> Wanted {
+    Wanted {
         stats: true,
         log: recording.log.is_some(),
         // Our stdout is nobody else's here.
@@ -45,84 +60,161 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
             Some("-") => "/dev/fd/1".into(),
             _ => path.to_owned(),
         }),
-    };
-    let sinks = Sinks::open(wanted, &recording, &Caller::detect()?.account)?;
-    let exit = launch::exit_descriptor(pid.get())
-        .with_context(|| format!("cannot attach to process {pid}"));
-    let exit = diagnosis::unless_ended(pid.get(), exit)?;
-    let strict = recording.strict;
-    let command = target::command_line(pid.get()).unwrap_or_default();
-    let variables = Variables::from(|name| target::variable(pid.get(), name));
-    let logits = router_on_cpu
-        || router_on_cpu::is_asked_for(&command, variables.override_tensor.as_deref());
-    let start = Start {
-        pid,
-        first_process: None,
-        plan: Plan::default().with_logits(logits),
-        from_start: false,
-        recording,
-    };
-    let session = Session::load(start.recording.ring_bytes(logits), Scope::Process(pid))?;
-    // Handlers would have disturbed the loading: the kernel breaks it off with EAGAIN.
-    // A shell ignores it for its background jobs; who sends it all the same means it.
-    let mut interrupt = OwnSignal::listen(Signal::SIGINT)?;
-    let mut terminate = OwnSignal::listen(Signal::SIGTERM)?;
-    let mut hangup = OwnSignal::unless_ignored(Signal::SIGHUP)?;
-    let mut capture = Capture::new(session, start, sinks)?;
-    let main = &mut capture.targets.main;
-    main.command = command;
-    main.variables = variables;
-    main.look(pid.get());
-    let files = target::mapped_files(pid.get())
-        .with_context(|| format!("cannot read what process {pid} maps"));
-    let files = diagnosis::unless_ended(pid.get(), files)?;
-    if logits {
-        warn_of_fusion(pid, &files);
     }
-    let changes = capture.plan.extend(pid.get(), &files);
-    if !capture.plan.can_see_experts() {
-        match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
-            waiting @ Untraceable::NoBackendYet { .. } => say!("{waiting}"),
-            error => bail!(error),
-        }
-    }
-    for probe in changes.into_iter().flat_map(|change| change.probes) {
-        let attached = capture.session.attach(&probe);
-        diagnosis::unless_ended(pid.get(), attached)?;
-        capture.hooks.push(probe);
-    }
-    // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
-    let exit = unsafe { AsyncFd::register_with_interest(exit, Interest::READABLE) }?;
-    let mut main_thread = MainThread::watch(pid);
-    capture.start()?;
+}
 
-    let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
-    tokio::pin!(over);
-    let mut more = false;
-    let why = loop {
+/// A process that can be traced, and the BPF programs for it.
+pub(super) struct Loaded {
+    session: (Session, Events),
+    start: Start,
+    sinks: Sinks,
+    exit: OwnedFd,
+    command: Vec<OsString>,
+    variables: Variables,
+}
+
+impl Loaded {
+    pub(super) fn new(
+        pid: NonZeroU32,
+        arguments: &Attach,
+        account: &Account,
+    ) -> anyhow::Result<Self> {
+        diagnosis::check_process(pid.get())?;
+        let recording = &arguments.recording;
+        let sinks = Sinks::open(&wanted(recording), recording, account, pid.get())?;
+        let exit = launch::exit_descriptor(pid.get())
+            .with_context(|| format!("cannot attach to process {pid}"));
+        let exit = diagnosis::unless_ended(pid.get(), exit)?;
+        let command = target::command_line(pid.get()).unwrap_or_default();
+        let variables = Variables::from(|name| target::variable(pid.get(), name));
+        let logits = arguments.router_on_cpu
+            || router_on_cpu::is_asked_for(&command, variables.override_tensor.as_deref());
+        let start = Start {
+            pid,
+            first_process: None,
+            plan: Plan::default().with_logits(logits),
+            from_start: false,
+            recording: recording.clone(),
+        };
+        Ok(Self {
+            session: Session::load(recording.ring_bytes(logits), Scope::Process(pid))?,
+            start,
+            sinks,
+            exit,
+            command,
+            variables,
+        })
+    }
+
+    /// Sets the probes.
+    pub(super) fn probe(self, signals: Signals) -> anyhow::Result<Probed> {
+        let pid = self.start.pid;
+        let mut capture = Capture::new(self.session, self.start, self.sinks)?;
+        let main = &mut capture.targets.main;
+        main.command = self.command;
+        main.variables = self.variables;
+        main.look(pid.get());
+        let files = target::mapped_files(pid.get())
+            .with_context(|| format!("cannot read what process {pid} maps"));
+        let files = diagnosis::unless_ended(pid.get(), files)?;
+        if capture.plan.reads_logits() {
+            warn_of_fusion(pid, &files);
+        }
+        let changes = capture.plan.extend(pid.get(), &files);
+        if !capture.plan.can_see_experts() {
+            match diagnosis::no_expert_ids(pid.get(), &files, &capture.plan) {
+                waiting @ Untraceable::NoBackendYet { .. } => say!("{waiting}"),
+                error => bail!(error),
+            }
+        }
+        for probe in changes.into_iter().flat_map(|change| change.probes) {
+            let attached = capture.session.attach(&probe);
+            diagnosis::unless_ended(pid.get(), attached)?;
+            diagnosis::check_probe(pid.get(), &files, &probe)?;
+            capture.hooks.push(probe);
+        }
+        // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
+        let exit = unsafe { AsyncFd::register_with_interest(self.exit, Interest::READABLE) }?;
+        Ok(Probed {
+            capture,
+            exit,
+            main_thread: MainThread::watch(pid),
+            signals,
+        })
+    }
+}
+
+/// A process whose probes are set.
+pub(super) struct Probed {
+    pub(super) capture: Capture,
+    exit: AsyncFd<OwnedFd>,
+    main_thread: MainThread,
+    signals: Signals,
+}
+
+impl Probed {
+    /// Takes what comes, once the probes are switched on, until it is over. Gives whether all that was
+    /// seen is counted.
+    pub(super) async fn trace(self, duration: Option<Duration>) -> anyhow::Result<bool> {
+        let Self {
+            mut capture,
+            exit,
+            mut main_thread,
+            mut signals,
+        } = self;
+        let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
+        tokio::pin!(over);
+        let mut more = false;
+        let why = loop {
+            tokio::select! {
+                biased;
+                () = signals.came() => break "interrupted",
+                () = &mut over => break "duration",
+                _ = exit.readable() => break "target_exited",
+                () = main_thread.ended() => capture.look_at_main_thread(),
+                ready = capture.events.readable_mut(), if !more => {
+                    ready?.clear_ready();
+                    more = !capture.take_events();
+                }
+                // Lets signals and timers through between two helpings.
+                () = tokio::task::yield_now(), if more => {
+                    more = !capture.take_events();
+                }
+            }
+            if capture.model.libraries_changed() {
+                capture.probe_new_libraries();
+            }
+        };
+        capture.finish(End::Cut, why, &mut signals.interrupt).await
+    }
+}
+
+/// What ends a capture from outside.
+pub(super) struct Signals {
+    interrupt: OwnSignal,
+    terminate: OwnSignal,
+    hangup: OwnSignal,
+}
+
+impl Signals {
+    /// Waits for them from now on. Handlers disturb the loading of programs: the kernel breaks it off
+    /// with EAGAIN.
+    pub(super) fn listen() -> io::Result<Self> {
+        Ok(Self {
+            // A shell ignores it for its background jobs; who sends it all the same means it.
+            interrupt: OwnSignal::listen(Signal::SIGINT)?,
+            terminate: OwnSignal::listen(Signal::SIGTERM)?,
+            hangup: OwnSignal::unless_ignored(Signal::SIGHUP)?,
+        })
+    }
+
+    async fn came(&mut self) {
         tokio::select! {
-            biased;
-            () = interrupt.came() => break "interrupted",
-            () = terminate.came() => break "interrupted",
-            () = hangup.came() => break "interrupted",
-            () = &mut over => break "duration",
-            _ = exit.readable() => break "target_exited",
-            () = main_thread.ended() => capture.look_at_main_thread(),
-            ready = capture.events.readable_mut(), if !more => {
-                ready?.clear_ready();
-                more = !capture.take_events();
-            }
-            // Lets signals and timers through between two helpings.
-            () = tokio::task::yield_now(), if more => {
-                more = !capture.take_events();
-            }
+            () = self.interrupt.came() => {}
+            () = self.terminate.came() => {}
+            () = self.hangup.came() => {}
         }
-        if capture.model.libraries_changed() {
-            capture.probe_new_libraries();
-        }
-    };
-    let complete = capture.finish(End::Cut, why, &mut interrupt).await?;
-    Ok(if strict && !complete { INCOMPLETE } else { 0 })
+    }
 }
 
 impl Capture {
@@ -150,7 +242,14 @@ impl Capture {
         let mut names: Vec<String> = Vec::new();
         for change in self.plan.extend(pid, &files) {
             names.extend(change.probes.iter().map(|probe| probe.file.clone()));
+            let first = self.hooks.len();
             self.probe(change);
+            let set = self.hooks.iter().skip(first);
+            let mut changed =
+                set.filter_map(|probe| diagnosis::check_probe(pid, &files, probe).err());
+            if let Some(changed) = changed.next() {
+                self.problem(changed.to_string());
+            }
         }
         names.dedup();
         for name in &names {

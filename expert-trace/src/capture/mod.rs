@@ -1,6 +1,7 @@
 //! A capture from start to end: the one place where probes, events, the clock, signals and files
 //! meet.
 
+mod all;
 mod attach;
 mod run;
 mod sinks;
@@ -27,7 +28,7 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
-    model::{BlindTime, Context, End, Model, Options},
+    model::{BlindTime, Context, End, Ends, Model, Options},
     probes::{Change, Hook, Plan, Probe},
     signals::OwnSignal,
     silence,
@@ -63,6 +64,8 @@ struct Capture {
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
     recording: Recording,
+    /// Stands before what is printed at the end.
+    heading: String,
 }
 
 impl Capture {
@@ -104,6 +107,7 @@ impl Capture {
             from_start,
             started: None,
             recording,
+            heading: String::new(),
         })
     }
 
@@ -112,13 +116,17 @@ impl Capture {
         self.sinks.begin()?;
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
+        Ok(())
+    }
+
+    /// Tells the user that the probes are on.
+    fn announce(&self) {
         let _ = writeln!(
             io::stderr(),
             "Expert tracing enabled (stats={}, logging={})",
             u8::from(self.sinks.stats),
             u8::from(self.sinks.log.is_some())
         );
-        Ok(())
     }
 
     /// Attaches probes. A failure is reported, and the target goes on: it is the user's program.
@@ -212,7 +220,7 @@ impl Capture {
     }
 
     /// Waits until what the probes have begun has arrived: they can be running on other CPUs.
-    fn settle(&mut self) -> anyhow::Result<Integrity> {
+    async fn settle(&mut self) -> anyhow::Result<Integrity> {
         let deadline = Instant::now() + Duration::from_secs(1);
         loop {
             while !self.take_events() {}
@@ -227,7 +235,7 @@ impl Capture {
                 self.report_blind_times();
                 return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
             }
-            std::thread::sleep(Duration::from_millis(1));
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
@@ -243,7 +251,7 @@ impl Capture {
             .started
             .map_or(Duration::ZERO, |(_, began)| began.elapsed());
         self.session.set_active(false)?;
-        let mut integrity = self.settle()?;
+        let mut integrity = self.settle().await?;
         // What a target awaits that goes on, or that we know was killed, belongs to a pass that was cut.
         if end == End::Exited || (!self.from_start && why == "target_exited") {
             integrity = integrity.without_target();
@@ -277,7 +285,7 @@ impl Capture {
         let stats = self.stats(integrity, why, duration)?;
         let complete = stats.integrity.complete;
 
-        let mut text = Vec::new();
+        let mut text = std::mem::take(&mut self.heading).into_bytes();
         // Writing to memory does not fail.
         if wants_summary {
             let _ = summary::write(&mut text, &stats, self.recording.top);
@@ -299,7 +307,8 @@ impl Capture {
             written.with_context(|| format!("Failed to write output file: {}", path.display()))
         });
         print(text, interrupt).await;
-        self.session.detach();
+        // Other captures go on meanwhile.
+        let _ = tokio::task::spawn_blocking(|| self.session.detach()).await;
         written.transpose()?;
         Ok(complete)
     }
@@ -374,7 +383,7 @@ impl Capture {
                 .filter(|context| context.passes == 0 && context.excluded.is_empty())
                 .map(|context| stats::NotVisible {
                     pid: self.pid_of(context),
-                    count: context.not_visible(None),
+                    count: context.not_visible(Ends::default()),
                 })
                 .filter(|context| context.count.passes > 0)
                 .collect(),

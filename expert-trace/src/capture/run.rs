@@ -100,7 +100,12 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         Some(None) => say!("{}", router_on_cpu::equivalent(&command[0])),
         None => {}
     }
-    let sinks = Sinks::open(wanted, &arguments.recording, &caller.account)?;
+    let open = |pid| Sinks::open(&wanted, &arguments.recording, &caller.account, pid);
+    // A name with the process in it has to wait for the process, which does not begin before us.
+    let sinks = match wanted.names_process(&arguments.recording) {
+        true => None,
+        false => Some(open(0)?),
+    };
 
     let follow = !arguments.no_follow;
     let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
@@ -117,6 +122,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let pid = child.pid();
     let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
     let main_process = main_process.context("not a process id")?;
+    let sinks = match sinks {
+        Some(sinks) => sinks,
+        None => open(main_process.get())?,
+    };
     let first_process = Some(session.0.first_child()?);
     let start = Start {
         pid: main_process,
@@ -129,6 +138,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     capture.targets.main.command = command.clone();
     capture.targets.main.variables = Variables::from(|name| environment.get(name).map(Into::into));
     capture.start()?;
+    capture.announce();
     let gate = child.release(&program, |gate| {
         capture.serve(gate, follow);
     })?;

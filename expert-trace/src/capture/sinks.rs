@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use crate::{
     caller::Account,
     cli::Recording,
-    export::{LogFile, Output},
+    export::{LogFile, Output, pattern},
     summary::Log,
 };
 
@@ -23,6 +23,23 @@ pub struct Wanted {
     pub log: bool,
     /// File for the counts.
     pub output: Option<PathBuf>,
+}
+
+impl Wanted {
+    /// Whether all that is written goes to files that have the process in their names.
+    pub fn tells_processes_apart(&self, recording: &Recording) -> bool {
+        let log = recording.log.iter().flatten();
+        let mut files = self.output.iter().chain(log);
+        files.all(|path| pattern::tells_processes_apart(path))
+            && !matches!(recording.log, Some(None))
+    }
+
+    /// Whether a file has the process in its name.
+    pub fn names_process(&self, recording: &Recording) -> bool {
+        let log = recording.log.iter().flatten();
+        let mut files = self.output.iter().chain(log);
+        files.any(|path| pattern::tells_processes_apart(path))
+    }
 }
 
 /// Open outputs.
@@ -38,14 +55,20 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// Opens what is wanted, with the rights of the account.
+    /// Opens what is wanted of a process, with the rights of the account.
     ///
     /// # Errors
     /// When a place cannot be written.
-    pub fn open(wanted: Wanted, recording: &Recording, account: &Account) -> anyhow::Result<Self> {
+    pub fn open(
+        wanted: &Wanted,
+        recording: &Recording,
+        account: &Account,
+        pid: u32,
+    ) -> anyhow::Result<Self> {
         let failed = |path: &Path| format!("Failed to open output file: {}", path.display());
-        let output = match wanted.output {
+        let output = match &wanted.output {
             Some(path) => {
+                let path = pattern::of_process(path, pid);
                 let output = Output::create(&path, account).with_context(|| failed(&path))?;
                 Some((path, output))
             }
@@ -53,9 +76,10 @@ impl Sinks {
         };
         let log_file = match &recording.log {
             Some(Some(path)) => {
+                let path = pattern::of_process(path, pid);
                 let output = output.as_ref().map(|(_, output)| output);
-                let file = LogFile::open(path, account, output);
-                Some(file.with_context(|| failed(path))?)
+                let file = LogFile::open(&path, account, output);
+                Some(file.with_context(|| failed(&path))?)
             }
             _ => None,
         };

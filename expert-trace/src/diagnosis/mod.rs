@@ -10,6 +10,7 @@ mod status;
 
 use std::{
     fmt, fs, io,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -25,7 +26,8 @@ use namesakes::Namesakes;
 use status::Status;
 
 use crate::{
-    probes::Plan,
+    attach::BREAKPOINT,
+    probes::{Plan, Probe},
     requirements::{self, Capability},
     target::{self, MappedFile, printable},
 };
@@ -107,6 +109,18 @@ pub enum Untraceable {
         /// Other processes that the number could have meant.
         namesakes: Namesakes,
     },
+    /// What it maps cannot be probed: another file has taken its place.
+    #[error(
+        "process {pid} goes on with {file} as it was before somebody changed it: its file system \
+         (an overlay, as containers have it) then made a copy, and the kernel sets probes in that alone; \
+         start the process again"
+    )]
+    ChangedFile {
+        /// The process.
+        pid: u32,
+        /// The file.
+        file: String,
+    },
     /// Its code is not this machine's.
     #[error(
         "process {pid} runs {file}, which is built for {machine}, but this machine is {host}: \
@@ -172,6 +186,31 @@ impl fmt::Display for Unsearched {
         }
         write!(f, " (not searched: {})", self.0.join(", "))
     }
+}
+
+/// Looks whether the breakpoint of a probe that the kernel has set is in the memory of a process, which
+/// maps these files.
+///
+/// # Errors
+/// When it is not.
+pub fn check_probe(pid: u32, files: &[MappedFile], probe: &Probe) -> Result<(), Untraceable> {
+    let offset = probe.definition.file_offset;
+    let mut files = files.iter();
+    let mapped = files.find(|file| file.reachable_path(pid) == probe.attach_path);
+    let Some(address) = mapped.and_then(|file| file.address_of(offset)) else {
+        return Ok(());
+    };
+    let (mut code, mut in_file) = ([0; BREAKPOINT], [0; BREAKPOINT]);
+    let read = target::read_memory(pid, address, &mut code).and_then(|()| {
+        let file = target::open_regular(&probe.attach_path)?;
+        file.read_exact_at(&mut in_file, offset)
+    });
+    // Who has ended, or unmapped it, is none of this.
+    if read.is_ok() && code == in_file {
+        let file = printable(Path::new(&probe.file));
+        return Err(Untraceable::ChangedFile { pid, file });
+    }
+    Ok(())
 }
 
 /// Looks whether `pid` is a process that we can look into.
@@ -246,7 +285,7 @@ pub fn no_expert_ids(pid: u32, files: &[MappedFile], plan: &Plan) -> Untraceable
         return Untraceable::NoBackendYet { pid, file };
     }
     let mut unsearched = Vec::new();
-    for file in files.iter().filter(|file| file.executable) {
+    for file in files.iter().filter(|file| file.is_executable()) {
         match search_for_llama_cpp(&file.reachable_path(pid)) {
             Search::Found => {
                 let file = printable(&file.path);

@@ -6,6 +6,7 @@
 
 mod inherited;
 mod location;
+pub mod pattern;
 
 use std::{
     env,

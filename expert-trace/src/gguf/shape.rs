@@ -38,14 +38,14 @@ pub struct ModelShape {
     pub arch: String,
     /// `general.name`, for people.
     pub name: Option<String>,
-    /// `<arch>.block_count`: all layers, those for multi-token prediction included.
+    /// `<arch>.block_count`: all layers, NextN blocks included.
     pub layers: u32,
     /// `<arch>.expert_count`, shared experts not included; 0 for a dense model.
     pub n_expert: u32,
     /// `<arch>.expert_used_count`, which may be one number or one per layer.
     pub n_expert_used: ExpertsUsed,
-    /// `<arch>.nextn_predict_layers`: how many of the last layers only predict further tokens, and
-    /// do not run unless llama.cpp is asked to speculate with them.
+    /// `<arch>.nextn_predict_layers`: how many of the last layers are NextN blocks, which only predict
+    /// further tokens, and do not run unless llama.cpp is asked to speculate with them.
     pub nextn_predict_layers: u32,
     /// Layers with both a router and routed experts, ascending.
     pub moe_layers: Vec<u32>,
@@ -72,7 +72,8 @@ impl ModelShape {
     ///
     /// # Errors
     ///
-    /// [`GgufError::Key`] when a key is missing or its value is beyond the limits of this type.
+    /// [`GgufError::Key`] when a key is missing or its value is beyond the limits of this type, or when
+    /// these are not all the files of the model, in order.
     pub fn from_ggufs(shards: &[Gguf]) -> Result<ModelShape, GgufError> {
         let missing = |key: &str| GgufError::Key {
             key: key.to_owned(),
@@ -84,6 +85,7 @@ impl ModelShape {
         let arch = first
             .arch()
             .ok_or_else(|| missing("general.architecture"))?;
+        check_split(shards)?;
         let keys = ArchKeys { gguf: first, arch };
         let layers = keys
             .number("block_count", MAX_LAYERS)?
@@ -112,6 +114,17 @@ impl ModelShape {
                 part.starts_with("ffn_gate_tid2eid")
             }),
         })
+    }
+
+    /// Layers that every decode goes through: all before the NextN blocks.
+    pub fn main_layers(&self) -> u32 {
+        self.layers.saturating_sub(self.nextn_predict_layers)
+    }
+
+    /// The first NextN block, if there is one.
+    pub fn first_nextn(&self) -> Option<u16> {
+        let first = (self.nextn_predict_layers > 0).then(|| self.main_layers())?;
+        u16::try_from(first).ok()
     }
 }
 
@@ -161,6 +174,25 @@ impl ArchKeys<'_> {
             .map(ExpertsUsed::PerLayer)
             .ok_or_else(|| self.invalid(key, "has an entry that is not a number of experts"))
     }
+}
+
+/// Makes sure that no file of the model is missing, as `llama_model_loader` does: a layer whose tensors
+/// are in it would look like one without experts.
+fn check_split(shards: &[Gguf]) -> Result<(), GgufError> {
+    let invalid = |key: &str, problem| GgufError::Key {
+        key: key.to_owned(),
+        problem,
+    };
+    let count = |gguf: &Gguf| gguf.u64("split.count").unwrap_or(0).max(1);
+    if shards.first().map(count) != Some(shards.len() as u64) {
+        let problem = "is not the number of files that the name tells of";
+        return Err(invalid("split.count", problem));
+    }
+    let in_order = |(index, shard): (u64, &Gguf)| shard.u64("split.no") == Some(index);
+    if shards.len() > 1 && !(0..).zip(shards).all(in_order) {
+        return Err(invalid("split.no", "is not that of the file's name"));
+    }
+    Ok(())
 }
 
 /// Layers below `layers` with a router and with routed experts. A router alone is no proof: a shard

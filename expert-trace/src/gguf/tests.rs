@@ -9,7 +9,7 @@ fn str_bytes(s: &str) -> Vec<u8> {
 
 /// A GGUF file being put together.
 #[derive(Default)]
-struct Builder {
+pub struct Builder {
     n_kv: u64,
     kv: Vec<u8>,
     n_tensors: u64,
@@ -25,11 +25,11 @@ impl Builder {
         self
     }
 
-    fn u32(self, key: &str, value: u32) -> Self {
+    pub fn u32(self, key: &str, value: u32) -> Self {
         self.raw(key, 4, &value.to_le_bytes())
     }
 
-    fn string(self, key: &str, value: &str) -> Self {
+    pub fn string(self, key: &str, value: &str) -> Self {
         self.raw(key, 8, &str_bytes(value))
     }
 
@@ -38,7 +38,7 @@ impl Builder {
         self.raw(key, 9, &[&header, elements].concat())
     }
 
-    fn tensor(mut self, name: &str, shape: &[u64]) -> Self {
+    pub fn tensor(mut self, name: &str, shape: &[u64]) -> Self {
         self.n_tensors += 1;
         self.tensors.extend(str_bytes(name));
         self.tensors.extend((shape.len() as u32).to_le_bytes());
@@ -51,7 +51,7 @@ impl Builder {
     }
 
     /// The file up to the start of its tensor data.
-    fn bytes(self) -> Vec<u8> {
+    pub fn bytes(self) -> Vec<u8> {
         let mut out = b"GGUF\x03\0\0\0".to_vec();
         out.extend(self.n_tensors.to_le_bytes());
         out.extend(self.n_kv.to_le_bytes());
@@ -70,7 +70,8 @@ fn parse(bytes: &[u8]) -> Result<Gguf, GgufError> {
     Gguf::read(&mut Cursor::new(bytes))
 }
 
-fn moe() -> Builder {
+/// A model of three layers, without tensors.
+pub fn moe() -> Builder {
     Builder::default()
         .string("general.architecture", "qwen3moe")
         .string("general.name", "Test")
@@ -215,8 +216,10 @@ fn malformed_headers_say_what_is_wrong() {
 
 #[test]
 fn shape_needs_router_and_experts_and_looks_at_all_shards() {
-    let shards = [
+    let mut shards = vec![
         moe()
+            .u32("split.no", 0)
+            .u32("split.count", 3)
             .u32("qwen3moe.nextn_predict_layers", 1)
             .u32("qwen3moe.expert_gating_func", 2)
             .u32("qwen3moe.expert_group_count", 4)
@@ -224,6 +227,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             .tensor("blk.1.ffn_gate_inp.weight", &[128, 8])
             .gguf(),
         Builder::default()
+            .u32("split.no", 1)
             .tensor("blk.1.ffn_gate_up_exps.weight", &[1])
             .tensor("blk.2.ffn_down_exps.weight", &[1])
             .tensor("blk.0.ffn_gate_inp.bias", &[8])
@@ -233,6 +237,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             .tensor("blk.2.ffn_gate_tid2eid.weight", &[1])
             .gguf(),
         Builder::default()
+            .u32("split.no", 2)
             .tensor("blk.2.ffn_gate_inp.weight", &[128, 8])
             .tensor("blk.9.ffn_gate_inp.weight", &[128, 8])
             .tensor("blk.9.ffn_up_exps.weight", &[1])
@@ -257,6 +262,26 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             chosen_by_token: [2].into(),
         }
     );
+
+    shards.swap(1, 2);
+    let error = ModelShape::from_ggufs(&shards).unwrap_err().to_string();
+    assert!(error.contains("split.no"), "{error}");
+    shards.pop();
+    let error = ModelShape::from_ggufs(&shards).unwrap_err().to_string();
+    assert!(error.contains("split.count"), "{error}");
+}
+
+#[test]
+fn nextn_blocks_are_the_last() {
+    let shape = |nextn| {
+        let gguf = moe().u32("qwen3moe.nextn_predict_layers", nextn).gguf();
+        ModelShape::from_ggufs(&[gguf])
+    };
+    let of = |nextn| shape(nextn).map(|shape| (shape.main_layers(), shape.first_nextn()));
+    assert_eq!(of(0).unwrap(), (3, None));
+    assert_eq!(of(1).unwrap(), (2, Some(2)));
+    assert_eq!(of(3).unwrap(), (0, Some(0)));
+    assert!(of(4).is_err());
 }
 
 #[test]

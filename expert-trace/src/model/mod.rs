@@ -34,8 +34,10 @@ pub struct Options {
 pub struct ModelFacts {
     /// Token sequences that are decoded to warm up: [BOS, EOS], by the tokenizer of each model.
     pub warmup_tokens: Vec<Vec<i32>>,
-    /// Layers with experts, when one model is known for certain.
+    /// Layers with experts that every decode goes through, when one model is known for certain.
     pub moe_layers: Option<BTreeSet<u16>>,
+    /// Where that model's NextN blocks begin, if it has any.
+    pub nextn: Option<u16>,
     /// Numbers of experts of which a model does not normally choose all; `None` when no model is
     /// known.
     pub selective: Option<BTreeSet<u32>>,
@@ -112,6 +114,28 @@ pub struct BlindTime {
 impl BlindTime {
     fn contains(&self, time_ns: u64) -> bool {
         self.from_ns <= time_ns && self.until_ns.is_none_or(|until| time_ns < until)
+    }
+}
+
+/// Layers that do not work on all rows of all passes of a context, by the model file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ends {
+    /// The last layer that every decode goes through, if it has experts: it may work on output rows
+    /// alone.
+    pub last: Option<u16>,
+    /// The first NextN block, if there is one: blocks that predict further tokens come after all other
+    /// layers, work on output rows alone, and each of them runs in passes of its own.
+    pub nextn: Option<u16>,
+}
+
+impl Ends {
+    fn is_nextn(self, layer: u16) -> bool {
+        self.nextn.is_some_and(|first| layer >= first)
+    }
+
+    /// Whether a layer may have nothing to do in a pass without output.
+    fn may_idle(self, layer: u16) -> bool {
+        self.last == Some(layer) || self.is_nextn(layer)
     }
 }
 
@@ -213,10 +237,9 @@ impl Context {
             .unwrap_or(0)
     }
 
-    /// Passes of which no routing was seen, though a layer with experts had something to do. `last` is
-    /// the model's last one, where that is known: it works on output rows alone.
-    pub fn not_visible(&self, last: Option<u16>) -> Excluded {
-        let idle = self.layers.keys().all(|layer| Some(*layer) == last);
+    /// Passes of which no routing was seen, though a layer with experts had something to do.
+    pub fn not_visible(&self, ends: Ends) -> Excluded {
+        let idle = self.layers.keys().all(|layer| ends.may_idle(*layer));
         if idle && !self.layers.is_empty() {
             return self.unseen;
         }
@@ -226,12 +249,22 @@ impl Context {
         }
     }
 
-    /// Whether the routing of a layer was seen in all passes in which it ran. `last` is the model's last
-    /// one with experts; of a model that is not known, the last that was seen stands for it.
-    pub fn coverage(&self, layer: u16, last: Option<u16>) -> Coverage {
-        let seen = self.layers.get(&layer).map_or(0, |layer| layer.passes);
+    /// Whether the routing of a layer was seen in all passes in which it ran. Of a model that is not
+    /// known, the last layer that was seen stands for the last one with experts.
+    pub fn coverage(&self, layer: u16, ends: Ends) -> Coverage {
+        let last_seen = self.layers.keys().next_back().copied();
+        let ends = Ends {
+            last: ends.last.or(last_seen),
+            ..ends
+        };
+        let seen = if ends.is_nextn(layer) {
+            // Passes that were seen without it are those of other blocks.
+            self.passes
+        } else {
+            self.layers.get(&layer).map_or(0, |layer| layer.passes)
+        };
         // Empty nodes are not computed.
-        let idle = if last.or(self.layers.keys().next_back().copied()) == Some(layer) {
+        let idle = if ends.may_idle(layer) {
             self.passes_without_output + self.unseen_without_output.passes
         } else {
             0
@@ -572,6 +605,11 @@ impl Model {
         if context.layer_order && !self.options.from_start && !context.worked {
             // A scheduler's pass whose beginning we missed looks the same.
             return false;
+        }
+        let nextn = |layer: u16| self.facts.nextn.is_some_and(|first| layer >= first);
+        if pass.layers().into_iter().all(nextn) {
+            // Each block runs in passes of its own.
+            return !pass.lacks_rows();
         }
         let mut expected: BTreeSet<u16> = context.layers.keys().copied().collect();
         if !context.knows_layers {

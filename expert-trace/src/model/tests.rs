@@ -614,22 +614,61 @@ fn passes_of_which_nothing_was_seen_are_counted() {
     );
     let context = &model.contexts()[0];
     // Layer 3 is the model's last one, and had nothing to do in the first pass; or it is not.
-    assert_eq!(
-        (
-            context.not_visible(Some(3)).passes,
-            context.not_visible(Some(3)).tokens
-        ),
-        (1, 1)
+    let last = |layer| Ends {
+        last: Some(layer),
+        nextn: None,
+    };
+    let of = |passes, tokens| Excluded { passes, tokens };
+    assert_eq!(context.not_visible(last(3)), of(1, 1));
+    assert_eq!(context.not_visible(last(5)), of(2, 3));
+    assert_eq!(context.coverage(3, last(3)), Coverage::PartlyObserved);
+    assert_eq!(context.coverage(4, last(5)), Coverage::PartlyObserved);
+}
+
+/// Two blocks that predict further tokens after four layers: each has passes of its own, and nothing to
+/// do where no output is wanted.
+#[test]
+fn nextn_blocks_run_in_passes_of_their_own() {
+    let ubatch = [(0, 0, false), (1, 0, false)];
+    let output = [(2, 0, true)];
+    let pass = |number, ubatch, layers| TestPass {
+        number,
+        ubatch,
+        layers,
+        ..TestPass::default()
+    };
+    let facts = ModelFacts {
+        moe_layers: Some([0, 1, 2, 3].into()),
+        nextn: Some(4),
+        ..ModelFacts::default()
+    };
+    let ends = Ends {
+        last: Some(3),
+        nextn: Some(4),
+    };
+    let passes = |last| {
+        [
+            pass(0, &ubatch, &[]),
+            pass(1, &output, &[(4, &[&[1, 2]])]),
+            pass(2, &output, last),
+        ]
+    };
+    let model = run(
+        FROM_START,
+        facts.clone(),
+        &passes(&[(5, &[&[1, 2]])]),
+        End::Cut,
     );
-    assert_eq!(
-        (
-            context.not_visible(Some(5)).passes,
-            context.not_visible(Some(5)).tokens
-        ),
-        (2, 3)
-    );
-    assert_eq!(context.coverage(3, Some(3)), Coverage::PartlyObserved);
-    assert_eq!(context.coverage(4, Some(5)), Coverage::PartlyObserved);
+    let context = &model.contexts()[0];
+    assert_eq!(context.passes, 2);
+    assert_eq!(context.not_visible(ends), Excluded::default());
+    assert_eq!(context.coverage(4, ends), Coverage::Observed);
+    assert_eq!(context.coverage(5, ends), Coverage::Observed);
+
+    let model = run(FROM_START, facts, &passes(&[]), End::Cut);
+    let context = &model.contexts()[0];
+    assert_eq!(context.not_visible(ends).passes, 1);
+    assert_eq!(context.coverage(4, ends), Coverage::PartlyObserved);
 }
 
 /// Where ubatches cannot be read, a pass without routing may have computed tokens out of sight.
@@ -657,8 +696,8 @@ fn passes_that_may_have_had_tokens_are_no_coverage() {
     };
     let old = context(&[]);
     assert_eq!((old.passes, old.passes_not_known()), (2, 1));
-    assert_eq!(old.coverage(0, None), Coverage::NotKnown);
+    assert_eq!(old.coverage(0, Ends::default()), Coverage::NotKnown);
     let new = context(&[(7, 0, true)]);
     assert_eq!((new.passes, new.passes_not_known()), (2, 0));
-    assert_eq!(new.coverage(0, None), Coverage::Observed);
+    assert_eq!(new.coverage(0, Ends::default()), Coverage::Observed);
 }

@@ -5,13 +5,15 @@
 
 mod integrity;
 
+use std::collections::BTreeSet;
+
 use expert_trace_common::Route;
 use serde::Serialize;
 
 use crate::{
     gguf::ModelShape,
     layout::Layout,
-    model::{CloseCall, Context, Coverage, Excluded, Exclusion, Layer},
+    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer},
     probes::Probe,
     visibility,
 };
@@ -212,7 +214,8 @@ pub struct ContextStats {
     /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
     /// known. 0 where ubatches are read.
     pub passes_not_known: u64,
-    /// Layers with experts, by the model file, of which no routing was seen in any pass.
+    /// Layers with experts, by the model file, of which no routing was seen in any pass. NextN blocks
+    /// that did not run are not among them.
     pub layers_not_visible: Vec<u32>,
     /// Counts by layer.
     pub layers: Vec<LayerStats>,
@@ -322,7 +325,7 @@ pub fn excluded_list<'a>(
 pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u32) -> ContextStats {
     let model = matching_model(context, models);
     let n_expert = model.map(|model| models[model].shape.n_expert);
-    let last = model.and_then(|model| last_layer(context, &models[model].shape));
+    let ends = model.map_or_else(Ends::default, |model| ends(&models[model].shape));
     ContextStats {
         id,
         pid,
@@ -339,37 +342,44 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
             _ => "mixed",
         },
         excluded: excluded_list(&context.excluded),
-        passes_not_visible: context.not_visible(last),
+        passes_not_visible: context.not_visible(ends),
         passes_not_known: context.passes_not_known(),
         layers_not_visible: model.map_or_else(Vec::new, |model| {
-            let expected = models[model].shape.moe_layers.iter().copied();
-            expected
-                .filter(|id| context.layers.keys().all(|seen| u32::from(*seen) != *id))
-                .collect()
+            layers_not_visible(context, &models[model].shape)
         }),
         layers: context
             .layers
             .iter()
             .map(|(layer_id, layer)| LayerStats {
-                coverage: context.coverage(*layer_id, last),
+                coverage: context.coverage(*layer_id, ends),
                 ..layer_stats(*layer_id, layer, n_expert)
             })
             .collect(),
     }
 }
 
-/// The last layer of a model, if it has experts: it works on output rows alone. Blocks that predict
-/// further tokens come after it, and need not run.
-fn last_layer(context: &Context, shape: &ModelShape) -> Option<u16> {
-    let main = shape.layers.saturating_sub(shape.nextn_predict_layers);
-    let mut seen = context.layers.keys().map(|layer| u32::from(*layer));
-    let last = if seen.any(|layer| layer >= main) {
-        shape.layers.checked_sub(1)?
-    } else {
-        main.checked_sub(1)?
-    };
-    let has_experts = shape.moe_layers.contains(&last);
-    has_experts.then(|| u16::try_from(last).ok())?
+/// Layers of the model that do not work on all rows of all passes.
+fn ends(shape: &ModelShape) -> Ends {
+    let last = shape.main_layers().checked_sub(1);
+    let last = last.filter(|last| shape.moe_layers.contains(last));
+    Ends {
+        last: last.and_then(|last| u16::try_from(last).ok()),
+        nextn: shape.first_nextn(),
+    }
+}
+
+/// Layers with experts that have run, and of which no routing was seen. NextN blocks run when llama.cpp
+/// is asked to speculate with them, in a context of their own, where no other layer does.
+fn layers_not_visible(context: &Context, shape: &ModelShape) -> Vec<u32> {
+    let seen: BTreeSet<u32> = context.layers.keys().map(|id| u32::from(*id)).collect();
+    let main = shape.main_layers();
+    if seen.first().is_some_and(|first| *first >= main) {
+        return Vec::new();
+    }
+    let expected = shape.moe_layers.iter().copied();
+    expected
+        .filter(|id| *id < main && !seen.contains(id))
+        .collect()
 }
 
 /// The layers of a context in the shape of the original specification.

@@ -127,12 +127,28 @@ pub struct GgufFile {
 }
 
 impl GgufFile {
+    pub fn u16(&mut self, key: &str, value: u16) {
+        self.pair(key, 2, &value.to_le_bytes());
+    }
+
+    pub fn i32(&mut self, key: &str, value: i32) {
+        self.pair(key, 5, &value.to_le_bytes());
+    }
+
     pub fn u32(&mut self, key: &str, value: u32) {
         self.pair(key, 4, &value.to_le_bytes());
     }
 
     pub fn f32(&mut self, key: &str, value: f32) {
         self.pair(key, 6, &value.to_le_bytes());
+    }
+
+    pub fn u32s(&mut self, key: &str, values: &[u32]) {
+        let (array, u32_type) = (9, 4_u32);
+        let mut value = u32_type.to_le_bytes().to_vec();
+        value.extend((values.len() as u64).to_le_bytes());
+        value.extend(values.iter().flat_map(|n| n.to_le_bytes()));
+        self.pair(key, array, &value);
     }
 
     pub fn bool(&mut self, key: &str, value: bool) {
@@ -155,6 +171,34 @@ impl GgufFile {
 
     pub fn tensor(&mut self, tensor: Tensor) {
         self.tensors.push(tensor);
+    }
+
+    /// Makes `n` files of this one, as llama-gguf-split does it with `--no-tensor-first-split`: the first
+    /// has all keys, the others have all tensors, in order.
+    pub fn split(self, n: u16) -> Vec<GgufFile> {
+        let tensors = self.tensors.len();
+        let per_file = tensors.div_ceil(usize::from(n - 1));
+        let mut rest = self.tensors.into_iter();
+        (0..n)
+            .map(|no| {
+                let mut file = if no == 0 {
+                    GgufFile {
+                        n_kv: self.n_kv,
+                        kv: self.kv.clone(),
+                        tensors: Vec::new(),
+                    }
+                } else {
+                    GgufFile {
+                        tensors: rest.by_ref().take(per_file).collect(),
+                        ..GgufFile::default()
+                    }
+                };
+                file.u16("split.no", no);
+                file.u16("split.count", n);
+                file.i32("split.tensors.count", tensors as i32);
+                file
+            })
+            .collect()
     }
 
     /// Writes everything; random tensors take their draws from `rng` in the order of the file.

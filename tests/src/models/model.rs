@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use expert_trace::gguf::{Gguf, Value};
+use expert_trace::gguf::{Gguf, Value, shard_paths};
 
 use super::{
     file::{Data, GgufFile, Tensor},
@@ -56,6 +56,11 @@ impl Model {
         }
     }
 
+    /// Adds a key of the architecture with one value for each layer.
+    pub fn of_layers(&mut self, key: &str, values: &[u32]) {
+        self.file.u32s(&self.key(key), values);
+    }
+
     pub fn f32(&mut self, key: &str, value: f32) {
         self.file.f32(&self.key(key), value);
     }
@@ -89,12 +94,20 @@ impl Model {
         self.tensor("output.weight".to_owned(), &shape, data);
     }
 
-    /// Writes everything; random tensors take their draws from `rng` in the order of the file.
+    /// Writes everything; random tensors take their draws from `rng` in the order of the file. Where
+    /// `path` names a shard, all shards are written.
     pub fn write(mut self, path: &Path, rng: &mut Rng) -> Result<()> {
         self.vocabulary.copy(&mut self.file);
-        self.file
-            .write(path, rng)
-            .with_context(|| format!("write {}", path.display()))
+        let paths = shard_paths(path);
+        let files = match paths.len() {
+            1 => vec![self.file],
+            n => self.file.split(u16::try_from(n)?),
+        };
+        for (path, file) in paths.iter().zip(files) {
+            file.write(path, rng)
+                .with_context(|| format!("write {}", path.display()))?;
+        }
+        Ok(())
     }
 }
 

@@ -120,7 +120,7 @@ fn choice_is_the_servers(name: &str, expected: &Shape) {
     let chosen_by_server = read_log(&log).unwrap();
     assert_same_choice(&stats, &chosen, &chosen_by_server);
     let layers = stats.tokens();
-    let with_experts: Vec<u32> = expected.layers_with_experts().collect();
+    let with_experts = expected.layers_with_experts();
     assert_eq!(layers.keys().copied().collect::<Vec<_>>(), with_experts);
     assert_eq!(layers[&with_experts[0]], 76);
     assert_routes(&stats, &["logits"]);
@@ -139,6 +139,11 @@ fn choice_gpt_oss() {
 #[test]
 fn choice_mixtral() {
     choice_is_the_servers("mixtral", &Shape::MIXTRAL);
+}
+
+#[test]
+fn choice_nemotron_h_moe() {
+    choice_is_the_servers("nemotron-h-moe", &Shape::NEMOTRON_H_MOE);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use expert_trace_tests::tracer::count;
 
 use crate::support::{
-    Known, Traced, compare_with_tokens, known_llama, known_quantized, known_scaled, known_small,
-    known_wide,
+    Known, Traced, compare_with_tokens, known_llama, known_quantized, known_scaled, known_sharded,
+    known_small, known_wide, scratch,
 };
 
 fn compare(known: &Known, threads: &str, ubatch: &str) {
@@ -52,6 +52,17 @@ fn wide_one_thread() {
 #[test]
 fn wide_two_threads() {
     compare(known_wide(), "2", "512");
+}
+
+#[test]
+fn a_model_of_three_files() {
+    let directory = scratch();
+    let known = known_sharded(directory.path());
+    let stats = compare_with_tokens(&known, &["-t", "2", "-c", "4096", "-b", "2048"]);
+    let model = &stats.0["models"][0];
+    assert_eq!(model["path"], known.path.to_string_lossy().as_ref());
+    assert_eq!(model["moe_layers"].to_string(), "[0,1,2]");
+    assert_eq!(stats.0["models"].as_array().map(Vec::len), Some(1));
 }
 
 /// Several sequences in one pass, and threads that come and go.

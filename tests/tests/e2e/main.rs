@@ -2,12 +2,14 @@
 //!
 //! `cargo xtask test` prepares what these tests need and runs them, one at a time, as root.
 
+mod all;
 mod attach;
 mod callback;
 mod compat;
 mod cuda;
 mod cuda_standin;
 mod devices;
+mod environments;
 mod errors;
 mod help;
 mod imatrix;
@@ -19,6 +21,7 @@ mod outputs;
 mod prebuilt;
 mod processes;
 mod rpc;
+mod servers;
 mod shapes;
 mod shell;
 mod specification;

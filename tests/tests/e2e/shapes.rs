@@ -1,11 +1,12 @@
 //! The routers of the architectures that are traced in the field: the rows that a program's own eval
 //! callback sees, and the layers and numbers of experts that the model was written with.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use expert_trace_tests::models::Shape;
+use expert_trace_tests::{models::Shape, oracle::read_dump};
+use serde_json::Value;
 
-use crate::support::{compare_with_callback, shape};
+use crate::support::{Traced, compare_with_callback, scratch, shape};
 
 /// Prompts in two sequences, the first of two micro-batches, and decoding in both.
 const COMMANDS: [&str; 5] = [
@@ -26,14 +27,20 @@ fn compare(name: &str, expected: &Shape) {
         &COMMANDS,
     );
 
-    let with_experts: Vec<u32> = expected.layers_with_experts().collect();
+    let with_experts = expected.layers_with_experts();
     let traced = stats.0["contexts"][0]["layers"].as_array().unwrap();
     let layers: Vec<_> = traced.iter().map(|layer| &layer["layer_id"]).collect();
     assert_eq!(layers, with_experts.iter().collect::<Vec<_>>());
-    for layer in traced {
+    for (layer, number) in traced.iter().zip(&with_experts) {
         assert_eq!(layer["n_expert"], expected.n_expert);
-        assert_eq!(layer["k"], expected.k);
+        assert_eq!(layer["k"], expected.k_of(*number));
+        assert_eq!(layer["coverage"], "observed");
     }
+    let context = &stats.0["contexts"][0];
+    assert_eq!(context["model"], 0);
+    // What only predicts further tokens has not run, and so is not missing.
+    assert_eq!(context["layers_not_visible"].to_string(), "[]");
+    assert_eq!(context["passes_not_visible"]["passes"], 0);
     assert_eq!(stats.0["models"][0]["n_expert"], expected.n_expert);
 
     for layer in 0..with_experts.len() - 1 {
@@ -51,9 +58,72 @@ fn compare(name: &str, expected: &Shape) {
     }
 }
 
+/// Blocks that predict further tokens run in a context of their own, and nothing else does.
+#[test]
+fn nextn_blocks() {
+    let expected = &Shape::QWEN3NEXT;
+    let directory = scratch();
+    let dump = directory.path().join("dump");
+    let mut traced = Traced::start(
+        &shape("qwen3next-nextn", expected),
+        &["-t", "2", "--nextn", "1", "--dump", &dump.to_string_lossy()],
+    );
+    let commands = ["prompt 0 24 4000", "generate 0 8 17", "batch 0:77"];
+    for command in commands {
+        traced.command(command);
+    }
+    traced.command("nextn");
+    for command in commands {
+        traced.command(command);
+    }
+    let (stats, seen) = traced.finish();
+
+    let by_layer = |rows: &[(u32, Vec<u32>)]| {
+        let mut by_layer: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+        for (layer, ids) in rows {
+            by_layer.entry(*layer).or_default().push(ids.clone());
+        }
+        by_layer
+    };
+    let oracle: Vec<_> = read_dump(&dump)
+        .unwrap()
+        .into_iter()
+        .map(|row| (row.layer, row.ids))
+        .collect();
+    assert_eq!(by_layer(&seen), by_layer(&oracle));
+
+    let layers = |context: &Value| -> Vec<u64> {
+        let layers = context["layers"].as_array().unwrap().iter();
+        layers
+            .map(|layer| layer["layer_id"].as_u64().unwrap())
+            .collect()
+    };
+    let contexts = stats.0["contexts"].as_array().unwrap();
+    assert_eq!(contexts.len(), 2);
+    assert_eq!(layers(&contexts[0]), [0, 1, 2, 3]);
+    assert_eq!(layers(&contexts[1]), [4]);
+    for context in contexts {
+        assert_eq!(context["layers_not_visible"].to_string(), "[]");
+        assert_eq!(context["passes_not_visible"]["passes"], 0);
+        for layer in context["layers"].as_array().unwrap() {
+            assert_eq!(layer["coverage"], "observed");
+        }
+    }
+    assert_eq!(
+        stats.0["models"][0]["moe_layers"].to_string(),
+        "[0,1,2,3,4]"
+    );
+    assert!(stats.0["why_not_visible"].is_null());
+}
+
 #[test]
 fn deepseek2() {
     compare("deepseek2", &Shape::DEEPSEEK2);
+}
+
+#[test]
+fn gemma4() {
+    compare("gemma4", &Shape::GEMMA4);
 }
 
 #[test]
@@ -69,6 +139,11 @@ fn gpt_oss_120b() {
 #[test]
 fn mixtral() {
     compare("mixtral", &Shape::MIXTRAL);
+}
+
+#[test]
+fn nemotron_h_moe() {
+    compare("nemotron-h-moe", &Shape::NEMOTRON_H_MOE);
 }
 
 #[test]

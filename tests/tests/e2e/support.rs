@@ -81,6 +81,21 @@ pub fn known_quantized() -> &'static Known {
     MODEL.get_or_init(|| known("known-quantized.gguf", ModelSpec::QUANTIZED))
 }
 
+/// 3 layers, 32 experts, top-4, in three files: the first without tensors, the second with the router of
+/// a layer whose experts are in the third.
+pub fn known_sharded(directory: &Path) -> Known {
+    let path = directory.join("m-00001-of-00003.gguf");
+    let spec = ModelSpec {
+        layers: 3,
+        ..ModelSpec::SMALL
+    };
+    Known {
+        expected: models::write_known_routing(&path, &llama().vocab, &spec).unwrap(),
+        path,
+        spec,
+    }
+}
+
 /// 4 layers, 128 experts, top-4.
 pub fn known_medium() -> &'static Known {
     static MODEL: OnceLock<Known> = OnceLock::new();
@@ -431,6 +446,46 @@ impl Waiting {
         let mut rest = String::new();
         self.stdout.read_to_string(&mut rest).unwrap();
         (rest, self.child.wait().unwrap())
+    }
+}
+
+/// What a tracer writes, in a directory that a target can use, too.
+pub struct Files(TempDir);
+
+impl Files {
+    pub fn new() -> Self {
+        Self(scratch())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Options of the tracer.
+    pub fn options(&self) -> Vec<String> {
+        vec![
+            format!("--output={}", self.path("stats.json").display()),
+            format!("--log={}", self.path("log").display()),
+            "--top=0".to_owned(),
+        ]
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats::read(&self.path("stats.json")).unwrap()
+    }
+
+    /// Rows of the log, as they were written.
+    pub fn log(&self) -> Vec<(u32, Vec<u32>)> {
+        read_log(&self.path("log")).unwrap()
+    }
+
+    /// The same, by layer.
+    pub fn rows(&self) -> BTreeMap<u32, Vec<Vec<u32>>> {
+        let mut rows: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
+        for (layer, ids) in self.log() {
+            rows.entry(layer).or_default().push(ids);
+        }
+        rows
     }
 }
 

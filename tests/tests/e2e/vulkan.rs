@@ -5,23 +5,17 @@
 //! first time it compiles shaders, and those of prompts of 2 to 8 tokens each by themselves: such
 //! prompts are left out.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    process::Command,
-    thread,
-};
+use std::{path::Path, process::Command, thread};
 
 use expert_trace::router_on_cpu::OVERRIDE;
 use expert_trace_tests::{
     models::Shape,
     server::Server,
-    tracer::{self, Attached, Counts, Stats, count, read_log},
+    tracer::{self, Attached, Counts, Stats, count},
 };
 use serde_json::Value;
-use tempfile::TempDir;
 
-use crate::support::{Known, known_small, known_wide, prebuilt, scratch, shape};
+use crate::support::{Files, Known, known_small, known_wide, prebuilt, shape};
 
 const EXPERTS_ON_CPU: [&str; 3] = ["-ngl", "99", "--cpu-moe"];
 
@@ -50,41 +44,6 @@ fn start_traced(model: &Path, tracer_options: &[&str], options: &[&str], files: 
     all_options.extend(tracer_options.iter().map(|option| (*option).to_owned()));
     let mut command = tracer::run(&all_options, &server(model, options)).unwrap();
     start(&mut command, files)
-}
-
-/// What a server and its tracer write.
-struct Files(TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Self(scratch())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Options of the tracer.
-    fn options(&self) -> Vec<String> {
-        vec![
-            format!("--output={}", self.path("stats.json").display()),
-            format!("--log={}", self.path("log").display()),
-            "--top=0".to_owned(),
-        ]
-    }
-
-    fn stats(&self) -> Stats {
-        Stats::read(&self.path("stats.json")).unwrap()
-    }
-
-    /// Rows of the log, by layer.
-    fn rows(&self) -> BTreeMap<u32, Vec<Vec<u32>>> {
-        let mut rows: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
-        for (layer, ids) in read_log(&self.path("log")).unwrap() {
-            rows.entry(layer).or_default().push(ids);
-        }
-        rows
-    }
 }
 
 /// What a server has been asked.

@@ -46,7 +46,7 @@ pub fn check(shape: &Shape) -> Result<()> {
     Ok(())
 }
 
-fn keys(model: &mut Model) {
+fn keys(model: &mut Model, _: &Shape) {
     model.keys(&[
         ("attention.head_count", N_HEAD),
         // What is cached is shared by all heads: the compressed keys and values, and the rotated part

@@ -13,7 +13,7 @@ const BIAS_STD: f32 = 0.2;
 
 pub const WRITER: Writer = Writer {
     name: "gpt-oss",
-    keys: |model| {
+    keys: |model, _| {
         attention_keys(model, N_HEAD_KV);
         model.keys(&[
             ("attention.sliding_window", SLIDING_WINDOW),

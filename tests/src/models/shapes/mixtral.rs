@@ -4,7 +4,7 @@ use super::{LOGIT_STD, Layer, N_EMBD, N_FF, N_HEAD_KV, Shape, Writer, attention_
 
 pub const WRITER: Writer = Writer {
     name: "llama",
-    keys: |model| {
+    keys: |model, _| {
         attention_keys(model, N_HEAD_KV);
         model.keys(&[("feed_forward_length", N_FF)]);
     },

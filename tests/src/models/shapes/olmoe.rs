@@ -4,7 +4,7 @@ use super::{LOGIT_STD, Layer, N_EMBD, N_FF, N_HEAD, Shape, Writer, attention_key
 
 pub const WRITER: Writer = Writer {
     name: "olmoe",
-    keys: |model| {
+    keys: |model, _| {
         attention_keys(model, N_HEAD);
         model.keys(&[("feed_forward_length", N_FF)]);
     },

@@ -1,8 +1,6 @@
 //! Qwen3-Next.
 
-use super::{
-    Data, HEAD_DIM, LOGIT_STD, Layer, N_EMBD, N_HEAD, N_HEAD_KV, Shape, Writer, attention_keys,
-};
+use super::{HEAD_DIM, LOGIT_STD, Layer, N_EMBD, N_HEAD, N_HEAD_KV, Shape, Writer, attention_keys};
 
 /// Every so many layers, one has full attention. The others are recurrent: gated delta nets.
 const FULL_ATTENTION_INTERVAL: u32 = 4;
@@ -21,7 +19,7 @@ const VALUES: u32 = N_VALUE_HEAD * STATE_DIM;
 
 pub const WRITER: Writer = Writer {
     name: "qwen3next",
-    keys: |model| {
+    keys: |model, _| {
         attention_keys(model, N_HEAD_KV);
         model.keys(&[
             ("full_attention_interval", FULL_ATTENTION_INTERVAL),
@@ -40,7 +38,8 @@ pub const WRITER: Writer = Writer {
 
 fn layer(layer: &mut Layer, shape: &Shape) {
     layer.norm("attn_norm", N_EMBD);
-    if (layer.index + 1).is_multiple_of(FULL_ATTENTION_INTERVAL) {
+    let is_nextn = layer.index >= shape.layers;
+    if is_nextn || (layer.index + 1).is_multiple_of(FULL_ATTENTION_INTERVAL) {
         full_attention(layer);
     } else {
         gated_delta_net(layer);
@@ -50,6 +49,13 @@ fn layer(layer: &mut Layer, shape: &Shape) {
     // The gate of the shared expert has one row, and no dimension for it.
     layer.weights("ffn_gate_inp_shexp", &[N_EMBD]);
     layer.feed_forward("_shexp", SHARED_N_FF);
+    if is_nextn {
+        // Put together from a token and what the model made of those before it.
+        layer.norm("nextn.enorm", N_EMBD);
+        layer.norm("nextn.hnorm", N_EMBD);
+        layer.weights("nextn.eh_proj", &[2 * N_EMBD, N_EMBD]);
+        layer.norm("nextn.shared_head_norm", N_EMBD);
+    }
 }
 
 fn full_attention(layer: &mut Layer) {
@@ -65,10 +71,7 @@ fn gated_delta_net(layer: &mut Layer) {
     layer.weights("attn_gate", &[N_EMBD, VALUES]);
     layer.normal_f32("ssm_conv1d.weight", &[CONV_KERNEL, convolved], 0.5);
     layer.normal_f32("ssm_dt.bias", &[N_VALUE_HEAD], 1.0);
-    // The rate by which a head forgets: negative, and different for each.
-    let rates = (1..=N_VALUE_HEAD).map(|head| -0.25 * head as f32).collect();
-    let name = layer.name("ssm_a");
-    layer.model.tensor(name, &[N_VALUE_HEAD], Data::F32(rates));
+    layer.rates("ssm_a", &[N_VALUE_HEAD]);
     layer.weights("ssm_ba", &[N_EMBD, 2 * N_VALUE_HEAD]);
     layer.norm("ssm_norm", STATE_DIM);
     layer.weights("ssm_out", &[VALUES, N_EMBD]);

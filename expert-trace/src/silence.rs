@@ -83,7 +83,8 @@ impl Facts<'_> {
             "MoE layers ran, and routed no row".to_owned()
         } else if self.routed > 0 {
             "expert ids were there, and could not be read".to_owned()
-        } else if self.token_lookup > 0 {
+        } else if self.token_lookup > 0 || (self.entered > 0 && self.passes > 0 && self.complete) {
+            // Many builds of 2025 do not name the tensor of tokens.
             self.no_moe_layer_ran()
         } else if let Some(why) = self
             .why
@@ -96,6 +97,8 @@ impl Facts<'_> {
             )
         } else if self.entered == 0 {
             "no token was decoded on the CPU backend".to_owned()
+        } else if self.passes > 0 {
+            "graphs were computed, and nothing in them that the probe recognised".to_owned()
         } else {
             "no token was decoded, and nothing that the probe recognised was computed".to_owned()
         }
@@ -207,6 +210,15 @@ mod tests {
             complete,
             ..facts()
         };
+        let unknown_layout = Facts {
+            passes: 2,
+            ..entered(0, 0, false)
+        };
+        // No tensor of tokens has a name, and none of experts is there.
+        let dense = Facts {
+            passes: 2,
+            ..entered(0, 0, true)
+        };
         let left_out = Facts {
             left_out: true,
             ..facts()
@@ -231,6 +243,8 @@ mod tests {
                 "graphs were computed, and it was never entered; rebuild",
             ),
             (entered(0, 0, true), "no token was decoded, and nothing"),
+            (unknown_layout, "graphs were computed, and nothing in them"),
+            (dense, "tokens were decoded, but no MoE layer ran"),
             (entered(3, 0, true), "MoE layers ran, and routed no row"),
             (entered(3, 2, false), "expert ids were there"),
             (Facts::default(), "the process loaded no library"),

@@ -1,9 +1,12 @@
 //! Models with known routing, oracles, and helpers for end-to-end tests.
 
 pub mod account;
+pub mod builds;
 pub mod comparison;
+pub mod driver;
 mod environment;
 pub mod imatrix;
+mod lines;
 pub mod llama;
 pub mod models;
 pub mod oracle;

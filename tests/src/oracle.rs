@@ -1,29 +1,16 @@
 //! Drives `tests/oracle/oracle.cpp`: a program on libllama that decodes what it is told to, and can
 //! dump the experts that were used. Its commands are described at the top of its source.
 
-use std::collections::VecDeque;
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitStatus};
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use anyhow::{Context, Result};
 
-/// Longest wait for one line, far above what any command takes on a busy machine.
-const ANSWER_LIMIT: Duration = Duration::from_secs(120);
-/// Longest wait for the process to end once its input is closed.
-const EXIT_LIMIT: Duration = Duration::from_secs(10);
+use crate::lines::Lines;
 
 /// A running oracle, waiting for commands. Dropping it ends the process.
 pub struct Oracle {
-    child: Child,
-    /// `None` only while being dropped.
-    stdin: Option<ChildStdin>,
-    stdout: ChildStdout,
-    received: VecDeque<u8>,
+    lines: Lines,
     pid: u32,
 }
 
@@ -44,24 +31,11 @@ impl Oracle {
     /// If the process cannot be started, ends, or is not ready within two minutes. Its standard
     /// error, inherited unless the caller set it, says why.
     pub fn spawn(command_line: &mut Command) -> Result<Oracle> {
-        let mut child = command_line
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("start {command_line:?}"))?;
-        let stdin = child.stdin.take();
-        let stdout = child.stdout.take().context("no standard output")?;
-        let mut oracle = Oracle {
-            child,
-            stdin,
-            stdout,
-            received: VecDeque::new(),
-            pid: 0,
-        };
-        let line = oracle.line()?;
+        let mut lines = Lines::spawn(command_line)?;
+        let line = lines.line()?;
         let pid = line.strip_prefix("ready ").and_then(|pid| pid.parse().ok());
-        oracle.pid = pid.with_context(|| format!("expected `ready <pid>`, got {line:?}"))?;
-        Ok(oracle)
+        let pid = pid.with_context(|| format!("expected `ready <pid>`, got {line:?}"))?;
+        Ok(Oracle { lines, pid })
     }
 
     /// Process id of the oracle itself, as seen in its PID namespace.
@@ -88,8 +62,7 @@ impl Oracle {
     ///
     /// If the pipe cannot be made smaller.
     pub fn wait_for_reader(&self) -> Result<()> {
-        fcntl(&self.stdout, FcntlArg::F_SETPIPE_SZ(4096))?;
-        Ok(())
+        self.lines.wait_for_reader()
     }
 
     /// Ends the oracle, and waits for the command that started it.
@@ -99,16 +72,13 @@ impl Oracle {
     }
 
     /// Waits for the end of the command that started the oracle, which something else brings about.
-    pub fn wait(mut self) -> Result<ExitStatus> {
-        Ok(self.child.wait()?)
+    pub fn wait(self) -> Result<ExitStatus> {
+        self.lines.wait()
     }
 
     /// Sends a command without waiting; its answer has to be read with [`Oracle::line`].
     pub fn send(&mut self, command: &str) -> Result<()> {
-        let stdin = self.stdin.as_mut().context("standard input is closed")?;
-        stdin
-            .write_all(format!("{command}\n").as_bytes())
-            .with_context(|| format!("send {command:?}"))
+        self.lines.send(command)
     }
 
     /// Reads the next line of output, such as a token of `stream`, without its line feed.
@@ -117,40 +87,7 @@ impl Oracle {
     ///
     /// If the oracle ends, or writes no whole line within two minutes.
     pub fn line(&mut self) -> Result<String> {
-        let deadline = Instant::now() + ANSWER_LIMIT;
-        loop {
-            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
-                let mut line: Vec<u8> = self.received.drain(..=end).collect();
-                line.pop();
-                return Ok(String::from_utf8(line)?);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
-            let timeout = PollTimeout::try_from(left)?;
-            if poll(&mut fds, timeout)? == 0 {
-                bail!("no answer from the oracle within {ANSWER_LIMIT:?}");
-            }
-            let mut buf = [0; 4096];
-            let n = self.stdout.read(&mut buf)?;
-            ensure!(n > 0, "the oracle ended");
-            self.received.extend(&buf[..n]);
-        }
-    }
-}
-
-impl Drop for Oracle {
-    fn drop(&mut self) {
-        // The end of its input ends the oracle.
-        self.stdin = None;
-        let deadline = Instant::now() + EXIT_LIMIT;
-        while let Ok(None) = self.child.try_wait() {
-            if Instant::now() > deadline {
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        self.lines.line()
     }
 }
 
@@ -198,7 +135,7 @@ mod tests {
     fn commands_get_their_answers() {
         let mut oracle = shell("echo ready $$; read a; echo ok 5; read b; echo error bad; read c")
             .expect("a shell");
-        assert_eq!(oracle.pid(), oracle.child.id());
+        assert_eq!(oracle.pid(), oracle.lines.pid());
         assert_eq!(oracle.command("decode 0 1").unwrap(), "5");
         let error = oracle.command("nonsense").unwrap_err();
         assert_eq!(error.to_string(), "\"nonsense\": error bad");

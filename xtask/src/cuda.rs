@@ -1,19 +1,13 @@
 //! The tests that need an NVIDIA GPU, and what tracing costs there.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use expert_trace_tests::llama::LlamaCpp;
 use serde_json::Value;
 
-use crate::{command, llama, results, system, workspace};
-
-/// Comes before a result in the tests' output.
-const RESULT: &str = "RESULT ";
-/// Starts the line that sums up the tests.
-const SUM: &str = "test result: ";
+use crate::{command, llama, results, suite, system, workspace};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -42,14 +36,19 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     )
     .context("no NVIDIA GPU answers")?;
     let llama = llama::provision_cuda(root)?;
-    let found = run_tests(&mut test_command(root, arguments, &llama)?)?;
-    let mut document = results::header(root, arguments.commit.as_deref(), "cargo xtask cuda")?;
+    let found = suite::run(&mut test_command(root, arguments, &llama)?)?;
+    let mut document = results::header(
+        root,
+        results::CUDA,
+        arguments.commit.as_deref(),
+        "cargo xtask cuda",
+    )?;
     document["gpu"] = gpu.trim().into();
     document["tests"] = found.sum.clone().into();
     document["costs"] = found.results.into();
     results::write(&root.join(&arguments.output), &document)?;
     print!("\n{}", table(&document["costs"]));
-    ensure!(found.passed, "{SUM}{}", found.sum);
+    ensure!(found.passed, "tests have failed: {}", found.sum);
     Ok(())
 }
 
@@ -99,68 +98,6 @@ fn test_command(root: &Path, arguments: &Arguments, llama: &LlamaCpp) -> Result<
     tests
         .args(["--test-threads=1", "--nocapture", "--ignored", "cuda::"])
         .env("EXPERT_TRACE_TEST_BIN", tracer)
-        .envs(llama.to_env())
-        .stdout(Stdio::piped());
+        .envs(llama.to_env());
     Ok(tests)
-}
-
-#[derive(Default)]
-struct Found {
-    passed: bool,
-    sum: String,
-    results: Vec<Value>,
-}
-
-fn run_tests(tests: &mut Command) -> Result<Found> {
-    command::show(tests);
-    let mut child = tests.spawn().with_context(|| command::cannot_run(tests))?;
-    let output = child.stdout.take().context("no standard output")?;
-    let mut found = Found::default();
-    for line in BufReader::new(output).lines() {
-        let line = line.context("the tests' output is no text")?;
-        println!("{line}");
-        found.take(&line)?;
-    }
-    found.passed = child.wait()?.success();
-    Ok(found)
-}
-
-impl Found {
-    fn take(&mut self, line: &str) -> Result<()> {
-        // The first line of a test's output follows its name.
-        if let Some((_, result)) = line.split_once(RESULT) {
-            let result = serde_json::from_str(result);
-            self.results
-                .push(result.with_context(|| format!("no result: {line}"))?);
-        } else if let Some(sum) = line.strip_prefix(SUM) {
-            // How long they took is not part of the result.
-            let sum = sum.split("; finished").next().unwrap_or(sum);
-            sum.clone_into(&mut self.sum);
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn results_are_picked_out_of_the_output() {
-        let mut found = Found::default();
-        for line in [
-            r#"test cuda::cost ... RESULT {"arm":"GPU"}"#,
-            r#"RESULT {"arm":"CPU"}"#,
-            "test result: ok. 8 passed; 0 failed; 0 ignored; finished in 60.12s",
-        ] {
-            found.take(line).unwrap();
-        }
-        assert_eq!(
-            found.results,
-            [json!({"arm": "GPU"}), json!({"arm": "CPU"})]
-        );
-        assert_eq!(found.sum, "ok. 8 passed; 0 failed; 0 ignored");
-        assert!(found.take("RESULT {").is_err());
-    }
 }

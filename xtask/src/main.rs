@@ -2,8 +2,10 @@
 
 mod cache;
 mod command;
+mod compat;
 mod cuda;
 mod demo;
+mod driver;
 mod ebpf;
 mod llama;
 mod npm;
@@ -11,6 +13,7 @@ mod packages;
 mod pip;
 mod prebuilt;
 mod results;
+mod suite;
 mod system;
 mod test;
 mod workspace;
@@ -20,6 +23,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use expert_trace_tests::builds::Build;
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
 ///
@@ -53,8 +57,17 @@ enum Task {
     Llama,
     /// Test and measure on an NVIDIA GPU, as root; writes docs/results/cuda.json
     Cuda(cuda::Arguments),
+    /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the table in
+    /// docs/compatibility.md
+    Compat(compat::Arguments),
+    /// Say which results of long suites are older than the code they cover
+    Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
-    Prebuilt,
+    Prebuilt {
+        /// Also those that only `cargo xtask compat` traces
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -73,8 +86,19 @@ fn run() -> Result<ExitCode> {
         Task::Demo(arguments) => demo::run(&root, &arguments)?,
         Task::Test(arguments) => return test::run(&root, &arguments),
         Task::Cuda(arguments) => cuda::run(&root, &arguments)?,
+        Task::Compat(arguments) => compat::run(&root, &arguments)?,
+        Task::Results(arguments) => results::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
-        Task::Prebuilt => export(&prebuilt::provision()?.to_env()),
+        Task::Prebuilt { all } => {
+            let builds = if all {
+                prebuilt::all(&root)?
+            } else {
+                prebuilt::some(&root)?
+            };
+            let list = workspace::target()?.join(test::BUILDS);
+            export(&prebuilt::provision()?.to_env());
+            export(&[Build::write_list(&list, &builds)?]);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

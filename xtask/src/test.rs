@@ -7,10 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use expert_trace_tests::{llama::LlamaCpp, prebuilt::Prebuilt};
+use expert_trace_tests::{builds::Build, llama::LlamaCpp, prebuilt::Prebuilt};
 
 use crate::{command, ebpf, llama, packages, prebuilt, results, system, workspace};
 use steps::{Results, Steps};
+
+/// File in the directory of build products with the list of builds that tests trace by their names.
+pub const BUILDS: &str = "test-builds.json";
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -34,7 +37,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<ExitCode> {
     });
     end_to_end(root, filter, fresh.as_deref(), &mut steps);
     steps.run("Results of suites that do not run here", |_| {
-        results::report_age(root)
+        results::run(root, &results::Arguments::default())
     });
     Ok(steps.finish())
 }
@@ -88,12 +91,17 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
         steps.skip(STEP, "there is no llama.cpp to trace");
         return;
     };
-    let Some(prebuilt) = steps.run("Prebuilt llama.cpp", |_| prebuilt::provision()) else {
+    let provision = || Ok((prebuilt::provision()?, prebuilt::some(root)?));
+    let Some((prebuilt, builds)) = steps.run("Prebuilt llama.cpp", |_| provision()) else {
         steps.skip(STEP, "there is no prebuilt llama.cpp to trace");
         return;
     };
     steps.run("sudo", |_| ensure_sudo());
-    let targets = Targets { llama, prebuilt };
+    let targets = Targets {
+        llama,
+        prebuilt,
+        builds,
+    };
     steps.run(STEP, |results| {
         end_to_end_with(root, filter, &targets, None, results)
     });
@@ -108,6 +116,7 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
 struct Targets {
     llama: LlamaCpp,
     prebuilt: Prebuilt,
+    builds: Vec<Build>,
 }
 
 /// Some tests are those of a user who comes through `sudo`. They make the user and its rules.
@@ -131,12 +140,14 @@ fn end_to_end_with(
 ) -> Result<()> {
     let objects = objects.map(|directory| ("EXPERT_TRACE_EBPF_DIR", directory));
     command::run(workspace::release_build(root).envs(objects))?;
+    let list = workspace::target()?.join(BUILDS);
     let mut cargo = workspace::cargo(root);
     cargo
         .args(["test", "--no-fail-fast", "--package", "expert-trace-tests"])
         .env("EXPERT_TRACE_TEST_BIN", workspace::release_program()?)
         .envs(targets.llama.to_env())
         .envs(targets.prebuilt.to_env())
+        .envs([Build::write_list(&list, &targets.builds)?])
         .envs(objects)
         .arg("--")
         .args(filter)

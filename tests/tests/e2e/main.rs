@@ -5,6 +5,7 @@
 mod all;
 mod attach;
 mod callback;
+mod compat;
 mod cuda;
 mod cuda_standin;
 mod devices;

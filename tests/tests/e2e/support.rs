@@ -147,7 +147,8 @@ pub fn shape(name: &str, shape: &Shape) -> PathBuf {
     })
 }
 
-fn known(name: &str, spec: ModelSpec) -> Known {
+/// Writes a model of this file name.
+pub fn known(name: &str, spec: ModelSpec) -> Known {
     let mut expected = None;
     let path = publish(name, |path| {
         expected = Some(models::write_known_routing(path, &llama().vocab, &spec).unwrap());

@@ -1,0 +1,128 @@
+//! A process that is told what to do on its standard input, and answers on its standard output, line by
+//! line.
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Longest wait for one line, far above what any command takes on a busy machine.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// Longest wait for the process to end once its input is closed.
+const EXIT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Such a process. Dropping it ends it.
+pub struct Lines {
+    child: Child,
+    /// `None` once it is closed.
+    stdin: Option<ChildStdin>,
+    stdout: ChildStdout,
+    received: VecDeque<u8>,
+}
+
+impl Lines {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started.
+    pub fn spawn(command_line: &mut Command) -> Result<Lines> {
+        let mut child = command_line
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {command_line:?}"))?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take().context("no standard output")?;
+        Ok(Lines {
+            child,
+            stdin,
+            stdout,
+            received: VecDeque::new(),
+        })
+    }
+
+    /// The process that was started.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Makes the process wait with its work for a reader that is a page of output behind.
+    ///
+    /// # Errors
+    ///
+    /// If the pipe cannot be made smaller.
+    pub fn wait_for_reader(&self) -> Result<()> {
+        fcntl(&self.stdout, FcntlArg::F_SETPIPE_SZ(4096))?;
+        Ok(())
+    }
+
+    /// Sends a line without waiting for an answer.
+    ///
+    /// # Errors
+    ///
+    /// If the process reads no more.
+    pub fn send(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("standard input is closed")?;
+        stdin
+            .write_all(format!("{line}\n").as_bytes())
+            .with_context(|| format!("send {line:?}"))
+    }
+
+    /// Reads the next line of output, without its line feed.
+    ///
+    /// # Errors
+    ///
+    /// If the process ends, or writes no whole line within two minutes.
+    pub fn line(&mut self) -> Result<String> {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let mut line: Vec<u8> = self.received.drain(..=end).collect();
+                line.pop();
+                return Ok(String::from_utf8(line)?);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(left)?;
+            if poll(&mut fds, timeout)? == 0 {
+                bail!("no answer within {ANSWER_LIMIT:?}");
+            }
+            let mut buf = [0; 4096];
+            let n = self.stdout.read(&mut buf)?;
+            ensure!(n > 0, "the process ended");
+            self.received.extend(&buf[..n]);
+        }
+    }
+
+    /// Closes the process' standard input.
+    pub fn close(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits for the end of the process, which something else brings about.
+    pub fn wait(mut self) -> Result<ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        // The end of its input ends it.
+        self.close();
+        let deadline = Instant::now() + EXIT_LIMIT;
+        while let Ok(None) = self.child.try_wait() {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Builds of the pinned llama.cpp that differ in what they leave for a tracer to find: compilers,
+//! options, linkage, symbols.
+//!
+//! libllama is built twice, shared and static. What differs from row to row is ggml, which is built
+//! anew and put beside a copy of the shared libllama, or linked with the static one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use expert_trace_tests::builds::{Build, Driven, Model, strip_libraries};
+
+use crate::llama::{self, Compiler, How, RELEASE};
+use crate::{cache, command, driver, packages};
+
+/// All of a shared ggml.
+const GGML: &[&str] = &["ggml", "ggml-base", "ggml-cpu"];
+
+/// How long that takes.
+const DURATION: &str = "2 minutes on 2 cores";
+
+/// With ggml's own threads: Debian's Clang comes without OpenMP, and other systems' with it.
+const CLANG: How = How {
+    name: "ggml-clang",
+    compiler: Compiler::Clang,
+    options: &["-DGGML_OPENMP=OFF"],
+    targets: GGML,
+    duration: DURATION,
+};
+
+const LTO: How = How {
+    name: "ggml-lto",
+    compiler: Compiler::System,
+    options: &["-DGGML_LTO=ON"],
+    targets: GGML,
+    duration: DURATION,
+};
+
+const DEBUG_INFO: How = How {
+    name: "ggml-debug-info",
+    compiler: Compiler::System,
+    options: &["-DCMAKE_BUILD_TYPE=RelWithDebInfo"],
+    targets: GGML,
+    duration: DURATION,
+};
+
+const NATIVE: How = How {
+    name: "ggml-native",
+    compiler: Compiler::System,
+    options: &["-DGGML_NATIVE=ON"],
+    targets: GGML,
+    duration: DURATION,
+};
+
+/// A library for each kind of processor, one of which is opened at run time.
+const ALL_VARIANTS: How = How {
+    name: "ggml-all-variants",
+    compiler: Compiler::System,
+    options: &["-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"],
+    // The variants are dependencies of ggml.
+    targets: &["ggml", "ggml-base"],
+    duration: "7 minutes on 2 cores",
+};
+
+const STATIC: How = How {
+    name: "llama.cpp-static",
+    compiler: Compiler::System,
+    options: &["-DBUILD_SHARED_LIBS=OFF"],
+    targets: &["llama"],
+    duration: "5 minutes on 2 cores",
+};
+
+const STATIC_LTO: How = How {
+    name: "ggml-static-lto",
+    compiler: Compiler::System,
+    options: &["-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON"],
+    targets: GGML,
+    duration: DURATION,
+};
+
+/// Shared builds that differ in ggml, and what to trace them with.
+const SHARED: [(&str, &How, &[Model]); 5] = [
+    ("shared, Clang, without OpenMP", &CLANG, &[Model::Qwen3Moe]),
+    ("shared, GCC, `GGML_LTO`", &LTO, &[Model::Qwen3Moe]),
+    (
+        "shared, GCC, RelWithDebInfo",
+        &DEBUG_INFO,
+        &[Model::Qwen3Moe],
+    ),
+    (
+        "shared, GCC, `GGML_BACKEND_DL`, `GGML_CPU_ALL_VARIANTS`",
+        &ALL_VARIANTS,
+        &[Model::Qwen3Moe],
+    ),
+    (
+        "shared, GCC, `GGML_NATIVE`",
+        &NATIVE,
+        &[Model::Q4_0, Model::Q4K, Model::Q8_0, Model::F16, Model::F32],
+    ),
+];
+
+/// All of them.
+pub fn all(root: &Path) -> Result<Vec<Build>> {
+    let source = driver::source(root);
+    let sources = llama::sources()?;
+    let bin = llama::shared()?;
+    let driver = driver::build(root)?;
+    let shared = |name: &str, bin: &Path, models: &[Model]| Build {
+        name: name.to_owned(),
+        version: RELEASE.to_owned(),
+        command: vec![driver.clone(), "--library".into(), bin.join("libllama.so")],
+        environment: Default::default(),
+        driven: Driven::Lines,
+        models: models.to_vec(),
+    };
+    let linked = |name: &str, ggml: &Path, llama: &Path| -> Result<Build> {
+        Ok(Build {
+            command: vec![linked_driver(&source, ggml, llama)?],
+            ..shared(name, llama, &[Model::Qwen3Moe])
+        })
+    };
+
+    let mut builds = vec![
+        shared("shared, GCC, Release", &bin, &[Model::Qwen3Moe]),
+        shared(
+            "shared, GCC, stripped",
+            &stripped(&bin)?,
+            &[Model::Qwen3Moe],
+        ),
+    ];
+    for (name, how, models) in SHARED {
+        let ggml = llama::build(&sources, how)?;
+        builds.push(shared(name, &with_libllama(&ggml, &bin)?, models));
+    }
+    let archives = llama::build(&sources, &STATIC)?;
+    let lto = llama::build(&sources, &STATIC_LTO)?;
+    let unstripped = linked("static, GCC", &archives, &archives)?;
+    let stripped = Build {
+        name: "static, GCC, stripped".to_owned(),
+        command: vec![stripped_program(&unstripped.command[0])?],
+        ..unstripped.clone()
+    };
+    builds.extend([unstripped, stripped]);
+    builds.push(linked("static, GCC, `GGML_LTO`", &lto, &archives)?);
+    Ok(builds)
+}
+
+/// The driver with all of llama.cpp in it: ggml's archives of one build, and libllama's of another.
+fn linked_driver(source: &Path, ggml: &Path, llama: &Path) -> Result<PathBuf> {
+    let key = cache::key(&[
+        &read(source)?,
+        &Compiler::System.version()?,
+        &ggml.to_string_lossy(),
+        &llama.to_string_lossy(),
+    ]);
+    let built = cache::entry(&format!("driver-static-{key}"), |partial| {
+        fs::create_dir_all(partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        let object = partial.join("driver.o");
+        command::run(
+            Command::new(Compiler::System.c())
+                .args(["-O2", "-DLINKED", "-c", "-o"])
+                .arg(&object)
+                .arg(source),
+        )?;
+        let archives = ["ggml", "ggml-cpu", "ggml-rpc", "ggml-base"];
+        command::run(
+            Command::new(Compiler::System.cxx())
+                .arg("-O2")
+                .arg("-o")
+                .arg(partial.join("driver"))
+                .arg(&object)
+                .arg(llama.join("libllama.a"))
+                .arg("-Wl,--start-group")
+                .args(archives.map(|name| ggml.join(format!("lib{name}.a"))))
+                .arg("-Wl,--end-group")
+                .args(["-fopenmp", "-pthread", "-ldl", "-lm"]),
+        )
+    })?;
+    Ok(built.join("driver"))
+}
+
+/// A program without any symbol.
+fn stripped_program(program: &Path) -> Result<PathBuf> {
+    let key = cache::key(&[&program.to_string_lossy()]);
+    let stripped = cache::entry(&format!("driver-stripped-{key}"), |partial| {
+        fs::create_dir_all(partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        let into = partial.join("driver");
+        command::run(Command::new("strip").arg("-o").arg(into).arg(program))
+    })?;
+    Ok(stripped.join("driver"))
+}
+
+/// A ggml with a copy of libllama beside it, where the driver looks for both.
+fn with_libllama(ggml: &Path, llama: &Path) -> Result<PathBuf> {
+    let key = cache::key(&[&ggml.to_string_lossy(), &llama.to_string_lossy()]);
+    cache::entry(&format!("with-libllama-{key}"), |partial| {
+        cache::remove_directory(partial)?;
+        command::run(Command::new("cp").arg("--archive").arg(ggml).arg(partial))?;
+        command::run(
+            Command::new("cp")
+                .arg("--dereference")
+                .arg(llama.join("libllama.so"))
+                .arg(partial),
+        )
+    })
+}
+
+/// The shared libraries of a build, without `.symtab`.
+fn stripped(bin: &Path) -> Result<PathBuf> {
+    packages::ensure(&["binutils"], "a stripped build")?;
+    let key = cache::key(&[&bin.to_string_lossy()]);
+    cache::entry(&format!("llama.cpp-stripped-{key}"), |partial| {
+        cache::remove_directory(partial)?;
+        fs::create_dir_all(partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        strip_libraries(bin, partial)
+    })
+}
+
+fn read(source: &Path) -> Result<String> {
+    fs::read_to_string(source).with_context(|| format!("cannot read {}", source.display()))
+}

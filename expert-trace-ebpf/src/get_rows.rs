@@ -24,6 +24,9 @@ use crate::{
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
 /// Start of the names that ggml gives to nodes without one (`ggml_visit_parents` in ggml.c).
 const UNNAMED: &[u8; 5] = b"node_";
+/// Name of the embeddings that are looked up (`build_inp_embd` in llama-graph.cpp). Some builds (b6673,
+/// b6751) do not name the tokens.
+const EMBEDDINGS: &[u8; 9] = b"inp_embd\0";
 /// Start of the names of the rows whose output is wanted; tells a dense model from an unknown layout.
 const OUTPUT_ROWS: [&[u8; 7]; 2] = [b"inp_out", b"out_ids"];
 
@@ -99,6 +102,7 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
 fn find_layout(dst: Address) -> Option<(u32, TensorLayout)> {
     let shows_a_name = |layout| {
         read_index(dst, layout).is_some_and(|(_, tensor)| recognise(&tensor.name).is_some())
+            || DataAndName::read(dst, layout).is_some_and(|dst| dst.name.starts_with(EMBEDDINGS))
     };
     if shows_a_name(&TENSOR_LAYOUTS[0]) {
         return Some((1, TENSOR_LAYOUTS[0]));

@@ -82,7 +82,7 @@ fn shell(script: &Path) -> Command {
 
 #[test]
 fn the_first_row_of_a_library_opened_late_is_there() {
-    first_rows(5);
+    first_rows(2);
 }
 
 #[test]

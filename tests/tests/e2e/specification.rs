@@ -111,19 +111,12 @@ fn spec_1_configuration() {
         assert_eq!(said.contains(TAG), expected.1, "{variables:?}: {said}");
     }
 
-    // All other combinations, on a program that ends at once. Only `1` switches something on.
-    let values = [
-        None,
-        Some("1"),
-        Some("0"),
-        Some(""),
-        Some("2"),
-        Some("01"),
-        Some(" 1"),
-        Some("true"),
-    ];
-    for stats in values {
-        for logging in values {
+    // Other combinations, on a program that ends at once. Only `1` switches something on.
+    let combined = [None, Some("1"), Some("0"), Some("")];
+    let alone = ["2", "01", " 1", "true"].map(|value| (Some(value), [None].as_slice()));
+    let combined = combined.map(|stats| (stats, combined.as_slice()));
+    for (stats, values) in combined.into_iter().chain(alone) {
+        for logging in values.iter().copied() {
             let variables: Vec<(&str, &str)> = [(STATS, stats), (LOGGING, logging)]
                 .into_iter()
                 .filter_map(|(name, value)| Some((name, value?)))

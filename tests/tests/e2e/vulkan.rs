@@ -345,11 +345,6 @@ fn choice_qwen3moe() {
     choice_is_the_devices("qwen3moe", &Shape::QWEN3MOE);
 }
 
-#[test]
-fn choice_qwen3next() {
-    choice_is_the_devices("qwen3next", &Shape::QWEN3NEXT);
-}
-
 /// A server whose user has put the routers on the CPU needs no option of ours.
 #[test]
 fn attached_to_a_server_with_its_router_on_the_cpu() {

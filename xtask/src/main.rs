@@ -11,6 +11,7 @@ mod llama;
 mod npm;
 mod packages;
 mod pip;
+mod planned;
 mod prebuilt;
 mod results;
 mod suite;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use expert_trace_tests::builds::Build;
+use planned::Planned;
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
 ///
@@ -91,7 +93,8 @@ fn run() -> Result<ExitCode> {
         Task::Llama => export(&llama::provision(&root)?.to_env()),
         Task::Prebuilt { all } => {
             let builds = if all {
-                prebuilt::all(&root)?
+                let builds = prebuilt::all(&root).into_iter();
+                builds.map(Planned::make).collect::<Result<Vec<_>>>()?
             } else {
                 prebuilt::some(&root)?
             };

@@ -5,7 +5,8 @@
 #
 # Commands, answers and errors are those of driver.c, and so is the number of threads. The extension is
 # opened as a library, but not imported: that would need the packages that its Python part imports, and
-# the version of Python that it was built for. That llama.cpp's structs can be passed without knowing their members is explained in driver.c, too.
+# the version of Python that it was built for. That llama.cpp's structs can be passed without knowing their
+# members is explained in driver.c, too.
 
 import ctypes
 import os
@@ -52,7 +53,8 @@ def open_lazily(path):
     handle = libdl.dlopen(path.encode(), os.RTLD_LAZY)
     if handle is None:
         error = libdl.dlerror().decode()
-        raise Failure(f"{error} (this is Python {platform.python_version()})")
+        version = platform.python_version()
+        raise Failure(f"{error}: this is Python {version}; the extension may need a newer one")
     return handle
 
 

@@ -62,7 +62,7 @@ enum Task {
     /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the table in
     /// docs/compatibility.md
     Compat(compat::Arguments),
-    /// Say which results of long suites are older than the code they cover
+    /// Say which results of long suites are not of the code that is here, and what has changed
     Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
     Prebuilt {

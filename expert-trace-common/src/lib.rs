@@ -143,7 +143,7 @@ pub struct Header {
     pub route: u8,
     /// Layer of the model, from the tensor's name.
     pub layer: u16,
-    /// Experts per row (`ne[0]` of the ids tensor).
+    /// Experts per row (`ne[0]` of the ids tensor). For [`Kind::Pass`]: [`UBATCH_UNREADABLE`] or 0.
     pub k: u16,
     /// Address of the `llama_context` whose pass this is; of the `ggml_backend_sched` when no
     /// `llama_context` is known to use it; 0 when no scheduler was seen.
@@ -175,6 +175,9 @@ pub struct Header {
     /// Attach cookie of the probe that made the record: which library it sits in.
     pub source: u32,
 }
+
+/// In [`Header::k`] of a [`Kind::Pass`]: there was a ubatch, and it could not be read.
+pub const UBATCH_UNREADABLE: u16 = 1;
 
 /// One token of a ubatch, as far as it holds no text (`llama_ubatch` in llama-batch.h).
 #[repr(C)]
@@ -364,9 +367,9 @@ pub const TENSOR_NE: u32 = 16;
 pub const TENSOR_NB: u32 = 48;
 
 /// Entries of the maps `LAYOUT` and `DECLARED`: libraries told apart in one session.
-pub const MAX_SOURCES: u32 = 64;
+pub const MAX_SOURCES: u32 = 1024;
 /// Entries of the map `HITS`: probes told apart in one session.
-pub const MAX_PROBES: u32 = 1024;
+pub const MAX_PROBES: u32 = 8192;
 
 /// What a probe is called by: its attach cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

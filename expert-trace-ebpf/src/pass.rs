@@ -2,7 +2,8 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use expert_trace_common::{
-    Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo, payload,
+    Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE,
+    payload,
 };
 
 use crate::{
@@ -115,13 +116,11 @@ pub fn on_graph_compute(sched: u64) {
     };
     count(Counter::Passes, 1);
 
-    let ubatch = match Ubatch::read(Address(remembered)) {
-        None if remembered != 0 => {
-            count(Counter::UbatchUnreadable, 1);
-            None
-        }
-        ubatch => ubatch,
-    };
+    let ubatch = Ubatch::read(Address(remembered));
+    let unreadable = ubatch.is_none() && remembered != 0;
+    if unreadable {
+        count(Counter::UbatchUnreadable, 1);
+    }
     let state = ThreadState {
         context: address,
         generation,
@@ -138,6 +137,7 @@ pub fn on_graph_compute(sched: u64) {
 
     let header = Header {
         kind: Kind::Pass as u8,
+        k: if unreadable { UBATCH_UNREADABLE } else { 0 },
         ..header(&state)
     };
     match ubatch {
@@ -273,10 +273,8 @@ impl Ubatch {
         let Some(first) = Address(ids).read::<u32>() else {
             return false;
         };
-        let Some(output) = self.outputs.read::<u8>() else {
-            return false;
-        };
-        (1..=MAX_SEQUENCES).contains(&sequences) && first < MAX_SEQUENCES && output <= 1
+        let has_outputs = self.outputs.read::<u8>().is_some();
+        (1..=MAX_SEQUENCES).contains(&sequences) && first < MAX_SEQUENCES && has_outputs
     }
 
     #[inline(always)]

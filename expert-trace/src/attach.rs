@@ -365,6 +365,10 @@ impl Session {
     /// # Errors
     /// When the map cannot be read.
     pub fn candidate_layout(&self, source: u32) -> Result<Option<usize>, AttachError> {
+        if source >= MAX_SOURCES {
+            // Its probe was refused.
+            return Ok(None);
+        }
         let number = self.layouts.get(&source, 0).map_err(map_error)?;
         let known = (1..=TENSOR_LAYOUTS.len() as u32).contains(&number);
         Ok(known.then(|| number as usize - 1))

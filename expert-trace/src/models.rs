@@ -267,6 +267,19 @@ impl KnownModels {
             .collect()
     }
 
+    /// Indices of the files that a process has; of all when nobody has looked at it.
+    pub fn indices_of(&self, process: u32) -> Vec<usize> {
+        let of_process = self.of_process.get(&process);
+        let has = |file: &ModelFile| {
+            of_process.is_none_or(|of_process| of_process.paths.contains(&file.path))
+        };
+        let files = self.files.iter().enumerate();
+        files
+            .filter(|(_, file)| has(file))
+            .map(|(index, _)| index)
+            .collect()
+    }
+
     /// The files, for the document.
     pub fn into_files(self) -> Vec<ModelFile> {
         self.files

@@ -14,6 +14,8 @@ use crate::{
 struct Facts<'a> {
     /// There were passes, and none was to be counted.
     left_out: bool,
+    /// Passes were not seen that were to be counted.
+    unseen: bool,
     /// A library with the probed function was found.
     has_library: bool,
     /// The executable contains llama.cpp and no symbol of it.
@@ -42,6 +44,7 @@ pub fn reason(stats: &Stats) -> String {
     let exe = stats.target.process.exe.as_deref().map(PathBuf::from);
     Facts {
         left_out: !stats.excluded.is_empty(),
+        unseen: !stats.not_visible.is_empty(),
         has_library,
         stripped: exe.filter(|exe| !has_library && diagnosis::contains_llama_cpp(exe)),
         entered: hits.entered,
@@ -70,8 +73,13 @@ pub fn dense(model: &ModelFile) -> String {
 
 impl Facts<'_> {
     fn reason(&self) -> String {
-        if self.left_out {
+        if self.left_out && !self.unseen {
             "all passes were left out".to_owned()
+        } else if let Some(why) = self.why.as_ref().filter(|_| self.left_out) {
+            format!(
+                "passes were left out, and of the others: {}; {}",
+                why.explanation, why.remedy
+            )
         } else if let Some(exe) = &self.stripped {
             format!(
                 "{}; use an unstripped build, or one with shared libraries",

@@ -91,12 +91,9 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
             context.passes_not_known
         )?;
     }
-    if !context.layers_not_visible.is_empty() {
-        writeln!(
-            text,
-            "Not visible: layers {}.",
-            ranges(&context.layers_not_visible)
-        )?;
+    let layers_not_visible = context.layers_not_visible.as_deref().unwrap_or_default();
+    if !layers_not_visible.is_empty() {
+        writeln!(text, "Not visible: layers {}.", ranges(layers_not_visible))?;
     }
     let partly: Vec<u32> = context
         .layers
@@ -112,7 +109,8 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
         )?;
     }
     if !stats.not_visible.is_empty() {
-        let passes: u64 = stats.not_visible.iter().map(|of| of.count.passes).sum();
+        let passes = stats.not_visible.iter();
+        let passes: u64 = passes.map(|of| of.count.passes + of.passes_not_known).sum();
         writeln!(
             text,
             "Not visible: {passes} passes of other contexts ({}), unless their model is dense (a draft \

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     probes::Hook,
-    stats::{HookStats, Stats},
+    stats::{Hits, HookStats, Stats},
 };
 
 /// Why routing was not seen.
@@ -18,6 +18,8 @@ pub enum Reason {
     OnADevice,
     /// A function through which the CPU's work goes was never entered.
     NeverEntered,
+    /// The function with expert ids was entered, and nothing in it could be read.
+    NotUnderstood,
     /// It was there, as router logits from which no experts could be chosen.
     LogitsRefused,
 }
@@ -39,7 +41,26 @@ pub const OFF_THE_DEVICE: &str =
 
 /// Why something was not seen, in a capture in which something was not.
 pub fn explain(stats: &Stats) -> NotVisible {
+    if is_not_understood(&stats.integrity.hits) {
+        return NotVisible {
+            reason: Reason::NotUnderstood,
+            explanation:
+                "the function with expert ids was entered, and nothing in it was understood"
+                    .to_owned(),
+            remedy: "use a build of llama.cpp that docs/compatibility.md lists, or one with debug \
+                     information (-g)"
+                .to_owned(),
+        };
+    }
     of_hooks(&stats.target.hooks, stats.integrity.logits.refused > 0)
+}
+
+/// Every thread pool has a first thread, and every graph of a model something with a name.
+fn is_not_understood(hits: &Hits) -> bool {
+    hits.routed == 0
+        && hits.token_lookup == 0
+        && hits.entered > 0
+        && (hits.layout_unknown + hits.unreadable > 0 || hits.filtered_thread == hits.entered)
 }
 
 fn of_hooks(hooks: &[HookStats], logits_refused: bool) -> NotVisible {
@@ -142,6 +163,22 @@ mod tests {
             hook(Hook::Split, 1),
         ];
         assert_eq!(of_hooks(&hooks, false).reason, Reason::OnADevice);
+    }
+
+    #[test]
+    fn hits_that_showed_nothing_are_no_device() {
+        let hits = |filtered_thread, layout_unknown, token_lookup| Hits {
+            entered: 4,
+            filtered_thread,
+            layout_unknown,
+            token_lookup,
+            ..Hits::default()
+        };
+        assert!(is_not_understood(&hits(2, 2, 0)));
+        assert!(is_not_understood(&hits(4, 0, 0)));
+        assert!(!is_not_understood(&hits(2, 1, 1)));
+        assert!(!is_not_understood(&hits(2, 0, 0)));
+        assert!(!is_not_understood(&Hits::default()));
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::{
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
     summary,
+    target::printable,
 };
 
 /// How a capture begins.
@@ -233,6 +234,7 @@ impl Capture {
             );
             if integrity.adds_up() || Instant::now() > deadline {
                 self.report_blind_times();
+                self.report_unknown_layouts()?;
                 return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -339,10 +341,15 @@ impl Capture {
                     hits: self.session.hits(probe)?,
                 })
             })
-            .collect::<Result<_, AttachError>>()?;
+            .collect::<Result<Vec<_>, AttachError>>()?;
         let (started, _) = self.started.context("the capture has not started")?;
         let processes = self.targets.describe(self.pid.get());
+        let of_process: Vec<Vec<usize>> = contexts
+            .iter()
+            .map(|context| self.targets.models.indices_of(context.process))
+            .collect();
         let models = std::mem::take(&mut self.targets.models).into_files();
+        let not_visible = self.not_visible(&hooks);
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
@@ -373,26 +380,68 @@ impl Capture {
                 .iter()
                 .enumerate()
                 .map(|(id, context)| {
-                    stats::context_stats(id, context, &models, self.pid_of(context))
+                    let of_process = &of_process[id];
+                    stats::context_stats(id, context, &models, of_process, self.pid_of(context))
                 })
                 .collect(),
-            not_visible: self
-                .model
-                .contexts()
-                .iter()
-                .filter(|context| context.passes == 0 && context.excluded.is_empty())
-                .map(|context| stats::NotVisible {
-                    pid: self.pid_of(context),
-                    count: context.not_visible(Ends::default()),
-                })
-                .filter(|context| context.count.passes > 0)
-                .collect(),
+            not_visible,
             why_not_visible: None,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
         }
         .explained())
+    }
+
+    /// Contexts that computed something, or may have, and of which nothing is counted.
+    fn not_visible(&self, hooks: &[stats::HookStats]) -> Vec<stats::NotVisible> {
+        let reads_ubatches = hooks
+            .iter()
+            .any(|hook| matches!(hook.probe.hook, Hook::Ubatch | Hook::Context) && hook.hits > 0);
+        let contexts = self.model.contexts().iter();
+        contexts
+            .filter(|context| context.passes == 0)
+            .map(|context| stats::NotVisible {
+                pid: self.pid_of(context),
+                count: context.not_visible(Ends::default()),
+                passes_not_known: match reads_ubatches {
+                    true => context.passes_unread(),
+                    false => context.passes_not_known(),
+                },
+            })
+            .filter(|context| context.count.passes + context.passes_not_known > 0)
+            .collect()
+    }
+
+    /// Libraries whose probe was hit, and in which nothing was recognised, beside others in which
+    /// something was.
+    fn report_unknown_layouts(&mut self) -> Result<(), AttachError> {
+        let mut unknown = Vec::new();
+        let mut any_known = false;
+        for probe in self
+            .hooks
+            .iter()
+            .filter(|probe| probe.hook == Hook::ExpertIds)
+        {
+            let hits = self.session.hits(probe)?;
+            if hits == 0 {
+                continue;
+            }
+            let shown = self.session.candidate_layout(probe.site.source)?;
+            if Layout::new(probe.declared, shown).found_by.is_some() {
+                any_known = true;
+            } else {
+                unknown.push(format!(
+                    "{hits} hits in {}, whose layout is not known: nothing of it was read",
+                    printable(probe.file.as_ref())
+                ));
+            }
+        }
+        // Of the only one, the counters tell more.
+        if any_known {
+            self.problems.append(&mut unknown);
+        }
+        Ok(())
     }
 
     /// Process of a context, in our PID namespace where that is known.

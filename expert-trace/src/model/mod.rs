@@ -120,6 +120,8 @@ impl BlindTime {
 /// Layers that do not work on all rows of all passes of a context, by the model file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ends {
+    /// Whether the model is known.
+    pub known: bool,
     /// The last layer that every decode goes through, if it has experts: it may work on output rows
     /// alone.
     pub last: Option<u16>,
@@ -169,6 +171,8 @@ pub struct Layer {
     pub n_expert: u32,
     /// Passes in which it was seen.
     pub passes: u64,
+    /// Those of them in which no output was wanted.
+    pub passes_without_output: u64,
     /// Where it was read.
     pub routes: BTreeSet<Route>,
     /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
@@ -210,8 +214,10 @@ pub struct Context {
     pub unseen: Excluded,
     /// Passes that computed tokens, none of them for an output, and of which no routing was seen.
     pub unseen_without_output: Excluded,
-    /// Passes of which neither the routing nor the ubatch was seen.
+    /// Passes without a ubatch, of which no routing was seen.
     silent: u64,
+    /// Passes whose ubatch could not be read, and of which no routing was seen.
+    unread: u64,
     /// Counts by layer.
     pub layers: BTreeMap<u16, Layer>,
     /// Passes left out.
@@ -254,20 +260,26 @@ impl Context {
     pub fn coverage(&self, layer: u16, ends: Ends) -> Coverage {
         let last_seen = self.layers.keys().next_back().copied();
         let ends = Ends {
-            last: ends.last.or(last_seen),
+            last: if ends.known { ends.last } else { last_seen },
             ..ends
         };
+        // Empty nodes are not computed.
+        let mut idle = 0;
+        if ends.may_idle(layer) {
+            idle += self.unseen_without_output.passes;
+        }
+        let (seen, seen_without_output) = self
+            .layers
+            .get(&layer)
+            .map_or((0, 0), |layer| (layer.passes, layer.passes_without_output));
         let seen = if ends.is_nextn(layer) {
             // Passes that were seen without it are those of other blocks.
             self.passes
         } else {
-            self.layers.get(&layer).map_or(0, |layer| layer.passes)
-        };
-        // Empty nodes are not computed.
-        let idle = if ends.may_idle(layer) {
-            self.passes_without_output + self.unseen_without_output.passes
-        } else {
-            0
+            if ends.may_idle(layer) {
+                idle += self.passes_without_output - seen_without_output;
+            }
+            seen
         };
         let unseen = self.unseen.passes + self.unseen_without_output.passes;
         if seen + idle < self.passes + unseen {
@@ -279,11 +291,17 @@ impl Context {
         }
     }
 
-    /// Passes of which no routing was seen, in a context whose ubatches cannot be read: whether they
-    /// computed tokens is not known. Where ubatches are read, those without one have no tokens.
+    /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
+    /// known. Where ubatches are read, passes without one have no tokens.
     pub fn passes_not_known(&self) -> u64 {
-        let seen = self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes;
-        if seen == 0 { self.silent } else { 0 }
+        let read = self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes;
+        self.unread + if read == 0 { self.silent } else { 0 }
+    }
+
+    /// The same of a context that belongs to no `llama_context`, in a process whose ubatches are read:
+    /// its graphs are not those of a language model, and have no ubatch.
+    pub fn passes_unread(&self) -> u64 {
+        self.unread
     }
 }
 
@@ -654,6 +672,8 @@ impl Model {
                 };
                 unseen.passes += 1;
                 unseen.tokens += u64::from(pass.token_count());
+            } else if pass.ubatch_unreadable {
+                context.unread += 1;
             } else {
                 context.silent += 1;
             }
@@ -663,7 +683,9 @@ impl Model {
         context.passes_without_output += u64::from(pass.has_no_output());
         context.knows_layers |= !pass.has_no_output();
         for layer in pass.layers() {
-            context.layers.entry(layer).or_default().passes += 1;
+            let layer = context.layers.entry(layer).or_default();
+            layer.passes += 1;
+            layer.passes_without_output += u64::from(pass.has_no_output());
         }
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
         for (number, call) in &pass.close_calls {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use expert_trace_common::{
-    Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, Route, RowInfo,
+    Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, Route, RowInfo, UBATCH_UNREADABLE,
 };
 
 use super::{CloseCall, ModelFacts};
@@ -101,6 +101,8 @@ pub struct Pass {
     replaced: Vec<Block>,
     ubatch_tokens: u32,
     infos: Vec<RowInfo>,
+    /// Its ubatch was there, and could not be read.
+    pub(super) ubatch_unreadable: bool,
     scheduler: bool,
 }
 
@@ -118,6 +120,7 @@ impl Pass {
             replaced: Vec::new(),
             ubatch_tokens: header.ubatch_tokens,
             infos: Vec::new(),
+            ubatch_unreadable: false,
             scheduler: header.pass_source == PassSource::Scheduler as u8,
         }
     }
@@ -194,6 +197,7 @@ impl Pass {
 
     /// Adds what the ubatch says about some of its tokens.
     pub(super) fn add_ubatch_rows(&mut self, header: &Header, rows: RowInfos<'_>) {
+        self.ubatch_unreadable |= header.k == UBATCH_UNREADABLE;
         // After a loss the rows that follow would stand in the wrong place: better none.
         if header.first_row as usize == self.infos.len() {
             self.infos.extend(rows.iter());

@@ -1,4 +1,4 @@
-use expert_trace_common::{Header, Kind, ROW_OUTPUT, RowInfo};
+use expert_trace_common::{Header, Kind, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};
 
 use super::*;
 use crate::decode::decode;
@@ -615,6 +615,7 @@ fn passes_of_which_nothing_was_seen_are_counted() {
     let context = &model.contexts()[0];
     // Layer 3 is the model's last one, and had nothing to do in the first pass; or it is not.
     let last = |layer| Ends {
+        known: true,
         last: Some(layer),
         nextn: None,
     };
@@ -643,6 +644,7 @@ fn nextn_blocks_run_in_passes_of_their_own() {
         ..ModelFacts::default()
     };
     let ends = Ends {
+        known: true,
         last: Some(3),
         nextn: Some(4),
     };
@@ -700,4 +702,71 @@ fn passes_that_may_have_had_tokens_are_no_coverage() {
     let new = context(&[(7, 0, true)]);
     assert_eq!((new.passes, new.passes_not_known()), (2, 0));
     assert_eq!(new.coverage(0, Ends::default()), Coverage::Observed);
+}
+
+/// A pass without output in which the last layer was seen is no reason to excuse another.
+#[test]
+fn a_layer_that_ran_is_not_excused() {
+    let prompt = [(0, 0, false), (1, 0, false)];
+    let output = [(2, 0, true)];
+    let layers = |last| -> Vec<(u16, &'static [&'static [i32]])> {
+        let mut layers: Vec<(u16, &[&[i32]])> = vec![(0, &[&[1, 2]])];
+        if last {
+            layers.push((1, &[&[1, 2]]));
+        }
+        layers
+    };
+    let (with, without) = (layers(true), layers(false));
+    let passes = [
+        TestPass {
+            ubatch: &prompt,
+            layers: &with,
+            ..TestPass::default()
+        },
+        TestPass {
+            number: 1,
+            ubatch: &output,
+            layers: &without,
+            ..TestPass::default()
+        },
+    ];
+    let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+    let context = &model.contexts()[0];
+    assert_eq!(
+        context.coverage(1, Ends::default()),
+        Coverage::PartlyObserved
+    );
+    // The model's last layer is dense: the one before it always runs.
+    let dense_end = Ends {
+        known: true,
+        ..Ends::default()
+    };
+    assert_eq!(context.coverage(1, dense_end), Coverage::PartlyObserved);
+}
+
+/// A ubatch that could not be read may have had tokens, also where others were read.
+#[test]
+fn ubatches_that_could_not_be_read_are_no_coverage() {
+    let mut model = Model::new(FROM_START);
+    let seen = |number| TestPass {
+        number,
+        ubatch: &[(7, 0, true)],
+        layers: &[(0, &[&[1, 2]])],
+        ..TestPass::default()
+    };
+    push(&mut model, &seen(0));
+    let unreadable = TestPass {
+        number: 1,
+        ..TestPass::default()
+    };
+    let header = Header {
+        k: UBATCH_UNREADABLE,
+        ..unreadable.header(Kind::Pass)
+    };
+    model.push(decode(&record(header, &[])), &mut |_| {});
+    push(&mut model, &seen(2));
+    model.end(&|_| End::Exited, &mut |_| {});
+    let context = &model.contexts()[0];
+    assert_eq!((context.passes, context.passes_not_known()), (2, 1));
+    assert_eq!(context.coverage(0, Ends::default()), Coverage::NotKnown);
 }

@@ -34,7 +34,7 @@ pub struct Integrity {
 }
 
 /// Entries of `ggml_compute_forward_get_rows`, by what became of them.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Hits {
     /// All.
     pub entered: u64,

@@ -26,7 +26,10 @@ impl Stats {
         let unseen = |context: &ContextStats| {
             context.passes_not_visible.passes > 0
                 || context.passes_not_known > 0
-                || !context.layers_not_visible.is_empty()
+                || context
+                    .layers_not_visible
+                    .as_ref()
+                    .is_some_and(|layers| !layers.is_empty())
                 || context
                     .layers
                     .iter()
@@ -214,9 +217,10 @@ pub struct ContextStats {
     /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
     /// known. 0 where ubatches are read.
     pub passes_not_known: u64,
-    /// Layers with experts, by the model file, of which no routing was seen in any pass. NextN blocks
+    /// Layers with experts, by the model file, of which no routing was seen in any pass; `null` when no
+    /// model fits, or several that differ in their layers. NextN blocks
     /// that did not run are not among them.
-    pub layers_not_visible: Vec<u32>,
+    pub layers_not_visible: Option<Vec<u32>>,
     /// Counts by layer.
     pub layers: Vec<LayerStats>,
 }
@@ -226,9 +230,11 @@ pub struct ContextStats {
 pub struct NotVisible {
     /// Its process.
     pub pid: u32,
-    /// Its passes, and their tokens.
+    /// Its passes that computed tokens, and those.
     #[serde(flatten)]
     pub count: Excluded,
+    /// Its passes of which it is not known whether they did.
+    pub passes_not_known: u64,
 }
 
 /// Counts of one layer of one context.
@@ -322,10 +328,23 @@ pub fn excluded_list<'a>(
 }
 
 /// Counts of a context, with the model it runs where that is known.
-pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u32) -> ContextStats {
-    let model = matching_model(context, models);
-    let n_expert = model.map(|model| models[model].shape.n_expert);
-    let ends = model.map_or_else(Ends::default, |model| ends(&models[model].shape));
+///
+/// `of_process` are the indices of those that its process has.
+pub fn context_stats(
+    id: usize,
+    context: &Context,
+    models: &[ModelFile],
+    of_process: &[usize],
+    pid: u32,
+) -> ContextStats {
+    let fitting = fitting_models(context, models, of_process);
+    let model = match fitting.as_slice() {
+        [only] => Some(*only),
+        _ => None,
+    };
+    let shape = common_shape(fitting.iter().map(|index| &models[*index].shape));
+    let n_expert = shape.map(|shape| shape.n_expert);
+    let ends = shape.map_or_else(Ends::default, ends);
     ContextStats {
         id,
         pid,
@@ -344,9 +363,7 @@ pub fn context_stats(id: usize, context: &Context, models: &[ModelFile], pid: u3
         excluded: excluded_list(&context.excluded),
         passes_not_visible: context.not_visible(ends),
         passes_not_known: context.passes_not_known(),
-        layers_not_visible: model.map_or_else(Vec::new, |model| {
-            layers_not_visible(context, &models[model].shape)
-        }),
+        layers_not_visible: shape.map(|shape| layers_not_visible(context, shape)),
         layers: context
             .layers
             .iter()
@@ -363,6 +380,7 @@ fn ends(shape: &ModelShape) -> Ends {
     let last = shape.main_layers().checked_sub(1);
     let last = last.filter(|last| shape.moe_layers.contains(last));
     Ends {
+        known: true,
         last: last.and_then(|last| u16::try_from(last).ok()),
         nextn: shape.first_nextn(),
     }
@@ -444,17 +462,30 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
     }
 }
 
-/// The one model whose layers and number of experts fit what the context did.
-fn matching_model(context: &Context, models: &[ModelFile]) -> Option<usize> {
+/// Models of its process whose layers and number of experts fit what the context did.
+fn fitting_models(context: &Context, models: &[ModelFile], of_process: &[usize]) -> Vec<usize> {
     let fits = |model: &ModelFile| {
         context.layers.iter().all(|(id, layer)| {
             model.shape.moe_layers.contains(&u32::from(*id))
                 && (layer.n_expert == 0 || layer.n_expert == model.shape.n_expert)
         })
     };
-    let mut fitting = models.iter().enumerate().filter(|(_, model)| fits(model));
-    match (fitting.next(), fitting.next()) {
-        (Some((index, _)), None) => Some(index),
-        _ => None,
-    }
+    let of_process = of_process.iter().copied();
+    of_process.filter(|index| fits(&models[*index])).collect()
+}
+
+/// The shape of models that do not differ in what layers they have.
+fn common_shape<'a>(mut shapes: impl Iterator<Item = &'a ModelShape>) -> Option<&'a ModelShape> {
+    let first = shapes.next()?;
+    let layers = |shape: &'a ModelShape| {
+        (
+            &shape.moe_layers,
+            shape.main_layers(),
+            shape.nextn_predict_layers,
+            shape.n_expert,
+        )
+    };
+    shapes
+        .all(|other| layers(other) == layers(first))
+        .then_some(first)
 }

@@ -4,10 +4,13 @@
 # Usage: python3 driver.py EXTENSION.so MODEL.gguf
 #
 # Commands, answers and errors are those of driver.c, and so is the number of threads. The extension is
-# opened as a library, but not imported: that would need the packages that its Python part imports. That
-# llama.cpp's structs can be passed without knowing their members is explained in driver.c, too.
+# opened as a library, but not imported: that would need the packages that its Python part imports, and
+# the version of Python that it was built for. That llama.cpp's structs can be passed without knowing their
+# members is explained in driver.c, too.
 
 import ctypes
+import os
+import platform
 import sys
 
 N_THREADS = 2
@@ -40,9 +43,24 @@ class Failure(Exception):
     """Something that the user is told, without a traceback."""
 
 
+def open_lazily(path):
+    """Has functions looked up only when they are called, which no function of Python is: another version
+    may lack some. ctypes itself opens libraries with RTLD_NOW."""
+    libdl = ctypes.CDLL(None)
+    libdl.dlopen.restype = POINTER
+    libdl.dlopen.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    libdl.dlerror.restype = ctypes.c_char_p
+    handle = libdl.dlopen(path.encode(), os.RTLD_LAZY)
+    if handle is None:
+        error = libdl.dlerror().decode()
+        version = platform.python_version()
+        raise Failure(f"{error}: this is Python {version}; the extension may need a newer one")
+    return handle
+
+
 def functions(path):
     """llama.cpp's functions in the extension."""
-    library = ctypes.CDLL(path)
+    library = ctypes.CDLL(path, handle=open_lazily(path))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype = result

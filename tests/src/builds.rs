@@ -35,6 +35,25 @@ pub struct Build {
     pub driven: Driven,
     /// Models to trace it with, of those that it can load.
     pub models: Vec<Model>,
+    /// What comes of it by `run`.
+    #[serde(default)]
+    pub by_run: Fate,
+    /// What comes of it by `attach`, while it waits for tokens.
+    #[serde(default)]
+    pub by_attach: Fate,
+}
+
+/// What has to come of a build that is traced.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// Every row is seen.
+    #[default]
+    Equal,
+    /// It is traced and no row is seen, which the tracer says with these words.
+    Unseen(String),
+    /// The tracer refuses to attach, with these words.
+    Refused(String),
 }
 
 /// How a build is told what to decode.

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::error::Error;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -51,6 +53,22 @@ pub fn run<S: AsRef<OsStr>>(options: &[S], command: &Command) -> Result<Command>
     Ok(tracer)
 }
 
+/// A tracer that ended before its probes were in place.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: ExitStatus,
+    pub said: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { status, said } = self;
+        write!(f, "expert-trace attach ended with {status}: {said}")
+    }
+}
+
+impl Error for Refusal {}
+
 /// A tracer attached to a live process.
 pub struct Attached {
     child: Child,
@@ -62,7 +80,7 @@ impl Attached {
     ///
     /// # Errors
     ///
-    /// If it cannot attach; the error holds what it said.
+    /// If it cannot attach; a [`Refusal`] if it says why not.
     pub fn to<S: AsRef<OsStr>>(pid: u32, options: &[S]) -> Result<Attached> {
         let mut command = command()?;
         command.args(["attach", "--pid", &pid.to_string()]);
@@ -73,7 +91,7 @@ impl Attached {
     ///
     /// # Errors
     ///
-    /// If it cannot attach; the error holds what it said.
+    /// If it cannot attach; a [`Refusal`] if it says why not.
     pub fn by(command: &mut Command) -> Result<Attached> {
         let mut child = command.stderr(Stdio::piped()).spawn()?;
         let mut stderr = BufReader::new(child.stderr.take().context("no stderr")?);
@@ -81,7 +99,7 @@ impl Attached {
         while !said.lines().last().unwrap_or_default().contains(READY) {
             if stderr.read_line(&mut said)? == 0 {
                 let status = child.wait()?;
-                bail!("expert-trace attach ended with {status}: {said}");
+                bail!(Refusal { status, said });
             }
         }
         Ok(Attached { child, stderr })

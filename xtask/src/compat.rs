@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use expert_trace_tests::builds::Build;
 use serde_json::Value;
 
+use crate::planned::{self, Planned};
 use crate::{command, llama, prebuilt, results, suite, system, workspace};
 
 /// Document that shows the table.
@@ -43,22 +44,33 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         system::is_root(),
         "tracing another process needs root: run `sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask compat`"
     );
-    let mut builds = [builds::all(root)?, prebuilt::all(root)?].concat();
+    let mut builds = builds::all(root);
+    builds.extend(prebuilt::all(root));
     if let Some(filter) = &arguments.filter {
-        builds.retain(|build| build.name.contains(filter));
+        builds = planned::named(builds, filter)?;
     }
+    let builds: Vec<Build> = builds
+        .into_iter()
+        .map(Planned::make)
+        .collect::<Result<_>>()?;
     let found = suite::run(&mut test_command(root, &builds)?)?;
     let table = table(&found.results);
     print!("\n{table}");
+    found.ensure_passed()?;
+    let rows: usize = builds.iter().map(|build| build.models.len()).sum();
+    ensure!(
+        found.results.len() == rows,
+        "the tests gave {} rows, where {rows} were expected",
+        found.results.len()
+    );
     if arguments.filter.is_none() {
-        let mut document = results::header(root, results::COMPAT, None, "cargo xtask compat")?;
+        let mut document = results::header(root, &results::COMPAT, None)?;
         document["processor"] = processor()?.into();
         document["tests"] = found.sum.clone().into();
-        document["builds"] = found.results.into();
-        results::write(&root.join(results::COMPAT), &document)?;
+        document[results::COMPAT.rows] = found.results.into();
+        results::write(&root.join(results::COMPAT.path), &document)?;
         show(&root.join(DOCUMENT), &table)?;
     }
-    ensure!(found.passed, "tests have failed: {}", found.sum);
     Ok(())
 }
 

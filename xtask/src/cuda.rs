@@ -21,7 +21,7 @@ pub struct Arguments {
     #[arg(long, value_name = "HASH")]
     commit: Option<String>,
     /// File for the results
-    #[arg(long, value_name = "FILE", default_value = results::CUDA)]
+    #[arg(long, value_name = "FILE", default_value = results::CUDA.path)]
     output: PathBuf,
 }
 
@@ -37,18 +37,15 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     .context("no NVIDIA GPU answers")?;
     let llama = llama::provision_cuda(root)?;
     let found = suite::run(&mut test_command(root, arguments, &llama)?)?;
-    let mut document = results::header(
-        root,
-        results::CUDA,
-        arguments.commit.as_deref(),
-        "cargo xtask cuda",
-    )?;
+    found.ensure_passed()?;
+    ensure!(!found.results.is_empty(), "the tests measured nothing");
+    let costs = found.results.into();
+    print!("\n{}", table(&costs));
+    let mut document = results::header(root, &results::CUDA, arguments.commit.as_deref())?;
     document["gpu"] = gpu.trim().into();
-    document["tests"] = found.sum.clone().into();
-    document["costs"] = found.results.into();
+    document["tests"] = found.sum.into();
+    document[results::CUDA.rows] = costs;
     results::write(&root.join(&arguments.output), &document)?;
-    print!("\n{}", table(&document["costs"]));
-    ensure!(found.passed, "tests have failed: {}", found.sum);
     Ok(())
 }
 

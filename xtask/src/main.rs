@@ -11,6 +11,7 @@ mod llama;
 mod npm;
 mod packages;
 mod pip;
+mod planned;
 mod prebuilt;
 mod results;
 mod suite;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use expert_trace_tests::builds::Build;
+use planned::Planned;
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
 ///
@@ -60,7 +62,7 @@ enum Task {
     /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the table in
     /// docs/compatibility.md
     Compat(compat::Arguments),
-    /// Say which results of long suites are older than the code they cover
+    /// Say which results of long suites are not of the code that is here, and what has changed
     Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
     Prebuilt {
@@ -91,7 +93,8 @@ fn run() -> Result<ExitCode> {
         Task::Llama => export(&llama::provision(&root)?.to_env()),
         Task::Prebuilt { all } => {
             let builds = if all {
-                prebuilt::all(&root)?
+                let builds = prebuilt::all(&root).into_iter();
+                builds.map(Planned::make).collect::<Result<Vec<_>>>()?
             } else {
                 prebuilt::some(&root)?
             };

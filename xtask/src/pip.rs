@@ -46,6 +46,7 @@ impl Distribution {
                 .args(["--disable-pip-version-check", "download", "--no-deps"])
                 .args([self.form(), package, "--require-hashes", "--dest"])
                 .arg(directory)
+                .args(compatibility(file))
                 .arg("--requirement")
                 .arg(&requirements)
                 .stdin(Stdio::null())
@@ -74,6 +75,28 @@ impl Distribution {
             "--no-binary"
         }
     }
+}
+
+/// Options that make pip take a wheel for one version of CPython whichever version runs it: those that
+/// the file's name has tags of. A wheel for any Python needs none.
+fn compatibility(file: &str) -> Vec<String> {
+    let tags = |file: &str| {
+        let mut tags = file.strip_suffix(".whl")?.rsplitn(4, '-');
+        let platforms = tags.next()?.to_owned();
+        let abi = tags.next()?.to_owned();
+        let version = tags.next()?.strip_prefix("cp3")?.to_owned();
+        Some((version, abi, platforms))
+    };
+    let Some((version, abi, platforms)) = tags(file) else {
+        return Vec::new();
+    };
+    let mut options = vec![
+        "--implementation=cp".to_owned(),
+        format!("--python-version=3.{version}"),
+        format!("--abi={abi}"),
+    ];
+    options.extend(platforms.split('.').map(|tag| format!("--platform={tag}")));
+    options
 }
 
 fn is_wheel(file: &str) -> bool {
@@ -121,5 +144,21 @@ mod tests {
         };
         assert_eq!(form("thing-1-py3-none-any.whl"), "--only-binary");
         assert_eq!(form("thing-1.tar.gz"), "--no-binary");
+    }
+
+    #[test]
+    fn a_wheel_of_one_cpython_is_asked_for_by_its_tags() {
+        assert_eq!(
+            compatibility("thing-1-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"),
+            [
+                "--implementation=cp",
+                "--python-version=3.11",
+                "--abi=cp311",
+                "--platform=manylinux_2_17_x86_64",
+                "--platform=manylinux2014_x86_64",
+            ]
+        );
+        assert!(compatibility("thing-1-py3-none-manylinux_2_35_x86_64.whl").is_empty());
+        assert!(compatibility("thing-1.tar.gz").is_empty());
     }
 }

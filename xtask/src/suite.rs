@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::command;
@@ -39,6 +39,20 @@ pub fn run(tests: &mut Command) -> Result<Found> {
 }
 
 impl Found {
+    /// Fails unless all tests passed, and there was one.
+    pub fn ensure_passed(&self) -> Result<()> {
+        ensure!(
+            self.passed && all_passed(&self.sum),
+            "tests have failed, and no results were written: {}",
+            if self.sum.is_empty() {
+                "none ran"
+            } else {
+                &self.sum
+            }
+        );
+        Ok(())
+    }
+
     fn take(&mut self, line: &str) -> Result<()> {
         // The first line of a test's output follows its name.
         if let Some((_, result)) = line.split_once(RESULT) {
@@ -52,6 +66,17 @@ impl Found {
         }
         Ok(())
     }
+}
+
+/// Whether a sum of tests says that there were some, and all passed.
+pub fn all_passed(sum: &str) -> bool {
+    let passed = sum
+        .strip_prefix("ok. ")
+        .and_then(|sum| sum.split_once(" passed; "));
+    passed.is_some_and(|(passed, others)| {
+        passed.parse::<u64>().is_ok_and(|passed| passed > 0)
+            && others.starts_with("0 failed; 0 ignored")
+    })
 }
 
 #[cfg(test)]
@@ -75,5 +100,24 @@ mod tests {
         );
         assert_eq!(found.sum, "ok. 8 passed; 0 failed; 0 ignored");
         assert!(found.take("RESULT {").is_err());
+    }
+
+    #[test]
+    fn tests_have_to_run_and_to_pass() {
+        assert!(all_passed("ok. 8 passed; 0 failed; 0 ignored"));
+        for sum in [
+            "",
+            "ok. 0 passed; 0 failed; 0 ignored",
+            "ok. 7 passed; 0 failed; 1 ignored",
+            "FAILED. 7 passed; 1 failed; 0 ignored",
+        ] {
+            assert!(!all_passed(sum), "{sum}");
+        }
+        // Whatever they say, Cargo has to say so too.
+        let found = Found {
+            sum: "ok. 8 passed; 0 failed; 0 ignored".to_owned(),
+            ..Found::default()
+        };
+        assert!(found.ensure_passed().is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! One build of llama.cpp after another: is every row of expert ids the one that follows from its token,
-//! by `run` and by `attach`? Where it is not, the tracer has to say so.
+//! by `run` and by `attach`? Where it cannot be, the build's description has the words in which the
+//! tracer has to say so.
 //!
 //! The builds come as a list from `cargo xtask compat`, which makes a table of the results. In CI there
 //! are only a stripped copy of the usual build, and some that others have published.
@@ -13,11 +14,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use expert_trace_tests::{
-    builds::{Build, Driven, Model, strip_libraries},
+    builds::{Build, Driven, Fate, Model, strip_libraries},
     driver::Driver,
     models::Expected,
     server::Server,
-    tracer::{self, Attached, Counts, Stats, count, read_log},
+    tracer::{self, Attached, Counts, Refusal, Stats, count, read_log},
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -48,6 +49,9 @@ const ADMISSIONS: [&str; 5] = [
     "Seen in some of ",
     "seen only in part at the edge of the capture",
 ];
+
+/// Exit status of the tracer when it is at fault, or cannot do what it is asked.
+const TRACER_FAILED: i32 = 125;
 
 /// What has become of a build.
 #[derive(Debug, Serialize)]
@@ -92,14 +96,22 @@ struct Outcome {
     rows: usize,
     expected: usize,
     complete: bool,
+    /// Exit status of a tracer that did not attach.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<i32>,
     /// What the tracer says of what it has not seen.
     says: Vec<String>,
 }
 
 impl Outcome {
-    /// Whether a user would take what was counted for the truth, and it is not.
-    fn misleads(&self) -> bool {
-        !self.equal && self.complete && self.says.is_empty()
+    /// Whether it is what has to come of the build.
+    fn is(&self, fate: &Fate) -> bool {
+        let says = |words: &String| self.says.iter().any(|line| line.contains(words));
+        match fate {
+            Fate::Equal => self.equal,
+            Fate::Unseen(words) => self.refused.is_none() && self.rows == 0 && says(words),
+            Fate::Refused(words) => self.refused == Some(TRACER_FAILED) && says(words),
+        }
     }
 }
 
@@ -224,6 +236,7 @@ impl Files {
             rows: seen.values().map(Vec::len).sum(),
             expected: expected.values().map(Vec::len).sum(),
             complete,
+            refused: None,
             says,
         })
     }
@@ -292,9 +305,10 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
     target.decode(&[5], 0)?;
     let tracer = match Attached::to(target.pid(), &files.options()) {
         Ok(tracer) => tracer,
-        Err(refusal) => {
-            let refusal = format!("{refusal:#}").replace(&target.pid().to_string(), "PID");
-            let refusal = refusal
+        Err(error) => {
+            let refusal: Refusal = error.downcast()?;
+            let said = refusal.said.replace(&target.pid().to_string(), "PID");
+            let said = said
                 .rsplit("expert-trace: error: ")
                 .next()
                 .unwrap_or_default();
@@ -306,7 +320,8 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
                 rows: 0,
                 expected: expected.values().map(Vec::len).sum(),
                 complete: false,
-                says: vec![without_directories(refusal.trim_end(), build)],
+                refused: refusal.status.code(),
+                says: vec![without_directories(said.trim_end(), build)],
             };
             return Ok((outcome, None));
         }
@@ -405,6 +420,8 @@ fn stripped_shared_libraries() {
         environment: BTreeMap::new(),
         driven: Driven::Lines,
         models: Vec::new(),
+        by_run: Fate::Equal,
+        by_attach: Fate::Equal,
     };
     let row = trace(&build, Model::Qwen3Moe).unwrap();
     assert!(row.run.equal, "{:?}", row.run);
@@ -470,9 +487,11 @@ fn python_extension_of_2026() {
 #[ignore = "builds and downloads many llama.cpp; run by `cargo xtask compat`"]
 fn every_build() {
     let mut faults = Vec::new();
-    for build in Build::list_from_env().unwrap() {
+    let builds = Build::list_from_env().unwrap();
+    assert!(!builds.is_empty(), "no build is in the list");
+    for build in &builds {
         for model in &build.models {
-            let row = match trace(&build, *model) {
+            let row = match trace(build, *model) {
                 Ok(row) => row,
                 Err(error) => {
                     faults.push(format!("{}, {model:?}: {error:#}", build.name));
@@ -480,10 +499,15 @@ fn every_build() {
                 }
             };
             println!("{RESULT}{}", serde_json::to_string(&row).unwrap());
-            for (how, outcome) in [("run", &row.run), ("attach", &row.attach)] {
-                if outcome.misleads() {
+            for (how, outcome, fate) in [
+                ("run", &row.run, &build.by_run),
+                ("attach", &row.attach, &build.by_attach),
+            ] {
+                if !outcome.is(fate) {
                     let Row { build, model, .. } = &row;
-                    faults.push(format!("{build}, {model}, by {how}: wrong, and not said"));
+                    faults.push(format!(
+                        "{build}, {model}, by {how}: {outcome:?}, where {fate:?} was expected"
+                    ));
                 }
             }
         }

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use expert_trace_tests::builds::{Build, Driven, Model, strip_libraries};
+use expert_trace_tests::builds::{Build, Driven, Fate, Model, strip_libraries};
 
 use crate::llama::{self, Compiler, How, RELEASE};
+use crate::planned::Planned;
 use crate::{cache, command, driver, packages};
 
 /// All of a shared ggml.
@@ -101,49 +102,77 @@ const SHARED: [(&str, &How, &[Model]); 5] = [
 ];
 
 /// All of them.
-pub fn all(root: &Path) -> Result<Vec<Build>> {
-    let source = driver::source(root);
-    let sources = llama::sources()?;
-    let bin = llama::shared()?;
-    let driver = driver::build(root)?;
-    let shared = |name: &str, bin: &Path, models: &[Model]| Build {
-        name: name.to_owned(),
+pub fn all(root: &Path) -> Vec<Planned<'_>> {
+    const MODEL: &[Model] = &[Model::Qwen3Moe];
+    let mut builds = vec![
+        shared(root, "shared, GCC, Release", MODEL, llama::shared),
+        shared(root, "shared, GCC, stripped", MODEL, || {
+            stripped(&llama::shared()?)
+        }),
+    ];
+    for (name, how, models) in SHARED {
+        builds.push(shared(root, name, models, || {
+            with_libllama(&llama::build(&llama::sources()?, how)?, &llama::shared()?)
+        }));
+    }
+    let archives = || llama::build(&llama::sources()?, &STATIC);
+    let lto = || llama::build(&llama::sources()?, &STATIC_LTO);
+    let linked = |ggml: &Path, llama: &Path| linked_driver(&driver::source(root), ggml, llama);
+    builds.extend([
+        Planned::new("static, GCC", move |name| {
+            let archives = archives()?;
+            Ok(of_the_driver(
+                name,
+                vec![linked(&archives, &archives)?],
+                MODEL,
+            ))
+        }),
+        Planned::new("static, GCC, stripped", move |name| {
+            const SAYS: &str = "contains llama.cpp without symbols (a stripped static build)";
+            let archives = archives()?;
+            let program = stripped_program(&linked(&archives, &archives)?)?;
+            Ok(Build {
+                by_run: Fate::Unseen(SAYS.to_owned()),
+                by_attach: Fate::Refused(SAYS.to_owned()),
+                ..of_the_driver(name, vec![program], MODEL)
+            })
+        }),
+        Planned::new("static, GCC, `GGML_LTO`", move |name| {
+            Ok(of_the_driver(
+                name,
+                vec![linked(&lto()?, &archives()?)?],
+                MODEL,
+            ))
+        }),
+    ]);
+    builds
+}
+
+/// The driver with the shared libllama of a directory.
+fn shared<'a>(
+    root: &'a Path,
+    name: &str,
+    models: &'static [Model],
+    directory: impl FnOnce() -> Result<PathBuf> + 'a,
+) -> Planned<'a> {
+    Planned::new(name, move |name| {
+        let library = directory()?.join("libllama.so");
+        let command = vec![driver::build(root)?, "--library".into(), library];
+        Ok(of_the_driver(name, command, models))
+    })
+}
+
+fn of_the_driver(name: String, command: Vec<PathBuf>, models: &[Model]) -> Build {
+    Build {
+        name,
         version: RELEASE.to_owned(),
-        command: vec![driver.clone(), "--library".into(), bin.join("libllama.so")],
+        command,
         environment: Default::default(),
         driven: Driven::Lines,
         models: models.to_vec(),
-    };
-    let linked = |name: &str, ggml: &Path, llama: &Path| -> Result<Build> {
-        Ok(Build {
-            command: vec![linked_driver(&source, ggml, llama)?],
-            ..shared(name, llama, &[Model::Qwen3Moe])
-        })
-    };
-
-    let mut builds = vec![
-        shared("shared, GCC, Release", &bin, &[Model::Qwen3Moe]),
-        shared(
-            "shared, GCC, stripped",
-            &stripped(&bin)?,
-            &[Model::Qwen3Moe],
-        ),
-    ];
-    for (name, how, models) in SHARED {
-        let ggml = llama::build(&sources, how)?;
-        builds.push(shared(name, &with_libllama(&ggml, &bin)?, models));
+        by_run: Fate::Equal,
+        by_attach: Fate::Equal,
     }
-    let archives = llama::build(&sources, &STATIC)?;
-    let lto = llama::build(&sources, &STATIC_LTO)?;
-    let unstripped = linked("static, GCC", &archives, &archives)?;
-    let stripped = Build {
-        name: "static, GCC, stripped".to_owned(),
-        command: vec![stripped_program(&unstripped.command[0])?],
-        ..unstripped.clone()
-    };
-    builds.extend([unstripped, stripped]);
-    builds.push(linked("static, GCC, `GGML_LTO`", &lto, &archives)?);
-    Ok(builds)
 }
 
 /// The driver with all of llama.cpp in it: ggml's archives of one build, and libllama's of another.

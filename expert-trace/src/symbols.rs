@@ -306,7 +306,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use object::{
-        BinaryFormat, Endianness, SymbolFlags, SymbolScope,
+        BinaryFormat, Endianness, SymbolFlags, SymbolKind, SymbolScope,
         write::{Object, StandardSection, Symbol, SymbolSection},
     };
 
@@ -394,6 +394,57 @@ mod tests {
                 .definitions
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn definitions_of_one_name_without_end_are_refused() {
+        let defined = |times: usize| {
+            let mut object =
+                Object::new(BinaryFormat::Elf, host_architecture(), Endianness::Little);
+            let text = object.section_id(StandardSection::Text);
+            object.append_section_data(text, &[0xc3; 64], 16);
+            for value in 0..times as u64 {
+                object.add_symbol(Symbol {
+                    name: NAME.into(),
+                    value,
+                    size: 1,
+                    kind: SymbolKind::Text,
+                    scope: SymbolScope::Linkage,
+                    weak: false,
+                    section: SymbolSection::Section(text),
+                    flags: SymbolFlags::None,
+                });
+            }
+            resolve(object.write().unwrap().as_slice(), &[NAME])
+        };
+        assert!(defined(MAX_DEFINITIONS).is_ok());
+        let error = defined(MAX_DEFINITIONS + 1).unwrap_err();
+        assert!(error.to_string().contains(NAME), "{error}");
+    }
+
+    #[test]
+    fn names_that_overlap_are_read_once() {
+        // Read one by one, these would be several times what is read of a file.
+        let table: Vec<u8> = (1..=2 * PIECE)
+            .map(|at| if at % 4000 == 0 { 0 } else { b'a' })
+            .collect();
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &table).unwrap();
+        let cache = crate::bounded::cache(&file);
+        let strings = Strings {
+            data: &cache,
+            start: 0,
+            end: table.len() as u64,
+            longest: 10,
+        };
+        for offset in 0..table.len() {
+            let name = strings.name(offset as u32).unwrap();
+            let length = 3999 - offset % 4000;
+            let ends = offset + length < table.len();
+            let expected = (length <= 10 && ends).then(|| &table[offset..offset + length]);
+            assert_eq!(name, expected, "{offset}");
+        }
+        assert_eq!(strings.name(table.len() as u32).unwrap(), None);
     }
 
     #[test]

@@ -33,13 +33,12 @@ use nix::{
 };
 use thiserror::Error;
 
-use object::read::ReadCache;
-
 use crate::{
+    bounded::{self, Bounded},
     caller::{Account, Environment},
     gate::{self, Gate},
     signals,
-    symbols::{self, Bounded, SymbolError},
+    symbols::{self, SymbolError},
     target::{open_regular, printable, script_interpreter},
 };
 
@@ -172,7 +171,7 @@ pub fn check(command: &Path) -> Result<(), LaunchError> {
             break;
         };
         let Some(interpreter) = script_interpreter(&file) else {
-            let cache = ReadCache::new(file);
+            let cache = bounded::cache(&file);
             return match symbols::check_executable(Bounded(&cache)) {
                 Err(error @ SymbolError::ForeignArchitecture { .. }) => {
                     Err(LaunchError::NotExecutable {

@@ -33,6 +33,7 @@ macro_rules! say {
 }
 
 pub mod attach;
+pub mod bounded;
 pub mod caller;
 pub mod capture;
 pub mod cli;

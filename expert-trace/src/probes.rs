@@ -1,21 +1,22 @@
 //! Which functions answer for the routing of a process, and where they are in the files it maps.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::{File, Metadata},
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use expert_trace_common::Site;
-use object::read::ReadCache;
 use serde::Serialize;
 
 use crate::{
+    bounded::{self, Bounded},
     layout::{self, Declared},
     same_file::FirstPage,
-    symbols::{self, Bounded, Definition, SymbolError},
+    symbols::{self, Definition, SymbolError},
     target::{MappedFile, open_regular, printable},
 };
 
@@ -355,7 +356,12 @@ impl Plan {
             return Ok(Change::default());
         }
         let elf = look_up(file).unwrap_or_else(|error| {
-            tracing::debug!("{}: {error}", printable(shown));
+            let shown = printable(shown);
+            match error {
+                // It would have been traced.
+                SymbolError::TooMany { .. } => say!("warning: {shown} is not traced: {error}"),
+                _ => tracing::debug!("{shown}: {error}"),
+            }
             symbols::Elf::default()
         });
         let places = self.places(file, &elf);
@@ -445,6 +451,9 @@ impl Plan {
         shown: &Path,
         attach_path: &Path,
     ) {
+        // A file without a library's function for expert ids can be part of the next one.
+        let library = self.sources;
+        let mut declared = declared_layouts(file, shown, &elf);
         for hook in self.hooks() {
             for symbol in hook.symbols() {
                 for definition in elf.definitions.get(*symbol).into_iter().flatten() {
@@ -456,11 +465,11 @@ impl Plan {
                         build_id: elf.build_id.clone(),
                         definition: definition.clone(),
                         site: Site {
-                            source: self.sources,
+                            source: if shows_ids { self.sources } else { library },
                             probe: self.numbered,
                         },
                         declared: shows_ids
-                            .then(|| declared_layout(file, shown, definition))
+                            .then(|| declared.remove(&entry(definition)))
                             .flatten(),
                         file_id: id,
                         attach_path: attach_path.to_owned(),
@@ -490,21 +499,78 @@ fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
         .flat_map(Hook::symbols)
         .copied()
         .collect();
-    // Read on demand: the file can be large, and can be truncated under us.
-    let cache = ReadCache::new(file);
-    symbols::resolve(Bounded(&cache), &names)
+    symbols::resolve(Bounded(&bounded::cache(file)), &names)
 }
 
-/// The layout that the library of a function declares.
-fn declared_layout(file: &File, shown: &Path, function: &Definition) -> Option<Declared> {
-    let cache = ReadCache::new(file);
-    let entry = function.address - function.skipped;
-    layout::declared(Bounded(&cache), entry)
-        .inspect_err(|why| tracing::debug!("{}: {why}", printable(shown)))
-        .ok()
+/// Time to find a layout in DWARF, a hundred times what the largest libraries take. Without it, names
+/// tell the layout; meanwhile, the traced process waits.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The layouts that a file declares, by the addresses of the functions that show expert ids.
+fn declared_layouts(file: &File, shown: &Path, elf: &symbols::Elf) -> BTreeMap<u64, Declared> {
+    let symbols = Hook::ExpertIds.symbols().iter();
+    let definitions = symbols.filter_map(|symbol| elf.definitions.get(*symbol));
+    let functions: Vec<u64> = definitions.flatten().map(entry).collect();
+    if functions.is_empty() {
+        return BTreeMap::new();
+    }
+    let shown = printable(shown);
+    let began = Instant::now();
+    let cache = bounded::cache(file);
+    let found = layout::declared(Bounded(&cache), &functions, || began.elapsed() > PATIENCE);
+    let found = found.unwrap_or_else(|why| {
+        tracing::debug!("{shown}: {why}");
+        BTreeMap::new()
+    });
+    let layouts = found.into_iter().filter_map(|(function, declared)| {
+        let declared = declared.inspect_err(|why| tracing::debug!("{shown}: {why}"));
+        Some((function, declared.ok()?))
+    });
+    layouts.collect()
+}
+
+/// Address of the function itself.
+fn entry(definition: &Definition) -> u64 {
+    definition.address - definition.skipped
 }
 
 /// Build id of an ELF file, in hex.
 pub fn build_id(path: &Path) -> Option<String> {
-    look_up(&open_regular(path).ok()?).ok()?.build_id
+    let file = open_regular(path).ok()?;
+    symbols::resolve(Bounded(&bounded::cache(&file)), &[])
+        .ok()?
+        .build_id
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::symbols::Table;
+
+    #[test]
+    fn all_probes_of_a_file_have_its_library() {
+        let file = tempfile::tempfile().unwrap();
+        let functions = ["ggml_compute_forward_get_rows", "ggml_graph_compute"];
+        let mut plan = Plan::default();
+        for number in 0..2 {
+            let definition = |address| Definition {
+                table: Table::Symtab,
+                address,
+                file_offset: address,
+                skipped: 0,
+            };
+            let definitions = functions.map(|name| (name.to_owned(), vec![definition(16)]));
+            let elf = symbols::Elf {
+                build_id: None,
+                definitions: definitions.into(),
+            };
+            plan.add(&file, elf, FileId(number), "lib".as_ref(), "lib".as_ref());
+        }
+        let sources = |number| {
+            let probes = plan.probes.iter();
+            let probes = probes.filter(move |probe| probe.file_id == FileId(number));
+            probes.map(|probe| probe.site.source).collect::<Vec<_>>()
+        };
+        assert_eq!([sources(0), sources(1)], [[0, 0], [1, 1]]);
+    }
 }

@@ -4,11 +4,15 @@
 //! same name. `.symtab` is looked at first, since until b5066 the function of interest was local;
 //! `.dynsym` survives stripping.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::collections::BTreeMap;
 
 use object::{
-    Architecture, Endianness, Object as _, ObjectSegment as _, ObjectSymbol as _, ReadRef,
-    SegmentFlags, SymbolKind, elf::PF_X, read::elf::ElfFile64,
+    Architecture, Endianness, Object as _, ReadRef,
+    elf::{
+        ELF_NOTE_GNU, FileHeader64, NT_GNU_BUILD_ID, PF_X, PT_LOAD, PT_NOTE, SHN_LORESERVE,
+        SHN_UNDEF, SHN_XINDEX, SHT_NOTE, STT_FUNC, Sym64,
+    },
+    read::elf::{ElfFile64, ProgramHeader as _, SectionHeader as _, Sym as _, SymbolTable},
 };
 use serde::Serialize;
 use thiserror::Error;
@@ -29,7 +33,22 @@ pub enum SymbolError {
         /// Rust's name of ours.
         host: &'static str,
     },
+    /// The names of the symbols are beyond the end of the file, or more than we read.
+    #[error("the names of its symbols cannot be read")]
+    Names,
+    /// A function is defined so often that no compiler can have done it.
+    #[error(
+        "it defines {name} more than {MAX_DEFINITIONS} times, so that no definition is believed"
+    )]
+    TooMany {
+        /// The function.
+        name: String,
+    },
 }
+
+/// Most definitions of one name that are looked at. A file has several when versions of ggml were
+/// linked together, or a local function of the same name is in several sources.
+const MAX_DEFINITIONS: usize = 32;
 
 /// Symbol table a definition was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -64,61 +83,51 @@ pub struct Elf {
     pub definitions: BTreeMap<String, Vec<Definition>>,
 }
 
-/// Bytes of which no more than a symbol table can need is read at once: a file of another user's can
-/// promise any size.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounded<R>(pub R);
-
-/// Ten times the symbol table of the largest llama.cpp builds, with CUDA kernels in them.
-const MAX_READ: u64 = 256 << 20;
-
-impl<'data, R: ReadRef<'data>> ReadRef<'data> for Bounded<R> {
-    fn len(self) -> Result<u64, ()> {
-        self.0.len()
-    }
-
-    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'data [u8], ()> {
-        if size > MAX_READ {
-            return Err(());
-        }
-        self.0.read_bytes_at(offset, size)
-    }
-
-    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'data [u8], ()> {
-        self.0.read_bytes_at_until(range, delimiter)
-    }
-}
-
 /// Looks up `names`.
 ///
 /// # Errors
 /// When the bytes are no ELF file for this machine. A name without a definition is no error.
 pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf, SymbolError> {
-    let file = object::File::parse(data)?;
+    let file = ElfFile64::<Endianness, R>::parse(data)?;
     check_architecture(file.architecture())?;
+    let endian = file.endian();
     let mut elf = Elf {
-        build_id: file.build_id().ok().flatten().map(hex),
+        build_id: build_id(&file),
         ..Elf::default()
     };
+    let code = Code::of(&file);
+    // Addresses of functions, by name.
+    let mut seen: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     for (table, symbols) in [
-        (Table::Symtab, file.symbols()),
-        (Table::Dynsym, file.dynamic_symbols()),
+        (Table::Symtab, file.elf_symbol_table()),
+        (Table::Dynsym, file.elf_dynamic_symbol_table()),
     ] {
-        for symbol in symbols {
-            let Ok(name) = symbol.name() else { continue };
-            // Versioned names of `.symtab` (`name@@VERSION`) are the same function.
-            let name = name.split('@').next().unwrap_or(name);
-            if !names.contains(&name)
-                || !symbol.is_definition()
-                || symbol.kind() != SymbolKind::Text
-            {
-                continue;
-            }
-            let Some((file_offset, skipped)) = probe_offset(&file, symbol.address()) else {
+        if symbols.is_empty() || names.is_empty() {
+            continue;
+        }
+        let strings = Strings::of(&file, symbols, names).ok_or(SymbolError::Names)?;
+        for symbol in symbols.iter().filter(|of| defines_function(of, endian)) {
+            let found = strings.name(symbol.st_name(endian))?;
+            let Some(name) = names.iter().find(|name| Some(name.as_bytes()) == found) else {
                 continue;
             };
-            let found = elf.definitions.entry(name.to_owned()).or_default();
-            let address = symbol.address() + skipped;
+            let address = symbol.st_value(endian);
+            let seen = seen.entry(name).or_default();
+            if seen.contains(&address) {
+                continue;
+            }
+            if seen.len() == MAX_DEFINITIONS {
+                let name = (*name).to_owned();
+                return Err(SymbolError::TooMany { name });
+            }
+            seen.push(address);
+            let Some((file_offset, skipped)) = code.probe_offset(data, address) else {
+                continue;
+            };
+            let Some(address) = address.checked_add(skipped) else {
+                continue;
+            };
+            let found = elf.definitions.entry((*name).to_owned()).or_default();
             if found.iter().all(|known| known.address != address) {
                 found.push(Definition {
                     table,
@@ -130,6 +139,95 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
         }
     }
     Ok(elf)
+}
+
+/// What `object` takes for a function that is defined here.
+fn defines_function(symbol: &Sym64<Endianness>, endian: Endianness) -> bool {
+    let section = symbol.st_shndx(endian);
+    symbol.st_type() == STT_FUNC
+        && section != SHN_UNDEF
+        && (section < SHN_LORESERVE || section == SHN_XINDEX)
+}
+
+/// Names of symbols, which may overlap: they are read in pieces of the table that contains them.
+struct Strings<R> {
+    data: R,
+    start: u64,
+    end: u64,
+    /// Length of the longest name that matters.
+    longest: u64,
+}
+
+/// Piece of a table of names, in bytes.
+const PIECE: u64 = 1 << 20;
+
+impl<'data, R: ReadRef<'data>> Strings<R> {
+    fn of(
+        file: &ElfFile64<'data, Endianness, R>,
+        symbols: &SymbolTable<'data, FileHeader64<Endianness>, R>,
+        names: &[&str],
+    ) -> Option<Self> {
+        let sections = file.elf_section_table();
+        let table = sections.section(symbols.string_section()).ok()?;
+        let (start, size) = table.file_range(file.endian())?;
+        Some(Self {
+            data: file.data(),
+            start,
+            end: start.checked_add(size)?,
+            longest: names.iter().map(|name| name.len()).max()? as u64,
+        })
+    }
+
+    /// A name without its version: `name@@VERSION` in `.symtab` is the same function. `None` when it is
+    /// longer than all that matter.
+    fn name(&self, offset: u32) -> Result<Option<&'data [u8]>, SymbolError> {
+        let Self {
+            data,
+            start,
+            end,
+            longest,
+        } = *self;
+        let offset = u64::from(offset);
+        if offset >= end - start {
+            return Ok(None);
+        }
+        // A name that begins in a piece is all in what is read.
+        let piece = start + offset / PIECE * PIECE;
+        let size = (PIECE + longest + 1).min(end - piece);
+        let bytes = data
+            .read_bytes_at(piece, size)
+            .map_err(|()| SymbolError::Names)?;
+        let rest = &bytes[(offset % PIECE) as usize..];
+        let rest = &rest[..rest.len().min(longest as usize + 1)];
+        let length = rest.iter().position(|byte| matches!(byte, 0 | b'@'));
+        Ok(length.map(|length| &rest[..length]))
+    }
+}
+
+/// `.note.gnu.build-id`, as hex digits.
+fn build_id<'data, R: ReadRef<'data>>(file: &ElfFile64<'data, Endianness, R>) -> Option<String> {
+    // Of this, files have a handful, of some hundred bytes each.
+    const MAX_NOTES: usize = 64;
+    const MAX_SIZE: u64 = 64 << 10;
+    let (endian, data) = (file.endian(), file.data());
+    let sections = file
+        .elf_section_table()
+        .iter()
+        .filter(|of| of.sh_type(endian) == SHT_NOTE && of.sh_size(endian) <= MAX_SIZE)
+        .filter_map(|section| section.notes(endian, data).ok()?);
+    let segments = file
+        .elf_program_headers()
+        .iter()
+        .filter(|of| of.p_type(endian) == PT_NOTE && of.p_filesz(endian) <= MAX_SIZE)
+        .filter_map(|segment| segment.notes(endian, data).ok()?);
+    for mut notes in sections.chain(segments).take(MAX_NOTES) {
+        while let Ok(Some(note)) = notes.next() {
+            if note.name() == ELF_NOTE_GNU && note.n_type(endian) == NT_GNU_BUILD_ID {
+                return Some(hex(note.desc()));
+            }
+        }
+    }
+    None
 }
 
 /// Makes sure that the kernel can run the file on this machine.
@@ -155,27 +253,49 @@ fn check_architecture(found: Architecture) -> Result<(), SymbolError> {
     }
 }
 
-/// File offset of the instruction to probe, and its distance from the function's entry.
-///
-/// `endbr64` would be single-stepped at every hit, while the `push` behind it is emulated, at a
-/// twentieth of the cost; the arguments are still in their registers there.
-fn probe_offset<'data, R: ReadRef<'data>>(
-    file: &object::File<'data, R>,
+/// The executable parts of a file.
+struct Code(Vec<Segment>);
+
+struct Segment {
     address: u64,
-) -> Option<(u64, u64)> {
-    const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
-    let segment = file.segments().find(|segment| {
-        let (_, size) = segment.file_range();
-        let executable =
-            matches!(segment.flags(), SegmentFlags::Elf { p_flags } if p_flags & PF_X != 0);
-        executable && address >= segment.address() && address - segment.address() < size
-    })?;
-    let entry = segment.file_range().0 + (address - segment.address());
-    let skipped = match segment.data_range(address, ENDBR64.len() as u64) {
-        Ok(Some(bytes)) if bytes == ENDBR64 => ENDBR64.len() as u64,
-        _ => 0,
-    };
-    Some((entry + skipped, skipped))
+    file_offset: u64,
+    /// In the file, in bytes.
+    size: u64,
+}
+
+impl Code {
+    fn of<'data, R: ReadRef<'data>>(file: &ElfFile64<'data, Endianness, R>) -> Self {
+        let endian = file.endian();
+        let segments = file
+            .elf_program_headers()
+            .iter()
+            // More than dynamic linkers can count (`e_phnum`).
+            .take(usize::from(u16::MAX))
+            .filter(|of| of.p_type(endian) == PT_LOAD && of.p_flags(endian) & PF_X != 0);
+        let segments = segments.map(|segment| Segment {
+            address: segment.p_vaddr(endian),
+            file_offset: segment.p_offset(endian),
+            size: segment.p_filesz(endian),
+        });
+        Self(segments.collect())
+    }
+
+    /// File offset of the instruction to probe, and its distance from the function's entry.
+    ///
+    /// `endbr64` would be single-stepped at every hit, while the `push` behind it is emulated, at a
+    /// twentieth of the cost; the arguments are still in their registers there.
+    fn probe_offset<'data, R: ReadRef<'data>>(&self, data: R, address: u64) -> Option<(u64, u64)> {
+        const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+        let segment = self.0.iter().find(|segment| {
+            address >= segment.address && address - segment.address < segment.size
+        })?;
+        let entry = segment.file_offset.checked_add(address - segment.address)?;
+        let skipped = match data.read_bytes_at(entry, ENDBR64.len() as u64) {
+            Ok(bytes) if bytes == ENDBR64 => ENDBR64.len() as u64,
+            _ => 0,
+        };
+        Some((entry.checked_add(skipped)?, skipped))
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -186,7 +306,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use object::{
-        BinaryFormat, Endianness, SymbolFlags, SymbolScope,
+        BinaryFormat, Endianness, SymbolFlags, SymbolKind, SymbolScope,
         write::{Object, StandardSection, Symbol, SymbolSection},
     };
 
@@ -274,6 +394,58 @@ mod tests {
                 .definitions
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn definitions_of_one_name_without_end_are_refused() {
+        let defined = |times: usize| {
+            let mut object =
+                Object::new(BinaryFormat::Elf, host_architecture(), Endianness::Little);
+            let text = object.section_id(StandardSection::Text);
+            object.append_section_data(text, &[0xc3; 64], 16);
+            for value in 0..times as u64 {
+                object.add_symbol(Symbol {
+                    name: NAME.into(),
+                    value,
+                    size: 1,
+                    kind: SymbolKind::Text,
+                    scope: SymbolScope::Linkage,
+                    weak: false,
+                    section: SymbolSection::Section(text),
+                    flags: SymbolFlags::None,
+                });
+            }
+            resolve(object.write().unwrap().as_slice(), &[NAME])
+        };
+        assert!(defined(MAX_DEFINITIONS).is_ok());
+        let error = defined(MAX_DEFINITIONS + 1).unwrap_err();
+        assert!(error.to_string().contains(NAME), "{error}");
+    }
+
+    #[test]
+    fn names_that_overlap_are_read_once() {
+        // Read one by one, these would be several times what is read of a file.
+        let mut table = vec![b'a'; 2 * PIECE as usize];
+        table.iter_mut().step_by(4000).for_each(|byte| *byte = 0);
+        // A name that goes on in the next piece.
+        table[PIECE as usize + 3] = 0;
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &table).unwrap();
+        let cache = crate::bounded::cache(&file);
+        let strings = Strings {
+            data: &cache,
+            start: 0,
+            end: table.len() as u64,
+            longest: 10,
+        };
+        for offset in 0..table.len() {
+            let name = strings.name(offset as u32).unwrap();
+            let rest = &table[offset..table.len().min(offset + 11)];
+            let length = rest.iter().position(|byte| *byte == 0);
+            let expected = length.map(|length| &rest[..length]);
+            assert_eq!(name, expected, "{offset}");
+        }
+        assert_eq!(strings.name(table.len() as u32).unwrap(), None);
     }
 
     #[test]

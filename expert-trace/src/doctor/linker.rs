@@ -24,10 +24,7 @@ use std::{
 use object::read::ReadCache;
 
 use super::elf::{self, Anatomy, Dynamic};
-use crate::{
-    symbols::{self, Bounded},
-    target::open_regular,
-};
+use crate::{bounded::Bounded, symbols, target::open_regular};
 
 /// A program or library, open.
 #[derive(Debug)]

@@ -18,6 +18,7 @@ use super::{
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
 use crate::{
+    bounded::Bounded,
     caller::{Account, Environment},
     diagnosis::{self, Untraceable},
     gguf::shard_paths,
@@ -27,7 +28,6 @@ use crate::{
     probes::{Hook, Plan, Probe},
     redact, router_on_cpu, silence,
     stats::ModelFile,
-    symbols::Bounded,
     target::{self, Reach, is_gguf, open_regular, printable, script_interpreter},
 };
 

@@ -215,11 +215,21 @@ fn moe_layers(shards: &[Gguf], layers: u32) -> Vec<u32> {
             | "ffn_up_exps.weight"
             | "ffn_down_exps.weight"
             | "ffn_gate_up_exps.weight" => seen.entry(layer).or_default().experts = true,
+            _ if is_of_one_expert(part) => seen.entry(layer).or_default().experts = true,
             _ => {}
         }
     }
     seen.retain(|_, seen| seen.router && seen.experts);
     seen.into_keys().collect()
+}
+
+/// Whether it is `ffn_{gate,up,down}.<expert>.weight`, as files have it that were made before a layer's
+/// experts were one tensor (Mixtral, 2023 and early 2024).
+fn is_of_one_expert(part: &str) -> bool {
+    ["ffn_gate.", "ffn_up.", "ffn_down."]
+        .iter()
+        .filter_map(|prefix| part.strip_prefix(prefix)?.strip_suffix(".weight"))
+        .any(|expert| expert.parse::<u32>().is_ok())
 }
 
 /// Layers below `layers` that have a tensor of this kind.

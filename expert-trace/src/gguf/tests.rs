@@ -285,6 +285,22 @@ fn nextn_blocks_are_the_last() {
 }
 
 #[test]
+fn experts_may_be_a_tensor_each() {
+    let model = moe()
+        .tensor("blk.0.ffn_gate_inp.weight", &[128, 8])
+        .tensor("blk.0.ffn_down.7.weight", &[1])
+        .tensor("blk.1.ffn_gate_inp.weight", &[128, 8])
+        .tensor("blk.1.ffn_up.0.weight", &[1])
+        // A router beside a dense block.
+        .tensor("blk.2.ffn_gate_inp.weight", &[128, 8])
+        .tensor("blk.2.ffn_gate.weight", &[1])
+        .tensor("blk.2.ffn_up.bias", &[1])
+        .gguf();
+    let shape = ModelShape::from_ggufs(&[model]).unwrap();
+    assert_eq!(shape.moe_layers, [0, 1]);
+}
+
+#[test]
 fn k_may_differ_per_layer() {
     let model = |ks: &[u32]| {
         let elements: Vec<u8> = ks.iter().flat_map(|k| k.to_le_bytes()).collect();

@@ -66,7 +66,7 @@ impl Block {
     }
 
     /// Whether `other` brings rows that this one has, too. By the router's own route they are those of
-    /// another block of experts with the same name (GroveMoE).
+    /// another block of experts with the same name.
     fn is_repeated_by(&self, other: &Block) -> bool {
         let overlap = self.has(other.first_row) || other.has(self.first_row);
         self.layer == other.layer

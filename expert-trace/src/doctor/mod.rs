@@ -4,6 +4,7 @@
 //! (`coverage`, `placement`), and told by one writer each for people and for programs. `doctor` and
 //! the `--dry-run` of `run` and `attach` are the same.
 
+mod age;
 mod coverage;
 mod elf;
 mod linker;

@@ -12,6 +12,7 @@ use std::{
 use object::read::ReadCache;
 
 use super::{
+    age::{self, Age},
     elf::{self, Anatomy},
     linker::{self, Code, Search},
     placement::Options,
@@ -142,7 +143,7 @@ impl Survey {
         self.plan.of(Hook::ExpertIds).map(declared_layout).collect()
     }
 
-    /// Looks for the functions that show expert ids.
+    /// Looks for the functions that show expert ids, and for what the layout is.
     fn check_functions(&mut self, otherwise: impl FnOnce(&Self) -> Check) {
         let showing: Vec<&Probe> = self.plan.of(Hook::ExpertIds).collect();
         let certain = self.plan.probes[..self.certain].iter();
@@ -172,6 +173,7 @@ impl Survey {
 
 const PROGRAM: &str = "program";
 const FUNCTIONS: &str = "functions";
+const LAYOUT: &str = "layout";
 const MODEL: &str = "model";
 
 fn count(number: usize, what: &str) -> String {
@@ -187,18 +189,54 @@ fn declared_layout(probe: &Probe) -> Layout {
     Layout::new(probe.declared, None)
 }
 
+/// Whether the layout of ggml's structs is one that the probes know: the worst of all libraries.
 fn check_layout(showing: &[&Probe]) -> Check {
-    let declared = showing.iter().map(|probe| declared_layout(probe));
-    let declared: Vec<&str> = declared
-        .filter(|layout| layout.found_by.is_some())
-        .map(|layout| layout.builds.unwrap_or("of no known build"))
-        .collect();
-    let finding = match declared.as_slice() {
-        [] => "of ggml_tensor: names of the first tensors show it, and none is assumed before"
-            .to_owned(),
-        builds => format!("of ggml_tensor: declared by DWARF ({})", builds.join(", ")),
-    };
-    Check::yes("layout", finding)
+    let checks = showing.iter().map(|probe| check_layout_of(probe));
+    let worst = checks.reduce(|worst, next| match next.answer > worst.answer {
+        true => next,
+        false => worst,
+    });
+    worst.unwrap_or_else(|| Check::yes(LAYOUT, "no library needs one"))
+}
+
+fn check_layout_of(probe: &Probe) -> Check {
+    const TRACE_IT: &str = "trace it: the summary says whether the layout is known";
+    let shown = printable(probe.file.as_ref());
+    let layout = declared_layout(probe);
+    match (layout.found_by, layout.builds) {
+        (Some(_), Some(builds)) => {
+            let finding = format!("of ggml_tensor: declared by DWARF ({builds})");
+            return Check::yes(LAYOUT, finding);
+        }
+        (Some(_), None) => {
+            let finding = format!(
+                "of ggml_tensor: DWARF in {shown} declares one of no known build, which is read for \
+                 routers on the CPU alone"
+            );
+            return Check::could_not_tell(LAYOUT, finding, TRACE_IT);
+        }
+        (None, _) => {}
+    }
+    match open_regular(&probe.attach_path).and_then(|file| age::of(&file)) {
+        Ok(Age::Known) => Check::yes(
+            LAYOUT,
+            "of ggml_tensor: of b3209 or newer, by the words of its code; names of the first tensors \
+             show which, and none is assumed before",
+        ),
+        Ok(Age::TooOld) => Check::no(
+            LAYOUT,
+            format!("ggml in {shown} is older than b3209, by the words of its code"),
+            "a build of b3209 (2024-06-24) or newer, or one with DWARF (-g)",
+        ),
+        Ok(Age::Unknown) => Check::could_not_tell(
+            LAYOUT,
+            format!("nothing in {shown} says whether its ggml is of b3209 or newer"),
+            TRACE_IT,
+        ),
+        Err(error) => {
+            Check::could_not_tell(LAYOUT, format!("cannot read {shown}: {error}"), TRACE_IT)
+        }
+    }
 }
 
 fn planned(probe: &Probe) -> Planned {

@@ -5,8 +5,8 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
 use object::{
     Endianness, Object as _, ObjectSymbol as _, ReadRef,
     elf::{
-        DF_1_NODEFLIB, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_STRSZ, DT_STRTAB,
-        PT_DYNAMIC, PT_INTERP, PT_LOAD,
+        DF_1_NODEFLIB, DF_1_PIE, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_SONAME,
+        DT_STRSZ, DT_STRTAB, PT_DYNAMIC, PT_INTERP, PT_LOAD,
     },
     read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _},
 };
@@ -16,18 +16,24 @@ use object::{
 pub struct Dynamic {
     /// `DT_NEEDED`, in their order.
     pub needed: Vec<OsString>,
+    /// Whether there are more of them than are read.
+    pub has_more: bool,
+    /// `DT_SONAME`: its own name.
+    pub soname: Option<OsString>,
     /// `DT_RUNPATH`: directories, separated by colons.
     pub runpath: Option<OsString>,
     /// `DT_RPATH`, which a runpath makes void.
     pub rpath: Option<OsString>,
     /// `DF_1_NODEFLIB`: not from the system's directories.
     pub no_default: bool,
+    /// `DF_1_PIE`: a program, and no library.
+    pub program: bool,
 }
 
 /// What a file is like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Anatomy {
-    /// None for a static program.
+    /// None where it has none, as programs that are linked statically to fixed addresses.
     pub dynamic: Option<Dynamic>,
     /// Whether it names a dynamic linker, as programs do.
     pub interpreter: bool,
@@ -40,8 +46,22 @@ pub struct Anatomy {
     pub eval_callback: bool,
 }
 
+impl Anatomy {
+    /// Whether it is a program that no dynamic linker loads libraries for. One that moves itself to
+    /// where it is loaded (`-static-pie`) has a dynamic section.
+    pub fn is_static(&self) -> bool {
+        let moves_itself = |dynamic: &Dynamic| dynamic.program && !self.interpreter;
+        self.dynamic.as_ref().is_none_or(moves_itself)
+    }
+}
+
 /// Longest string of a dynamic section that is read: a search path.
 const MAX_STRING: u64 = 64 << 10;
+/// Entries of a dynamic section that are read; each of a real one is there for a library, or of some
+/// dozens of kinds.
+const MAX_ENTRIES: usize = 4096;
+/// Bytes of the names of libraries that are read, of one file.
+const MAX_NEEDED_BYTES: usize = 64 << 10;
 
 /// Device backends, and the functions that register them (ggml/src/ggml-backend-reg.cpp). HIP and MUSA
 /// are built from CUDA's sources.
@@ -97,8 +117,10 @@ fn dynamic<'data, R: ReadRef<'data>>(
 ) -> Option<Dynamic> {
     let of_kind = |kind| headers.iter().find(|of| of.p_type(endian) == kind);
     let entries = of_kind(PT_DYNAMIC)?.dynamic(endian, data).ok()??;
+    let mut has_more = entries.len() > MAX_ENTRIES;
     let entries: Vec<(i64, u64)> = entries
         .iter()
+        .take(MAX_ENTRIES)
         .map(|entry| (entry.tag(endian), entry.val(endian)))
         .take_while(|(tag, _)| *tag != DT_NULL)
         .collect();
@@ -115,11 +137,24 @@ fn dynamic<'data, R: ReadRef<'data>>(
         let bytes = data.read_bytes_at_until(from..to, 0).ok()?;
         Some(OsString::from_vec(bytes.to_vec()))
     };
+    has_more &= entries.len() == MAX_ENTRIES;
+    let (mut needed, mut bytes) = (Vec::new(), 0);
+    for name in values(DT_NEEDED).filter_map(text) {
+        bytes += name.len();
+        if bytes > MAX_NEEDED_BYTES {
+            has_more = true;
+            break;
+        }
+        needed.push(name);
+    }
     Some(Dynamic {
-        needed: values(DT_NEEDED).filter_map(text).collect(),
+        needed,
+        has_more,
+        soname: values(DT_SONAME).find_map(text),
         runpath: values(DT_RUNPATH).find_map(text),
         rpath: values(DT_RPATH).find_map(text),
         no_default: value(DT_FLAGS_1) & u64::from(DF_1_NODEFLIB) != 0,
+        program: value(DT_FLAGS_1) & u64::from(DF_1_PIE) != 0,
     })
 }
 

@@ -14,7 +14,7 @@ use object::read::ReadCache;
 use super::{
     age::{self, Age},
     elf::{self, Anatomy},
-    linker::{self, Code, Search},
+    linker::{Code, Linker, Search},
     placement::Options,
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
@@ -102,7 +102,7 @@ impl Survey {
                 path: shown,
                 build_id,
                 loaded,
-                is_static: anatomy.dynamic.is_none(),
+                is_static: anatomy.is_static(),
                 stripped: !anatomy.symtab,
                 devices: anatomy.devices.iter().map(|of| (*of).to_owned()).collect(),
             });
@@ -354,11 +354,11 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
         }
     };
     let directory = program.path.parent().map(Path::to_owned);
-    let search = Search {
+    let mut linker = Linker::new(Search {
         library_path: environment.get("LD_LIBRARY_PATH").map(Into::into),
         preload: environment.get("LD_PRELOAD").map(Into::into),
-    };
-    let mut closure = linker::closure(program, &search);
+    });
+    let mut closure = linker.closure(program);
     let files = closure.files.len();
     for code in &closure.files {
         add_code(survey, code, Loaded::AtStart);
@@ -369,15 +369,24 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
     {
         let mut backends = backends(&directory);
         backends.extend(self::backends(Path::new(".")));
+        backends.extend(environment.get("GGML_BACKEND_PATH").map(PathBuf::from));
+        linker.gave_up |= backends.len() > MAX_BACKENDS;
+        backends.truncate(MAX_BACKENDS);
         let backends = backends.iter().filter_map(|path| Code::open(path).ok());
-        for code in backends.flat_map(|code| linker::closure(code, &search).files) {
+        for code in backends.flat_map(|code| linker.closure(code).files) {
             if !closure.files.iter().any(|known| known.is(&code)) {
                 add_code(survey, &code, Loaded::Perhaps);
                 closure.files.push(code);
             }
         }
     }
-    survey.checks.push(if closure.missing.is_empty() {
+    survey.checks.push(if linker.gave_up {
+        Check::could_not_tell(
+            PROGRAM,
+            format!("{shown} asks for more libraries, or in more directories, than are looked at"),
+            "start it, if you trust it, and: sudo expert-trace doctor --pid PID",
+        )
+    } else if closure.missing.is_empty() {
         let finding = match files - 1 {
             0 => shown,
             libraries => format!("{shown}, with {libraries} libraries"),
@@ -406,8 +415,12 @@ fn add_code(survey: &mut Survey, code: &Code, loaded: Loaded) {
     survey.add(&code.path, &code.anatomy, build_id, loaded);
 }
 
+/// Most backends that are looked at. ggml has some dozens, each for some processors or a device.
+const MAX_BACKENDS: usize = 256;
+
 /// Backends in a directory, in the order of their names. ggml looks for them beside the executable and in
-/// the current directory (`ggml_backend_load_best` in ggml/src/ggml-backend-reg.cpp).
+/// the current directory (`ggml_backend_load_best` in ggml/src/ggml-backend-reg.cpp), and loads the one
+/// that the variable `GGML_BACKEND_PATH` names.
 fn backends(directory: &Path) -> Vec<PathBuf> {
     let is_backend = |name: &OsStr| {
         let name = name.to_string_lossy();

@@ -16,7 +16,7 @@ use object::{
 pub struct Dynamic {
     /// `DT_NEEDED`, in their order.
     pub needed: Vec<OsString>,
-    /// Whether there are more of them than are read.
+    /// Whether there are more of them, or a longer search path, than are read.
     pub has_more: bool,
     /// `DT_SONAME`: its own name.
     pub soname: Option<OsString>,
@@ -139,20 +139,25 @@ fn dynamic<'data, R: ReadRef<'data>>(
     };
     has_more &= entries.len() == MAX_ENTRIES;
     let (mut needed, mut bytes) = (Vec::new(), 0);
-    for name in values(DT_NEEDED).filter_map(text) {
-        bytes += name.len();
-        if bytes > MAX_NEEDED_BYTES {
-            has_more = true;
-            break;
+    for name in values(DT_NEEDED).map(text) {
+        bytes += name.as_ref().map_or(0, |name| name.len());
+        match name {
+            Some(name) if bytes <= MAX_NEEDED_BYTES => needed.push(name),
+            _ => {
+                has_more = true;
+                break;
+            }
         }
-        needed.push(name);
     }
+    let paths = [DT_RUNPATH, DT_RPATH].map(|tag| values(tag).next().map(text));
+    has_more |= paths.iter().any(|path| path == &Some(None));
+    let [runpath, rpath] = paths.map(Option::flatten);
     Some(Dynamic {
         needed,
         has_more,
         soname: values(DT_SONAME).find_map(text),
-        runpath: values(DT_RUNPATH).find_map(text),
-        rpath: values(DT_RPATH).find_map(text),
+        runpath,
+        rpath,
         no_default: value(DT_FLAGS_1) & u64::from(DF_1_NODEFLIB) != 0,
         program: value(DT_FLAGS_1) & u64::from(DF_1_PIE) != 0,
     })
@@ -190,8 +195,66 @@ pub fn is_single_stepped(code: &[u8]) -> Option<bool> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use object::elf::{EM_X86_64, ET_DYN};
+
     use super::*;
+
+    /// A library that needs these, by offsets into its strings, and has a runpath.
+    pub fn library(strings: &[u8], needed: &[u64], runpath: u64) -> Vec<u8> {
+        const STRINGS: u64 = 64 + 2 * 56;
+        let of_dynamic = STRINGS + strings.len() as u64;
+        let mut entries: Vec<(i64, u64)> = vec![
+            (DT_STRTAB, STRINGS),
+            (DT_STRSZ, strings.len() as u64),
+            (DT_RUNPATH, runpath),
+        ];
+        entries.extend(needed.iter().map(|name| (DT_NEEDED, *name)));
+        entries.push((DT_NULL, 0));
+        let dynamic: Vec<u8> = entries
+            .iter()
+            .flat_map(|(tag, value)| [tag.to_le_bytes(), value.to_le_bytes()].concat())
+            .collect();
+        let total = of_dynamic + dynamic.len() as u64;
+        let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        bytes.extend([ET_DYN, EM_X86_64].map(u16::to_le_bytes).as_flattened());
+        bytes.extend(1_u32.to_le_bytes());
+        bytes.extend([0_u64, 64, 0].map(u64::to_le_bytes).as_flattened());
+        bytes.extend(0_u32.to_le_bytes());
+        bytes.extend(
+            [64_u16, 56, 2, 0, 0, 0]
+                .map(u16::to_le_bytes)
+                .as_flattened(),
+        );
+        for (kind, start, size) in [
+            (PT_LOAD, 0, total),
+            (PT_DYNAMIC, of_dynamic, dynamic.len() as u64),
+        ] {
+            bytes.extend([kind, 5].map(u32::to_le_bytes).as_flattened());
+            let fields = [start, start, start, size, size, 1];
+            bytes.extend(fields.map(u64::to_le_bytes).as_flattened());
+        }
+        bytes.extend(strings);
+        bytes.extend(dynamic);
+        bytes
+    }
+
+    #[test]
+    fn more_names_than_are_read_are_told_of() {
+        let dynamic = |needed: &[u64], length: usize| {
+            let strings = [vec![b'a'; length], vec![0]].concat();
+            let bytes = library(&strings, needed, 0);
+            look(bytes.as_slice()).unwrap().dynamic.unwrap()
+        };
+        let few = dynamic(&[0, 2], 3);
+        assert_eq!(few.needed, ["aaa", "a"]);
+        assert!(!few.has_more);
+        for (count, length) in [(MAX_ENTRIES, 1), (100, 4000)] {
+            let many = dynamic(&vec![0; count], length);
+            assert!(many.has_more && many.needed.len() < count);
+            assert!(many.needed.len() * length <= MAX_NEEDED_BYTES);
+        }
+    }
 
     fn own() -> Vec<u8> {
         std::fs::read("/proc/self/exe").unwrap()

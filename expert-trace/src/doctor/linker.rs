@@ -405,6 +405,34 @@ mod tests {
         assert!(names.into_iter().all(is_there), "{paths:?}");
     }
 
+    /// As many names, and directories for each, as a file can hold.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn there_is_an_end_to_looking() {
+        let names: Vec<u8> = (0..3000)
+            .flat_map(|number| format!("{number:x}\0").into_bytes())
+            .collect();
+        let ends = (0..names.len()).filter(|at| names[*at] == 0);
+        let needed: Vec<u64> = ends.map(|at| at as u64 - 1).collect();
+        let open = |directories: usize| {
+            let strings = [names.clone(), b"/x:".repeat(directories), vec![0]].concat();
+            let bytes = elf::tests::library(&strings, &needed, names.len() as u64);
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), bytes).unwrap();
+            let mut linker = Linker::new(Search::default());
+            let closure = linker.closure(Code::open(file.path()).unwrap());
+            assert_eq!(closure.files.len(), 1);
+            (linker.gave_up, linker.tried)
+        };
+        // Of 3000 names that end alike, 16 are different.
+        let (gave_up, tried) = open(2);
+        assert!(!gave_up && tried < 1000, "{tried}");
+        for directories in [1000, 20_000] {
+            let (gave_up, tried) = open(directories);
+            assert!(gave_up && tried < 5000, "{tried}");
+        }
+    }
+
     #[test]
     fn words_of_search_paths() {
         let of = Path::new("/opt/llama/bin/llama-cli");

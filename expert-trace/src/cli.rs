@@ -252,7 +252,8 @@ pub struct Recording {
     /// List at most so many experts per layer in the summary
     #[arg(long, value_name = "N")]
     pub top: Option<usize>,
-    /// Exit with status 3 when the program succeeded but the capture is incomplete
+    /// Exit with status 3 when the program succeeded but the capture is incomplete. Processes that --all
+    /// may not look at do not count
     #[arg(long)]
     pub strict: bool,
     /// Say what would be traced, and how, as doctor does; start and trace nothing

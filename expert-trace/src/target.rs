@@ -130,7 +130,7 @@ pub fn mapped_files(pid: u32) -> io::Result<Vec<MappedFile>> {
 const DELETED: &[u8] = b" (deleted)";
 
 /// An absolute path of a process, as we reach it.
-fn in_root(pid: u32, path: &Path) -> PathBuf {
+pub fn in_root(pid: u32, path: &Path) -> PathBuf {
     let mut reached = OsString::from(format!("/proc/{pid}/root"));
     reached.push(path);
     reached.into()

@@ -22,8 +22,21 @@ pub struct Users {
     pub hidden: Vec<u32>,
     /// How many were looked at.
     pub looked_at: usize,
-    /// Processes that map another file of the same name, with its path as they see it.
-    pub namesakes: Vec<(u32, PathBuf)>,
+    /// Processes that map another file of the same name.
+    pub namesakes: Vec<Namesake>,
+}
+
+/// A process that maps another file of the same name.
+#[derive(Debug)]
+pub struct Namesake {
+    /// The process.
+    pub pid: u32,
+    /// The file's path, as the process sees it.
+    pub path: PathBuf,
+    /// Its path here.
+    pub reachable: PathBuf,
+    /// Whether it has been deleted or replaced since.
+    pub deleted: bool,
 }
 
 /// Looks for the processes that map `file`, by whatever name. `path` is the one that we have for it.
@@ -61,7 +74,15 @@ pub fn of(file: &File, path: &Path) -> io::Result<Users> {
             .iter()
             .find(|mapped| mapped.is_executable() && mapped.path.file_name() == path.file_name())
         {
-            users.namesakes.push((pid.get(), other.path.clone()));
+            users.namesakes.push(Namesake {
+                pid: pid.get(),
+                path: other.path.clone(),
+                reachable: match other.deleted {
+                    true => other.reachable_path(pid.get()),
+                    false => target::in_root(pid.get(), &other.path),
+                },
+                deleted: other.deleted,
+            });
         }
     }
     Ok(users)

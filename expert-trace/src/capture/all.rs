@@ -8,9 +8,11 @@ use tokio::task::{JoinSet, LocalSet};
 use super::attach::{Loaded, Probed, Signals, wanted};
 use crate::{
     caller::Account,
-    cli::Attach,
+    cli::{Attach, Recording},
     diagnosis::Untraceable,
+    doctor::Refusal,
     probes::Plan,
+    requirements::{self, Capability},
     target::{self, open_regular, printable},
     users::{self, Users},
 };
@@ -25,21 +27,12 @@ const SHOWN: usize = 4;
 /// When none can be traced, or a result cannot be written.
 pub async fn trace(library: &Path, arguments: &Attach, account: &Account) -> anyhow::Result<bool> {
     let users = users_of(library)?;
-    let recording = &arguments.recording;
-    if users.pids.len() > 1 && !wanted(recording).tells_processes_apart(recording) {
-        bail!(
-            "{} processes map {} ({}), and would write to one place; name a file for each with %p, the \
-             process id: -o stats-%p.json, --log=routes-%p.log",
-            users.pids.len(),
-            printable(library),
-            list(users.pids.iter().map(|pid| pid.to_string()))
-        );
+    if let Some(refusal) = refused(library, &users, &arguments.recording) {
+        bail!("{}; {}", refusal.why, refusal.fix);
     }
     allow_many_descriptors();
     let mut all_seen = true;
-    if !users.hidden.is_empty() {
-        say!("warning: {}", hidden(&users));
-    }
+    warn_of_hidden(&users);
     // What cannot be traced does not keep us from the others.
     let mut passed_over = |pid: u32, error: anyhow::Error| {
         all_seen &= matches!(error.downcast_ref(), Some(Untraceable::Ended { .. }));
@@ -101,6 +94,29 @@ pub async fn trace(library: &Path, arguments: &Attach, account: &Account) -> any
     Ok(all_seen)
 }
 
+/// Why captures of all of them would not be kept apart.
+pub(super) fn refused(library: &Path, users: &Users, recording: &Recording) -> Option<Refusal> {
+    if users.pids.len() < 2 || wanted(recording).tells_processes_apart(recording) {
+        return None;
+    }
+    Some(Refusal {
+        why: format!(
+            "{} processes map {} ({}), and would write to one place",
+            users.pids.len(),
+            printable(library),
+            list(users.pids.iter().map(|pid| pid.to_string()))
+        ),
+        fix: "name a file for each with %p, the process id: -o stats-%p.json, --log=routes-%p.log",
+    })
+}
+
+/// Says which processes may use the library, too, and are not traced.
+pub(super) fn warn_of_hidden(users: &Users) {
+    if !users.hidden.is_empty() {
+        say!("warning: {}", hidden(users));
+    }
+}
+
 pub(super) fn users_of(library: &Path) -> anyhow::Result<Users> {
     let shown = printable(library);
     let file = open_regular(library).with_context(|| format!("cannot read {shown}"))?;
@@ -116,13 +132,20 @@ pub(super) fn users_of(library: &Path) -> anyhow::Result<Users> {
     let users = users::of(&file, library).context("cannot list the processes")?;
     if users.pids.is_empty() {
         let mut text = format!("none of {} processes maps {shown}", users.looked_at);
-        for (pid, path) in users.namesakes.iter().take(SHOWN) {
-            let path = printable(path);
-            let _ = write!(
-                text,
-                "\n  process {pid} maps another file of that name: {path}; it is \
-                 /proc/{pid}/root{path} here"
-            );
+        for namesake in users.namesakes.iter().take(SHOWN) {
+            let pid = namesake.pid;
+            let (path, here) = (printable(&namesake.path), printable(&namesake.reachable));
+            let _ = match namesake.deleted {
+                true => write!(
+                    text,
+                    "\n  process {pid} maps a file that was there before, and has been replaced or \
+                     deleted: {path}; it is {here} here, or trace the process alone: attach --pid {pid}"
+                ),
+                false => write!(
+                    text,
+                    "\n  process {pid} maps another file of that name: {path}; it is {here} here"
+                ),
+            };
         }
         if !users.hidden.is_empty() {
             let _ = write!(text, "\n  {}", hidden(&users));
@@ -137,11 +160,18 @@ fn hidden(users: &Users) -> String {
         let name = target::name(*pid).unwrap_or_default();
         format!("{pid} ({name})")
     });
-    format!(
-        "{} processes may not be looked at, which takes CAP_SYS_PTRACE (sudo): {}",
-        users.hidden.len(),
-        list(names)
-    )
+    let processes = match users.hidden.len() {
+        1 => "1 process".to_owned(),
+        number => format!("{number} processes"),
+    };
+    let why = match requirements::has(Capability::SysPtrace) {
+        true => {
+            "in spite of CAP_SYS_PTRACE: call expert-trace on the host, outside of any container"
+        }
+        false => "which takes CAP_SYS_PTRACE (sudo)",
+    };
+    let names = list(names);
+    format!("{processes} may not be looked at, {why}: {names}")
 }
 
 fn list(items: impl ExactSizeIterator<Item = String>) -> String {

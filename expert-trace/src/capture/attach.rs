@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, Sinks, Start, Variables, Wanted, all, monotonic_ns};
+use super::{Capture, Sinks, Start, Variables, Wanted, all, monotonic_ns, sinks};
 use crate::{
     attach::{Events, Scope, Session},
     caller::{Account, Caller},
@@ -56,17 +56,27 @@ pub async fn attach(arguments: Attach) -> anyhow::Result<u8> {
 
 /// Tells what would be done with each process. Gives the worst of their exit statuses.
 fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
-    let pids = match (arguments.pid, &arguments.library) {
-        (None, Some(library)) => all::users_of(library)?.pids,
-        (pid, _) => pid.into_iter().collect(),
+    let recording = &arguments.recording;
+    let (pids, refused) = match (arguments.pid, &arguments.library) {
+        (None, Some(library)) => {
+            let users = all::users_of(library)?;
+            all::warn_of_hidden(&users);
+            let refused = all::refused(library, &users, recording);
+            (users.pids, refused)
+        }
+        (pid, _) => (pid.into_iter().collect(), None),
     };
+    let account = Caller::detect()?.account;
     let mut worst = Answer::Yes;
     for pid in pids {
         let subject = Subject::Process {
             pid: pid.get(),
             router_on_cpu: arguments.router_on_cpu,
         };
-        worst = Answer::worst([worst, doctor::dry_run(&subject, None)?]);
+        let refused = refused
+            .clone()
+            .or_else(|| sinks::refused(&wanted(recording), recording, &account, pid.get()));
+        worst = Answer::worst([worst, doctor::dry_run(&subject, refused.as_ref())?]);
     }
     Ok(worst.exit_status())
 }

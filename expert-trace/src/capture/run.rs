@@ -15,12 +15,12 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, Sinks, Start, Variables, Wanted};
+use super::{Capture, Sinks, Start, Variables, Wanted, sinks};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
     cli::Run,
-    doctor::{self, Subject},
+    doctor::{self, Refusal, Subject},
     gate::{Arrival, Gate, Next},
     launch::{self, Program, Suspended},
     model::End,
@@ -96,8 +96,17 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
             account: &account,
             reads_logits: logits,
         });
-        let untraced = (decision == Decision::Untraced).then_some(UNTRACED);
-        return Ok(doctor::dry_run(&subject, untraced)?.exit_status());
+        let refused = match decision {
+            Decision::Untraced => Some(Refusal {
+                why: UNTRACED.to_owned(),
+                fix: "unset the variables LLAMA_EXPERT_TRACE_…, or give -o, --log or --top",
+            }),
+            Decision::Traced { stats, log, output } => {
+                let wanted = Wanted { stats, log, output };
+                sinks::refused(&wanted, recording, &caller.account, 0)
+            }
+        };
+        return Ok(doctor::dry_run(&subject, refused.as_ref())?.exit_status());
     }
     let path = account.with_rights(|| Ok(launch::find(&command[0], environment.get("PATH"))))??;
     let program = Program {

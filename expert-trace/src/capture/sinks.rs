@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use crate::{
     caller::Account,
     cli::Recording,
+    doctor::Refusal,
     export::{LogFile, Output, pattern},
     summary::Log,
 };
@@ -42,6 +43,44 @@ impl Wanted {
     }
 }
 
+/// Why [`Sinks::open`] would fail. No file is created that stays.
+pub fn refused(
+    wanted: &Wanted,
+    recording: &Recording,
+    account: &Account,
+    pid: u32,
+) -> Option<Refusal> {
+    check(wanted, recording, account, pid)
+        .err()
+        .map(|error| Refusal {
+            why: format!("{error:#}"),
+            fix: "name a place that can be written, with -o or --log",
+        })
+}
+
+fn check(
+    wanted: &Wanted,
+    recording: &Recording,
+    account: &Account,
+    pid: u32,
+) -> anyhow::Result<()> {
+    let mut output = None;
+    if let Some(path) = &wanted.output {
+        let path = pattern::of_process(path, pid);
+        // What it creates has no name, or goes with it.
+        output = Some(Output::create(&path, account).with_context(|| failed(&path))?);
+    }
+    if let Some(Some(path)) = &recording.log {
+        let path = pattern::of_process(path, pid);
+        LogFile::check(&path, account, output.as_ref()).with_context(|| failed(&path))?;
+    }
+    Ok(())
+}
+
+fn failed(path: &Path) -> String {
+    format!("Failed to open output file: {}", path.display())
+}
+
 /// Open outputs.
 pub struct Sinks {
     /// Whether the summary is wanted.
@@ -65,7 +104,6 @@ impl Sinks {
         account: &Account,
         pid: u32,
     ) -> anyhow::Result<Self> {
-        let failed = |path: &Path| format!("Failed to open output file: {}", path.display());
         let output = match &wanted.output {
             Some(path) => {
                 let path = pattern::of_process(path, pid);

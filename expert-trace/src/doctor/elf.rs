@@ -5,8 +5,8 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
 use object::{
     Endianness, Object as _, ObjectSymbol as _, ReadRef,
     elf::{
-        DF_1_NODEFLIB, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_STRSZ, DT_STRTAB,
-        PT_DYNAMIC, PT_INTERP, PT_LOAD,
+        DF_1_NODEFLIB, DF_1_PIE, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_SONAME,
+        DT_STRSZ, DT_STRTAB, PT_DYNAMIC, PT_INTERP, PT_LOAD,
     },
     read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _},
 };
@@ -16,18 +16,24 @@ use object::{
 pub struct Dynamic {
     /// `DT_NEEDED`, in their order.
     pub needed: Vec<OsString>,
+    /// Whether there are more of them, or a longer search path, than are read.
+    pub has_more: bool,
+    /// `DT_SONAME`: its own name.
+    pub soname: Option<OsString>,
     /// `DT_RUNPATH`: directories, separated by colons.
     pub runpath: Option<OsString>,
     /// `DT_RPATH`, which a runpath makes void.
     pub rpath: Option<OsString>,
     /// `DF_1_NODEFLIB`: not from the system's directories.
     pub no_default: bool,
+    /// `DF_1_PIE`: a program, and no library.
+    pub program: bool,
 }
 
 /// What a file is like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Anatomy {
-    /// None for a static program.
+    /// None where it has none, as programs that are linked statically to fixed addresses.
     pub dynamic: Option<Dynamic>,
     /// Whether it names a dynamic linker, as programs do.
     pub interpreter: bool,
@@ -40,8 +46,22 @@ pub struct Anatomy {
     pub eval_callback: bool,
 }
 
+impl Anatomy {
+    /// Whether it is a program that no dynamic linker loads libraries for. One that moves itself to
+    /// where it is loaded (`-static-pie`) has a dynamic section.
+    pub fn is_static(&self) -> bool {
+        let moves_itself = |dynamic: &Dynamic| dynamic.program && !self.interpreter;
+        self.dynamic.as_ref().is_none_or(moves_itself)
+    }
+}
+
 /// Longest string of a dynamic section that is read: a search path.
 const MAX_STRING: u64 = 64 << 10;
+/// Entries of a dynamic section that are read; each of a real one is there for a library, or of some
+/// dozens of kinds.
+const MAX_ENTRIES: usize = 4096;
+/// Bytes of the names of libraries that are read, of one file.
+const MAX_NEEDED_BYTES: usize = 64 << 10;
 
 /// Device backends, and the functions that register them (ggml/src/ggml-backend-reg.cpp). HIP and MUSA
 /// are built from CUDA's sources.
@@ -97,8 +117,10 @@ fn dynamic<'data, R: ReadRef<'data>>(
 ) -> Option<Dynamic> {
     let of_kind = |kind| headers.iter().find(|of| of.p_type(endian) == kind);
     let entries = of_kind(PT_DYNAMIC)?.dynamic(endian, data).ok()??;
+    let mut has_more = entries.len() > MAX_ENTRIES;
     let entries: Vec<(i64, u64)> = entries
         .iter()
+        .take(MAX_ENTRIES)
         .map(|entry| (entry.tag(endian), entry.val(endian)))
         .take_while(|(tag, _)| *tag != DT_NULL)
         .collect();
@@ -115,11 +137,29 @@ fn dynamic<'data, R: ReadRef<'data>>(
         let bytes = data.read_bytes_at_until(from..to, 0).ok()?;
         Some(OsString::from_vec(bytes.to_vec()))
     };
+    has_more &= entries.len() == MAX_ENTRIES;
+    let (mut needed, mut bytes) = (Vec::new(), 0);
+    for name in values(DT_NEEDED).map(text) {
+        bytes += name.as_ref().map_or(0, |name| name.len());
+        match name {
+            Some(name) if bytes <= MAX_NEEDED_BYTES => needed.push(name),
+            _ => {
+                has_more = true;
+                break;
+            }
+        }
+    }
+    let paths = [DT_RUNPATH, DT_RPATH].map(|tag| values(tag).next().map(text));
+    has_more |= paths.iter().any(|path| path == &Some(None));
+    let [runpath, rpath] = paths.map(Option::flatten);
     Some(Dynamic {
-        needed: values(DT_NEEDED).filter_map(text).collect(),
-        runpath: values(DT_RUNPATH).find_map(text),
-        rpath: values(DT_RPATH).find_map(text),
+        needed,
+        has_more,
+        soname: values(DT_SONAME).find_map(text),
+        runpath,
+        rpath,
         no_default: value(DT_FLAGS_1) & u64::from(DF_1_NODEFLIB) != 0,
+        program: value(DT_FLAGS_1) & u64::from(DF_1_PIE) != 0,
     })
 }
 
@@ -155,8 +195,66 @@ pub fn is_single_stepped(code: &[u8]) -> Option<bool> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use object::elf::{EM_X86_64, ET_DYN};
+
     use super::*;
+
+    /// A library that needs these, by offsets into its strings, and has a runpath.
+    pub fn library(strings: &[u8], needed: &[u64], runpath: u64) -> Vec<u8> {
+        const STRINGS: u64 = 64 + 2 * 56;
+        let of_dynamic = STRINGS + strings.len() as u64;
+        let mut entries: Vec<(i64, u64)> = vec![
+            (DT_STRTAB, STRINGS),
+            (DT_STRSZ, strings.len() as u64),
+            (DT_RUNPATH, runpath),
+        ];
+        entries.extend(needed.iter().map(|name| (DT_NEEDED, *name)));
+        entries.push((DT_NULL, 0));
+        let dynamic: Vec<u8> = entries
+            .iter()
+            .flat_map(|(tag, value)| [tag.to_le_bytes(), value.to_le_bytes()].concat())
+            .collect();
+        let total = of_dynamic + dynamic.len() as u64;
+        let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        bytes.extend([ET_DYN, EM_X86_64].map(u16::to_le_bytes).as_flattened());
+        bytes.extend(1_u32.to_le_bytes());
+        bytes.extend([0_u64, 64, 0].map(u64::to_le_bytes).as_flattened());
+        bytes.extend(0_u32.to_le_bytes());
+        bytes.extend(
+            [64_u16, 56, 2, 0, 0, 0]
+                .map(u16::to_le_bytes)
+                .as_flattened(),
+        );
+        for (kind, start, size) in [
+            (PT_LOAD, 0, total),
+            (PT_DYNAMIC, of_dynamic, dynamic.len() as u64),
+        ] {
+            bytes.extend([kind, 5].map(u32::to_le_bytes).as_flattened());
+            let fields = [start, start, start, size, size, 1];
+            bytes.extend(fields.map(u64::to_le_bytes).as_flattened());
+        }
+        bytes.extend(strings);
+        bytes.extend(dynamic);
+        bytes
+    }
+
+    #[test]
+    fn more_names_than_are_read_are_told_of() {
+        let dynamic = |needed: &[u64], length: usize| {
+            let strings = [vec![b'a'; length], vec![0]].concat();
+            let bytes = library(&strings, needed, 0);
+            look(bytes.as_slice()).unwrap().dynamic.unwrap()
+        };
+        let few = dynamic(&[0, 2], 3);
+        assert_eq!(few.needed, ["aaa", "a"]);
+        assert!(!few.has_more);
+        for (count, length) in [(MAX_ENTRIES, 1), (100, 4000)] {
+            let many = dynamic(&vec![0; count], length);
+            assert!(many.has_more && many.needed.len() < count);
+            assert!(many.needed.len() * length <= MAX_NEEDED_BYTES);
+        }
+    }
 
     fn own() -> Vec<u8> {
         std::fs::read("/proc/self/exe").unwrap()

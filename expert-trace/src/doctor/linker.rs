@@ -7,10 +7,10 @@
 //! llama.cpp's.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io,
+    io, iter,
     os::{
         fd::AsRawFd as _,
         unix::{
@@ -75,6 +75,14 @@ pub struct Closure {
 
 /// Most libraries that are looked at.
 const MAX_FILES: usize = 512;
+/// Most names of libraries that are looked for.
+const MAX_NAMES: usize = 4096;
+/// Most directories of one search path.
+const MAX_DIRECTORIES: usize = 256;
+/// Longest path that the kernel takes.
+const MAX_PATH: usize = libc::PATH_MAX as usize;
+/// Most paths that are tried, in all.
+const MAX_TRIED: usize = 64 << 10;
 
 /// Where the linker looks beside what files say.
 #[derive(Debug, Default)]
@@ -85,88 +93,181 @@ pub struct Search {
     pub preload: Option<OsString>,
 }
 
-/// Finds what comes with a program, breadth first, as the linker maps it. To be called with the rights
-/// of who will run it.
-pub fn closure(program: Code, search: &Search) -> Closure {
-    let cache = Cache::read();
-    let mut closure = Closure::default();
-    // Who asks for it, by index, and its name.
-    let mut wanted: VecDeque<(usize, OsString)> = VecDeque::new();
-    let mut asked: Vec<OsString> = Vec::new();
-    let separator = |byte: &u8| matches!(byte, b':' | b' ');
-    let preload = search.preload.clone().unwrap_or_default();
-    let preload = preload.as_bytes().split(separator);
-    wanted.extend(
-        preload
-            .filter(|name| !name.is_empty())
-            .map(|name| (0, OsString::from_vec(name.to_vec()))),
-    );
-    wanted.extend(needed(&program, 0));
-    closure.files.push(program);
-    while let Some((by, name)) = wanted.pop_front() {
-        if asked.contains(&name) || closure.files.len() >= MAX_FILES {
-            continue;
-        }
-        asked.push(name.clone());
-        let found = candidates(&closure.files, by, &name, search, &cache)
-            .into_iter()
-            .find_map(|path| Code::open(&path).ok());
-        match found {
-            Some(code) if closure.files.iter().any(|known| known.is(&code)) => {}
-            Some(code) => {
-                wanted.extend(needed(&code, closure.files.len()));
-                closure.files.push(code);
-            }
-            None => closure.missing.push(name),
-        }
-    }
-    closure
+/// What finds libraries as the dynamic linker does.
+#[derive(Debug, Default)]
+pub struct Linker {
+    search: Search,
+    cache: Cache,
+    /// Paths that were tried.
+    tried: usize,
+    /// Whether there was more than is looked at: what was found is then not all.
+    pub gave_up: bool,
 }
 
-fn needed(code: &Code, index: usize) -> Vec<(usize, OsString)> {
-    let dynamic = code.anatomy.dynamic.iter();
-    dynamic
-        .flat_map(|dynamic| &dynamic.needed)
-        .map(|name| (index, name.clone()))
-        .collect()
-}
-
-/// Paths under which a library is looked for, in their order (`_dl_map_object` in elf/dl-load.c).
-fn candidates(
-    files: &[Code],
+/// A library that something asks for.
+struct Wanted {
+    /// Who, by index.
     by: usize,
-    name: &OsStr,
-    search: &Search,
-    cache: &Cache,
-) -> Vec<PathBuf> {
-    if name.as_bytes().contains(&b'/') {
-        return vec![PathBuf::from(name)];
-    }
-    let empty = Dynamic::default();
-    let loader = &files[by];
-    let dynamic = loader.anatomy.dynamic.as_ref().unwrap_or(&empty);
-    let mut directories = Vec::new();
-    if dynamic.runpath.is_none() {
-        // Those of the program hold for what its libraries need, too.
-        for code in [loader, &files[0]] {
-            let rpath = code
-                .anatomy
-                .dynamic
-                .as_ref()
-                .and_then(|of| of.rpath.as_ref());
-            directories.extend(rpath.iter().flat_map(|path| expand(path, &code.path)));
+    name: OsString,
+    /// The linker goes on without a library of `LD_PRELOAD` that is not there.
+    preloaded: bool,
+}
+
+impl Linker {
+    /// One for the environment of a program.
+    pub fn new(search: Search) -> Self {
+        Self {
+            search,
+            cache: Cache::read(),
+            ..Self::default()
         }
     }
-    let library_path = search.library_path.iter();
-    directories.extend(library_path.flat_map(|path| expand(path, &files[0].path)));
-    let runpath = dynamic.runpath.iter();
-    directories.extend(runpath.flat_map(|path| expand(path, &loader.path)));
-    let mut paths: Vec<PathBuf> = directories.into_iter().map(|of| of.join(name)).collect();
-    if !dynamic.no_default {
-        paths.extend(cache.get(name));
-        paths.extend(default_directories().map(|directory| directory.join(name)));
+
+    /// Finds what comes with a program, breadth first, as the linker maps it. To be called with the
+    /// rights of who will run it.
+    pub fn closure(&mut self, program: Code) -> Closure {
+        let mut closure = Closure::default();
+        // Who had each file loaded, by index.
+        let mut loaders: Vec<Option<usize>> = vec![None];
+        let mut names = 0;
+        let mut wanted: VecDeque<Wanted> = self.preloads().collect();
+        let mut asked: HashSet<OsString> = HashSet::new();
+        self.want_needed(&mut wanted, &program, 0);
+        closure.files.push(program);
+        while let Some(Wanted {
+            by,
+            name,
+            preloaded,
+        }) = wanted.pop_front()
+        {
+            if asked.contains(&name) {
+                continue;
+            }
+            names += 1;
+            if names > MAX_NAMES || closure.files.len() >= MAX_FILES {
+                self.gave_up = true;
+                break;
+            }
+            // One that is there already counts by its own name, too.
+            let is_named = |code: &Code| {
+                let dynamic = code.anatomy.dynamic.as_ref();
+                dynamic.is_some_and(|of| of.soname.as_ref() == Some(&name))
+            };
+            if closure.files.iter().any(is_named) {
+                asked.insert(name);
+                continue;
+            }
+            match self.find(&closure.files, &loaders, by, &name) {
+                Some(code) => {
+                    asked.insert(name);
+                    if !closure.files.iter().any(|known| known.is(&code)) {
+                        self.want_needed(&mut wanted, &code, closure.files.len());
+                        closure.files.push(code);
+                        loaders.push(Some(by));
+                    }
+                }
+                None if preloaded => {}
+                None => {
+                    asked.insert(name.clone());
+                    closure.missing.push(name);
+                }
+            }
+        }
+        closure
     }
-    paths
+
+    fn preloads(&self) -> impl Iterator<Item = Wanted> {
+        let preload = self.search.preload.clone().unwrap_or_default();
+        let names: Vec<Wanted> = preload
+            .as_bytes()
+            .split(|byte| matches!(byte, b':' | b' '))
+            .filter(|name| !name.is_empty())
+            .map(|name| Wanted {
+                by: 0,
+                name: OsStr::from_bytes(name).to_owned(),
+                preloaded: true,
+            })
+            .collect();
+        names.into_iter()
+    }
+
+    fn want_needed(&mut self, wanted: &mut VecDeque<Wanted>, code: &Code, index: usize) {
+        let Some(dynamic) = &code.anatomy.dynamic else {
+            return;
+        };
+        let room = MAX_NAMES.saturating_sub(wanted.len());
+        self.gave_up |= dynamic.has_more || dynamic.needed.len() > room;
+        wanted.extend(dynamic.needed.iter().take(room).map(|name| Wanted {
+            by: index,
+            name: name.clone(),
+            preloaded: false,
+        }));
+    }
+
+    fn find(
+        &mut self,
+        files: &[Code],
+        loaders: &[Option<usize>],
+        by: usize,
+        name: &OsStr,
+    ) -> Option<Code> {
+        for path in self.candidates(files, loaders, by, name) {
+            if self.tried >= MAX_TRIED {
+                self.gave_up = true;
+                return None;
+            }
+            self.tried += 1;
+            if let Ok(code) = Code::open(&path) {
+                return Some(code);
+            }
+        }
+        None
+    }
+
+    /// Paths under which a library is looked for, in their order (`_dl_map_object` in elf/dl-load.c).
+    fn candidates(
+        &mut self,
+        files: &[Code],
+        loaders: &[Option<usize>],
+        by: usize,
+        name: &OsStr,
+    ) -> Vec<PathBuf> {
+        if name.as_bytes().contains(&b'/') {
+            return vec![PathBuf::from(name)];
+        }
+        let empty = Dynamic::default();
+        let dynamic_of = |code: usize| files[code].anatomy.dynamic.as_ref().unwrap_or(&empty);
+        let dynamic = dynamic_of(by);
+        let mut paths: Vec<(&OsStr, &Path)> = Vec::new();
+        if dynamic.runpath.is_none() {
+            // Those of who had the loader loaded hold, too, up to the program; and those of the program
+            // in any case.
+            let chain = iter::successors(Some(by), |code| loaders[*code]);
+            let program = (!chain.clone().any(|code| code == 0)).then_some(0);
+            for code in chain.chain(program) {
+                let dynamic = dynamic_of(code);
+                if let (Some(rpath), None) = (&dynamic.rpath, &dynamic.runpath) {
+                    paths.push((rpath, &files[code].path));
+                }
+            }
+        }
+        let library_path = self.search.library_path.iter();
+        paths.extend(library_path.map(|path| (path.as_os_str(), files[0].path.as_path())));
+        let runpath = dynamic.runpath.iter();
+        paths.extend(runpath.map(|path| (path.as_os_str(), files[by].path.as_path())));
+        let directories = paths.into_iter().flat_map(|(path, of)| expand(path, of));
+        let mut directories: Vec<PathBuf> = directories.take(MAX_DIRECTORIES + 1).collect();
+        if directories.len() > MAX_DIRECTORIES {
+            self.gave_up = true;
+            directories.truncate(MAX_DIRECTORIES);
+        }
+        let mut paths: Vec<PathBuf> = directories.into_iter().map(|of| of.join(name)).collect();
+        if !dynamic.no_default {
+            paths.extend(self.cache.get(name));
+            paths.extend(default_directories().map(|directory| directory.join(name)));
+        }
+        paths
+    }
 }
 
 /// Where glibc and musl look when a cache names nothing.
@@ -187,34 +288,32 @@ fn system_lib() -> String {
 }
 
 /// Directories of a search path, in which an empty one is the current one, and some words stand for
-/// others (ld.so(8), "Dynamic string tokens").
-fn expand(path: &OsStr, of: &Path) -> Vec<PathBuf> {
-    let origin = of.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes();
-    let lib = system_lib();
-    let platform = std::env::consts::ARCH.as_bytes();
+/// others (ld.so(8), "Dynamic string tokens"). Those that are too long for a path are left out.
+fn expand<'a>(path: &'a OsStr, of: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
+    let origin = of.parent().unwrap_or(Path::new("/")).as_os_str();
+    let tokens = [
+        ("ORIGIN", origin.to_owned()),
+        ("LIB", system_lib().into()),
+        ("PLATFORM", std::env::consts::ARCH.into()),
+    ];
     let directories = path.as_bytes().split(|byte| matches!(byte, b':' | b';'));
-    directories
-        .map(|directory| {
-            let mut text = directory.to_vec();
-            for (token, value) in [
-                ("ORIGIN", origin),
-                ("LIB", lib.as_bytes()),
-                ("PLATFORM", platform),
-            ] {
-                for form in [format!("${{{token}}}"), format!("${token}")] {
-                    text = replace(&text, form.as_bytes(), value);
-                }
+    directories.filter_map(move |directory| {
+        let mut text = directory.to_vec();
+        for (token, value) in &tokens {
+            for form in [format!("${{{token}}}"), format!("${token}")] {
+                text = replace(&text, form.as_bytes(), value.as_bytes())?;
             }
-            match text.is_empty() {
-                true => PathBuf::from("."),
-                false => PathBuf::from(OsString::from_vec(text)),
-            }
+        }
+        Some(match text.is_empty() {
+            true => PathBuf::from("."),
+            false => PathBuf::from(OsString::from_vec(text)),
         })
-        .collect()
+    })
 }
 
-fn replace(text: &[u8], what: &[u8], by: &[u8]) -> Vec<u8> {
-    let mut result = Vec::with_capacity(text.len());
+/// None where it would be too long for a path.
+fn replace(text: &[u8], what: &[u8], by: &[u8]) -> Option<Vec<u8>> {
+    let mut result = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
         match rest.strip_prefix(what) {
@@ -227,8 +326,11 @@ fn replace(text: &[u8], what: &[u8], by: &[u8]) -> Vec<u8> {
                 rest = &rest[1..];
             }
         }
+        if result.len() > MAX_PATH {
+            return None;
+        }
     }
-    result
+    Some(result)
 }
 
 /// `/etc/ld.so.cache`: where the system's libraries are.
@@ -282,7 +384,9 @@ mod tests {
     #[test]
     fn our_own_libraries_are_those_that_we_map() {
         let own = Code::open(Path::new("/proc/self/exe")).unwrap();
-        let found = closure(own, &Search::default());
+        let mut linker = Linker::new(Search::default());
+        let found = linker.closure(own);
+        assert!(!linker.gave_up);
         assert_eq!(found.missing, Vec::<OsString>::new());
         // Other tests may have had more of them loaded.
         let mapped: Vec<PathBuf> = crate::target::mapped_files(std::process::id())
@@ -298,10 +402,38 @@ mod tests {
         assert!(names.into_iter().all(is_there), "{paths:?}");
     }
 
+    /// As many names, and directories for each, as a file can hold.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn there_is_an_end_to_looking() {
+        let names: Vec<u8> = (0..3000)
+            .flat_map(|number| format!("{number:x}\0").into_bytes())
+            .collect();
+        let ends = (0..names.len()).filter(|at| names[*at] == 0);
+        let needed: Vec<u64> = ends.map(|at| at as u64 - 1).collect();
+        let open = |directories: usize| {
+            let strings = [names.clone(), b"/x:".repeat(directories), vec![0]].concat();
+            let bytes = elf::tests::library(&strings, &needed, names.len() as u64);
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), bytes).unwrap();
+            let mut linker = Linker::new(Search::default());
+            let closure = linker.closure(Code::open(file.path()).unwrap());
+            assert_eq!(closure.files.len(), 1);
+            (linker.gave_up, linker.tried)
+        };
+        // Of 3000 names that end alike, 16 are different.
+        let (gave_up, tried) = open(2);
+        assert!(!gave_up && tried < 1000, "{tried}");
+        for directories in [1000, 20_000] {
+            let (gave_up, tried) = open(directories);
+            assert!(gave_up && tried < 5000, "{tried}");
+        }
+    }
+
     #[test]
     fn words_of_search_paths() {
         let of = Path::new("/opt/llama/bin/llama-cli");
-        let expanded = |path: &str| expand(OsStr::new(path), of);
+        let expanded = |path: &str| expand(OsStr::new(path), of).collect::<Vec<_>>();
         assert_eq!(
             expanded("$ORIGIN:${ORIGIN}/../lib:"),
             ["/opt/llama/bin", "/opt/llama/bin/../lib", "."].map(PathBuf::from)

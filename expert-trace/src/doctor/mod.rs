@@ -4,6 +4,7 @@
 //! (`coverage`, `placement`), and told by one writer each for people and for programs. `doctor` and
 //! the `--dry-run` of `run` and `attach` are the same.
 
+mod age;
 mod coverage;
 mod elf;
 mod linker;
@@ -94,12 +95,21 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
     Ok(tell(&subject, form, None)?.exit_status())
 }
 
-/// Answers a `--dry-run`, in which nothing is traced. `untraced` says why nothing would be.
+/// Why nothing would be recorded of a target, whatever it is.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// Why.
+    pub why: String,
+    /// What to change.
+    pub fix: &'static str,
+}
+
+/// Answers a `--dry-run`, in which nothing is traced.
 ///
 /// # Errors
 /// When the answer cannot be written.
-pub fn dry_run(subject: &Subject<'_>, untraced: Option<&str>) -> anyhow::Result<Answer> {
-    tell(subject, Form::Text, untraced)
+pub fn dry_run(subject: &Subject<'_>, refusal: Option<&Refusal>) -> anyhow::Result<Answer> {
+    tell(subject, Form::Text, refusal)
 }
 
 #[derive(Clone, Copy)]
@@ -108,8 +118,8 @@ enum Form {
     Json,
 }
 
-fn tell(subject: &Subject<'_>, form: Form, untraced: Option<&str>) -> anyhow::Result<Answer> {
-    let report = examine(subject, untraced);
+fn tell(subject: &Subject<'_>, form: Form, refusal: Option<&Refusal>) -> anyhow::Result<Answer> {
+    let report = examine(subject, refusal);
     let written = match form {
         Form::Text => {
             let mut text = String::new();
@@ -127,7 +137,7 @@ fn tell(subject: &Subject<'_>, form: Form, untraced: Option<&str>) -> anyhow::Re
     Ok(report.answer)
 }
 
-fn examine(subject: &Subject<'_>, untraced: Option<&str>) -> Report {
+fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
     let purpose = match subject {
         Subject::Process { .. } => Purpose::Attach,
         Subject::Command(command) if command.account.uid != geteuid() => Purpose::RunAsOther,
@@ -135,9 +145,8 @@ fn examine(subject: &Subject<'_>, untraced: Option<&str>) -> Report {
     };
     let machine = machine::Facts::gather(purpose);
     let mut checks = machine.checks(&as_root(subject));
-    if let Some(why) = untraced {
-        let fix = "unset the variables LLAMA_EXPERT_TRACE_…, or give -o, --log or --top";
-        checks.push(Check::no("recording", why, fix));
+    if let Some(Refusal { why, fix }) = refusal {
+        checks.push(Check::no("recording", why, *fix));
     }
     let survey = match subject {
         Subject::Machine => None,

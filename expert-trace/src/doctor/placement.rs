@@ -1,9 +1,12 @@
 //! Where llama.cpp will keep routers and experts, by the options of a command line and its
 //! environment, as common/arg.cpp and `llama_model_base::load_tensors` of b11434 have it. Pure.
 
-use std::ffi::{OsStr, OsString};
+use std::{
+    ffi::{OsStr, OsString},
+    sync::LazyLock,
+};
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 
 use crate::router_on_cpu;
 
@@ -30,10 +33,32 @@ enum Offloaded {
 /// Tensors that go to a buffer type of their own.
 #[derive(Clone, Debug)]
 struct Override {
-    /// Searched for in the names of tensors; none when its syntax is not known here.
-    pattern: Option<Regex>,
+    tensors: Tensors,
     place: Place,
 }
+
+/// Which tensors an override is about.
+#[derive(Clone, Debug)]
+enum Tensors {
+    /// Those in whose names it is found.
+    Named(Regex),
+    /// Experts of so many first layers.
+    ExpertsBelow(u32),
+    /// Its syntax is not known here, or it is too large.
+    Unknown,
+}
+
+impl Tensors {
+    fn named(pattern: &str) -> Self {
+        let regex = RegexBuilder::new(pattern).size_limit(MAX_REGEX).build();
+        regex.map_or(Self::Unknown, Self::Named)
+    }
+}
+
+/// Most overrides that are kept; what comes after them is not known.
+const MAX_OVERRIDES: usize = 256;
+/// Bytes of a compiled pattern. One that names each layer of a large model takes less.
+const MAX_REGEX: usize = 64 << 10;
 
 /// Options that decide about places.
 #[derive(Clone, Debug)]
@@ -49,8 +74,16 @@ pub struct Options {
     overrides: Vec<Override>,
 }
 
-/// common/common.h, `LLM_FFN_EXPS_REGEX`.
-const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps";
+/// common/common.h, `LLM_FFN_EXPS_REGEX`, behind the layer.
+static EXPERTS: LazyLock<Regex> = LazyLock::new(|| {
+    const PATTERN: &str = r"^blk\.([0-9]+)\.ffn_(up|down|gate|gate_up)_(ch|)exps";
+    Regex::new(PATTERN).expect("a pattern that the tests use")
+});
+
+/// Layer of a tensor with experts.
+fn layer_of_experts(tensor: &str) -> Option<u32> {
+    EXPERTS.captures(tensor)?.get(1)?.as_str().parse().ok()
+}
 
 impl Options {
     /// Reads them. Of options that are given again the last one counts, and options count more than
@@ -102,33 +135,42 @@ impl Options {
             "--rpc" => self.rpc = true,
             "--op-offload" => self.op_offload = true,
             "--no-op-offload" => self.op_offload = false,
-            "-cmoe" | "--cpu-moe" => self.keep_on_host(EXPERTS),
-            "-ncmoe" | "--n-cpu-moe" => {
-                for layer in 0..value.parse().unwrap_or(0).min(MAX_LAYERS) {
-                    self.keep_on_host(&format!(r"blk\.{layer}{EXPERTS}"));
-                }
-            }
+            "-cmoe" | "--cpu-moe" => self.keep_experts_on_host(u32::MAX),
+            // What is no number ends llama.cpp.
+            "-ncmoe" | "--n-cpu-moe" => self.keep_experts_on_host(value.parse().unwrap_or(0)),
             "-ot" | "--override-tensor" => {
-                let overrides = value.split(',').filter_map(|item| item.split_once('='));
-                self.overrides
-                    .extend(overrides.map(|(pattern, buffer)| Override {
-                        pattern: Regex::new(pattern).ok(),
-                        // A device's host buffer is the host's memory.
-                        place: match buffer == "CPU" || buffer.ends_with("_Host") {
-                            true => Place::Host,
-                            false => Place::Device,
-                        },
-                    }));
+                for (pattern, buffer) in value.split(',').filter_map(|of| of.split_once('=')) {
+                    if self.overrides.len() > MAX_OVERRIDES {
+                        break;
+                    }
+                    // A device's host buffer is the host's memory.
+                    let on_host = buffer == "CPU" || buffer.ends_with("_Host");
+                    let place = if on_host { Place::Host } else { Place::Device };
+                    self.override_tensors(Tensors::named(pattern), place);
+                }
             }
             _ => {}
         }
     }
 
-    fn keep_on_host(&mut self, pattern: &str) {
-        self.overrides.push(Override {
-            pattern: Regex::new(pattern).ok(),
-            place: Place::Host,
-        });
+    fn keep_experts_on_host(&mut self, layers: u32) {
+        let are_kept =
+            |of: &Override| matches!(of.tensors, Tensors::ExpertsBelow(of) if of >= layers);
+        if !self.overrides.iter().any(are_kept) {
+            self.override_tensors(Tensors::ExpertsBelow(layers), Place::Host);
+        }
+    }
+
+    fn override_tensors(&mut self, tensors: Tensors, place: Place) {
+        let further = match self.overrides.len() {
+            0..MAX_OVERRIDES => Override { tensors, place },
+            MAX_OVERRIDES => Override {
+                tensors: Tensors::Unknown,
+                place: Place::Unknown,
+            },
+            _ => return,
+        };
+        self.overrides.push(further);
     }
 
     /// Whether the program is told to use no device.
@@ -162,19 +204,19 @@ impl Options {
         if !self.understood {
             return None;
         }
-        for of in &self.overrides {
-            match &of.pattern {
-                Some(pattern) if !pattern.is_match(tensor) => {}
-                Some(_) => return Some(of.place),
-                None => return Some(Place::Unknown),
-            }
-        }
-        None
+        let overrides = self.overrides.iter();
+        overrides
+            .map(|of| match &of.tensors {
+                Tensors::Named(pattern) => pattern.is_match(tensor).then_some(of.place),
+                Tensors::ExpertsBelow(layers) => {
+                    let is_below = layer_of_experts(tensor).is_some_and(|of| of < *layers);
+                    is_below.then_some(of.place)
+                }
+                Tensors::Unknown => Some(Place::Unknown),
+            })
+            .find_map(|place| place)
     }
 }
-
-/// Twice `LLAMA_MAX_LAYERS` of b11434, as [`crate::gguf`] has it.
-const MAX_LAYERS: u32 = 1024;
 
 /// Variables that stand for options, in the order in which they are taken.
 const VARIABLES: &[(&str, &str)] = &[
@@ -231,6 +273,15 @@ mod tests {
         // A syntax that only ECMAScript has.
         assert_eq!(place("llama-cli -ot (?!blk)=CPU", UP), Some(Unknown));
         assert_eq!(place("python3 --cpu-moe", UP), None);
+        // Each is void after one that names more layers.
+        let text = format!("llama-cli{}", " -ncmoe 1024 -cmoe -ncmoe 3".repeat(3000));
+        assert_eq!(options(&text).overrides.len(), 2);
+        let large = "llama-cli -ot ((a{99}){99}){99}=CPU";
+        assert_eq!(place(large, UP), Some(Unknown));
+        let other = " -ot blk.9=CPU".repeat(MAX_OVERRIDES);
+        assert_eq!(place(&format!("llama-cli{other}"), UP), None);
+        let text = format!("llama-cli{other} --cpu-moe");
+        assert_eq!(options(&text).overridden(UP), Some(Unknown));
     }
 
     #[test]

@@ -12,8 +12,9 @@ use std::{
 use object::read::ReadCache;
 
 use super::{
+    age::{self, Age},
     elf::{self, Anatomy},
-    linker::{self, Code, Search},
+    linker::{Code, Linker, Search},
     placement::Options,
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
@@ -101,7 +102,7 @@ impl Survey {
                 path: shown,
                 build_id,
                 loaded,
-                is_static: anatomy.dynamic.is_none(),
+                is_static: anatomy.is_static(),
                 stripped: !anatomy.symtab,
                 devices: anatomy.devices.iter().map(|of| (*of).to_owned()).collect(),
             });
@@ -142,7 +143,7 @@ impl Survey {
         self.plan.of(Hook::ExpertIds).map(declared_layout).collect()
     }
 
-    /// Looks for the functions that show expert ids.
+    /// Looks for the functions that show expert ids, and for what the layout is.
     fn check_functions(&mut self, otherwise: impl FnOnce(&Self) -> Check) {
         let showing: Vec<&Probe> = self.plan.of(Hook::ExpertIds).collect();
         let certain = self.plan.probes[..self.certain].iter();
@@ -172,6 +173,7 @@ impl Survey {
 
 const PROGRAM: &str = "program";
 const FUNCTIONS: &str = "functions";
+const LAYOUT: &str = "layout";
 const MODEL: &str = "model";
 
 fn count(number: usize, what: &str) -> String {
@@ -187,18 +189,54 @@ fn declared_layout(probe: &Probe) -> Layout {
     Layout::new(probe.declared, None)
 }
 
+/// Whether the layout of ggml's structs is one that the probes know: the worst of all libraries.
 fn check_layout(showing: &[&Probe]) -> Check {
-    let declared = showing.iter().map(|probe| declared_layout(probe));
-    let declared: Vec<&str> = declared
-        .filter(|layout| layout.found_by.is_some())
-        .map(|layout| layout.builds.unwrap_or("of no known build"))
-        .collect();
-    let finding = match declared.as_slice() {
-        [] => "of ggml_tensor: names of the first tensors show it, and none is assumed before"
-            .to_owned(),
-        builds => format!("of ggml_tensor: declared by DWARF ({})", builds.join(", ")),
-    };
-    Check::yes("layout", finding)
+    let checks = showing.iter().map(|probe| check_layout_of(probe));
+    let worst = checks.reduce(|worst, next| match next.answer > worst.answer {
+        true => next,
+        false => worst,
+    });
+    worst.unwrap_or_else(|| Check::yes(LAYOUT, "no library needs one"))
+}
+
+fn check_layout_of(probe: &Probe) -> Check {
+    const TRACE_IT: &str = "trace it: the summary says whether the layout is known";
+    let shown = printable(probe.file.as_ref());
+    let layout = declared_layout(probe);
+    match (layout.found_by, layout.builds) {
+        (Some(_), Some(builds)) => {
+            let finding = format!("of ggml_tensor: declared by DWARF ({builds})");
+            return Check::yes(LAYOUT, finding);
+        }
+        (Some(_), None) => {
+            let finding = format!(
+                "of ggml_tensor: DWARF in {shown} declares one of no known build, which is read for \
+                 routers on the CPU alone"
+            );
+            return Check::could_not_tell(LAYOUT, finding, TRACE_IT);
+        }
+        (None, _) => {}
+    }
+    match open_regular(&probe.attach_path).and_then(|file| age::of(&file)) {
+        Ok(Age::Known) => Check::yes(
+            LAYOUT,
+            "of ggml_tensor: of b3209 or newer, by the words of its code; names of the first tensors \
+             show which, and none is assumed before",
+        ),
+        Ok(Age::TooOld) => Check::no(
+            LAYOUT,
+            format!("ggml in {shown} is older than b3209, by the words of its code"),
+            "a build of b3209 (2024-06-24) or newer, or one with DWARF (-g)",
+        ),
+        Ok(Age::Unknown) => Check::could_not_tell(
+            LAYOUT,
+            format!("nothing in {shown} says whether its ggml is of b3209 or newer"),
+            TRACE_IT,
+        ),
+        Err(error) => {
+            Check::could_not_tell(LAYOUT, format!("cannot read {shown}: {error}"), TRACE_IT)
+        }
+    }
 }
 
 fn planned(probe: &Probe) -> Planned {
@@ -316,11 +354,11 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
         }
     };
     let directory = program.path.parent().map(Path::to_owned);
-    let search = Search {
+    let mut linker = Linker::new(Search {
         library_path: environment.get("LD_LIBRARY_PATH").map(Into::into),
         preload: environment.get("LD_PRELOAD").map(Into::into),
-    };
-    let mut closure = linker::closure(program, &search);
+    });
+    let mut closure = linker.closure(program);
     let files = closure.files.len();
     for code in &closure.files {
         add_code(survey, code, Loaded::AtStart);
@@ -331,15 +369,24 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
     {
         let mut backends = backends(&directory);
         backends.extend(self::backends(Path::new(".")));
+        backends.extend(environment.get("GGML_BACKEND_PATH").map(PathBuf::from));
+        linker.gave_up |= backends.len() > MAX_BACKENDS;
+        backends.truncate(MAX_BACKENDS);
         let backends = backends.iter().filter_map(|path| Code::open(path).ok());
-        for code in backends.flat_map(|code| linker::closure(code, &search).files) {
+        for code in backends.flat_map(|code| linker.closure(code).files) {
             if !closure.files.iter().any(|known| known.is(&code)) {
                 add_code(survey, &code, Loaded::Perhaps);
                 closure.files.push(code);
             }
         }
     }
-    survey.checks.push(if closure.missing.is_empty() {
+    survey.checks.push(if linker.gave_up {
+        Check::could_not_tell(
+            PROGRAM,
+            format!("{shown} asks for more libraries, or in more directories, than are looked at"),
+            "start it, if you trust it, and: sudo expert-trace doctor --pid PID",
+        )
+    } else if closure.missing.is_empty() {
         let finding = match files - 1 {
             0 => shown,
             libraries => format!("{shown}, with {libraries} libraries"),
@@ -368,8 +415,12 @@ fn add_code(survey: &mut Survey, code: &Code, loaded: Loaded) {
     survey.add(&code.path, &code.anatomy, build_id, loaded);
 }
 
+/// Most backends that are looked at. ggml has some dozens, each for some processors or a device.
+const MAX_BACKENDS: usize = 256;
+
 /// Backends in a directory, in the order of their names. ggml looks for them beside the executable and in
-/// the current directory (`ggml_backend_load_best` in ggml/src/ggml-backend-reg.cpp).
+/// the current directory (`ggml_backend_load_best` in ggml/src/ggml-backend-reg.cpp), and loads the one
+/// that the variable `GGML_BACKEND_PATH` names.
 fn backends(directory: &Path) -> Vec<PathBuf> {
     let is_backend = |name: &OsStr| {
         let name = name.to_string_lossy();

@@ -20,7 +20,7 @@ use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat},
     sys::stat::Mode,
-    unistd::{Gid, UnlinkatFlags, fchown, geteuid, linkat, unlinkat},
+    unistd::{AccessFlags, Gid, UnlinkatFlags, faccessat, fchown, geteuid, linkat, unlinkat},
 };
 
 use crate::target::printable;
@@ -123,6 +123,15 @@ impl Location {
                 printable(&self.shown_directory)
             ),
         ))
+    }
+
+    /// Whether a file can be created here.
+    pub(super) fn check_writable(&self) -> io::Result<()> {
+        let directory = format!("/proc/self/fd/{}", self.directory.as_raw_fd());
+        let flags = AccessFlags::W_OK | AccessFlags::X_OK;
+        // With the rights of the calling thread, which are not those of the process.
+        faccessat(AT_FDCWD, directory.as_str(), flags, AtFlags::AT_EACCESS)
+            .map_err(|error| no_file_in(&self.shown_directory, &error.into()))
     }
 
     pub(super) fn remove(&self, name: &OsString) -> io::Result<()> {

@@ -184,15 +184,10 @@ impl LogFile {
             return Self::in_place(file, output);
         }
         let file = account.with_rights(|| {
-            let location = match find(path)? {
+            let location = match Self::find(path, output)? {
                 Found::Special(file) => return Ok(Err(file)),
                 Found::File(location) => location,
             };
-            if let Some(output) = output
-                && output.is_at(&location)?
-            {
-                return Err(same_as_output());
-            }
             let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let name = location.name.as_os_str();
             let file = openat(&location.directory, name, flags, NEW_FILE)
@@ -206,6 +201,32 @@ impl LogFile {
             }),
             Err(file) => Self::in_place(file, output),
         }
+    }
+
+    /// Whether it could be opened, without creating it.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open).
+    pub fn check(path: &Path, account: &Account, output: Option<&Output>) -> io::Result<()> {
+        if let Some(file) = inherited(path, &Inherited::ours())? {
+            return Self::in_place(file, output).map(drop);
+        }
+        account.with_rights(|| match Self::find(path, output)? {
+            Found::Special(file) => Self::in_place(file, output).map(drop),
+            Found::File(location) if location.existing.is_some() => Ok(()),
+            Found::File(location) => location.check_writable(),
+        })
+    }
+
+    fn find(path: &Path, output: Option<&Output>) -> io::Result<Found> {
+        let found = find(path)?;
+        if let Found::File(location) = &found
+            && let Some(output) = output
+            && output.is_at(location)?
+        {
+            return Err(same_as_output());
+        }
+        Ok(found)
     }
 
     fn in_place(file: File, output: Option<&Output>) -> io::Result<Self> {

@@ -188,6 +188,27 @@ fn refusals() {
         assert!(text.contains("-o stats-%p.json"), "{text}");
         assert!(!place.exists());
     }
+    let dry = library
+        .attach(&["--dry-run", "-o", output])
+        .output()
+        .unwrap();
+    assert_eq!(dry.status.code(), Some(1), "{}", said(&dry));
+    let told = String::from_utf8_lossy(&dry.stdout);
+    assert_eq!(told.matches("2 processes map").count(), 2, "{told}");
+
+    // What they map has been replaced since: only the kernel has a path for it.
+    let copy = library.at("copy");
+    fs::copy(&mapped, &copy).unwrap();
+    fs::rename(&copy, &mapped).unwrap();
+    let text = library.refusal(name, &[]);
+    assert!(text.contains("replaced or deleted"), "{text}");
+    let words = text.split([' ', ',']);
+    let here = words.into_iter().find(|word| word.contains("/map_files/"));
+    let mut command = tracer::command().unwrap();
+    command.args(["attach", "--all", "-d", "10ms", "--top=0", "--library"]);
+    let output = command.arg(here.unwrap()).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(said(&output).matches("is traced").count(), 2);
     drop(targets);
 }
 

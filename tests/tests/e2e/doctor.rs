@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     errors::{Idle, errno, foreign_program, nobpf, under, with_capabilities},
-    layouts::compile,
+    layouts::{compile, compile_to},
     support::{dense, driver, known_small, llama, prebuilt, scratch},
 };
 
@@ -245,11 +245,13 @@ fn targets_that_cannot_be_traced() {
     let answer = Answer::to_files(&["--binary", foreign.to_str().unwrap()]);
     answer.assert_check("program", "no", &["Riscv64"]);
 
-    let (_directory, program) = compile("standin.c", &["-static", "-s"]);
-    let answer = Answer::to_files(&["--binary", program.to_str().unwrap()]);
-    answer.assert_check("functions", "no", &["contains llama.cpp without symbols"]);
-    assert_eq!(answer.0["target"]["files"][0]["static"], true);
-    assert_eq!(answer.0["target"]["files"][0]["stripped"], true);
+    for linked in ["-static", "-static-pie"] {
+        let (_directory, program) = compile("standin.c", &[linked, "-s"]);
+        let answer = Answer::to_files(&["--binary", program.to_str().unwrap()]);
+        answer.assert_check("functions", "no", &["contains llama.cpp without symbols"]);
+        assert_eq!(answer.0["target"]["files"][0]["static"], true, "{linked}");
+        assert_eq!(answer.0["target"]["files"][0]["stripped"], true);
+    }
 
     // A program that is not llama.cpp, and may load it: nothing is expected of its model's layers.
     let mut launcher = Command::new("/bin/sh");
@@ -265,6 +267,75 @@ fn targets_that_cannot_be_traced() {
     let mut unnamed = Command::new(llama().program("llama-completion"));
     let answer = Answer::to_files_of(unnamed.args(["-p", "Hello"]));
     answer.assert_check("model", "could_not_tell", &["-m FILE"]);
+}
+
+/// Without DWARF, words in the code tell a layout that is read from an older one.
+#[test]
+fn what_is_too_old_is_told() {
+    let directory = scratch();
+    let [source, program] = ["words.c", "program"].map(|name| directory.path().join(name));
+    let since = "cplan->work_size == 0 || cplan->work_data != NULL";
+    for (words, answer, told) in [
+        (since, "yes", "b3209 or newer"),
+        (
+            "perf_total_per_op_us[%16s] = %7.3f ms",
+            "no",
+            "older than b3209",
+        ),
+        ("nothing", "could_not_tell", "trace it"),
+    ] {
+        fs::write(&source, format!("const char words[] = {words:?};")).unwrap();
+        let sources = ["standin.c", source.to_str().unwrap()];
+        compile_to(&program, &sources, &[]);
+        let of_program = Answer::to_files(&["--binary", program.to_str().unwrap()]);
+        of_program.assert_check("layout", answer, &[told]);
+    }
+}
+
+/// As ld.so does: search paths of who had a library loaded, names that libraries give themselves, and
+/// preloads that are not there.
+#[test]
+fn libraries_are_found_as_they_are_loaded() {
+    let directory = scratch();
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    fs::create_dir(at("lib")).unwrap();
+    let build = |name: &str, source: &str, flags: &[&str]| {
+        fs::write(at("source.c"), source).unwrap();
+        compile_to(at(name).as_ref(), &[&at("source.c")], flags);
+        at(name)
+    };
+    let own = build(
+        "own.so",
+        "int own() { return 0; }",
+        &["-shared", "-Wl,-soname,libown.so"],
+    );
+    // libfar.so is found by the search path of who has libnear.so loaded.
+    let here = format!("-L{}", at("lib"));
+    build("lib/libfar.so", "int far() { return 0; }", &["-shared"]);
+    let near = "int far(); int near() { return far(); }";
+    build("lib/libnear.so", near, &["-shared", &here, "-lfar"]);
+    let middle = "int near(); int middle() { return near(); }";
+    let rpath = [
+        "-shared",
+        &here,
+        "-lnear",
+        "-Wl,--disable-new-dtags,-rpath,$ORIGIN/lib",
+    ];
+    let middle = build("libmiddle.so", middle, &rpath);
+    let main = "int middle(), own(); int main() { return middle() + own(); }";
+    let program = build(
+        "program",
+        main,
+        &[&middle, &own, "-Wl,--allow-shlib-undefined"],
+    );
+
+    let mut command = Command::new(&program);
+    let answer = Answer::to_files_of(&command);
+    answer.assert_check("program", "no", &["needs libown.so, which"]);
+    command.env("LD_PRELOAD", format!("{own}:no-such-library.so"));
+    assert!(command.status().unwrap().success());
+    let answer = Answer::to_files_of(&command);
+    answer.assert_check("program", "yes", &[]);
 }
 
 /// A backend that lies beside the program: ggml loads it by itself, or not.
@@ -293,6 +364,19 @@ fn what_may_be_loaded_is_told() {
     let hooks = target["possible_hooks"].as_array().unwrap();
     let of_backend = |hook: &&Value| hook["file"] == backend["path"];
     assert!(hooks.iter().filter(of_backend).count() >= 3, "{hooks:#?}");
+    // One that a variable names.
+    let mut named = Command::new(llama().program("llama-completion"));
+    named.env(
+        "GGML_BACKEND_PATH",
+        prebuilt().cuda_libraries.join("libggml-cuda.so"),
+    );
+    let answer_to_named = Answer::to_files_of(&named);
+    let files = answer_to_named.0["target"]["files"].as_array().unwrap();
+    let is_cuda = |file: &&Value| file["devices"] == json!(["cuda"]);
+    assert_eq!(
+        files.iter().find(is_cuda).unwrap()["loaded"],
+        "may_be_loaded"
+    );
     // Found by CUDA's own functions, which are called by pointer.
     let routes = json!(["split_input", "fetch"]);
     assert_eq!(target["coverage"][0]["routes"], routes, "{target:#}");
@@ -387,6 +471,19 @@ fn a_dry_run_starts_nothing() {
     let output = dry.env("LLAMA_EXPERT_TRACE_STATS", "0").output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(stdout(&output).contains("would run untraced"));
+
+    for place in ["-o/no/such/directory/x", "--log=/no/such/directory/x"] {
+        let dry = tracer::run(&["--dry-run", place], &command)
+            .unwrap()
+            .output();
+        let output = dry.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let said = stdout(&output);
+        assert!(
+            said.contains("there is no directory /no/such/directory"),
+            "{said}"
+        );
+    }
 
     let target = Idle::plain();
     let mut attach = tracer::command().unwrap();

@@ -282,12 +282,14 @@ impl Capture {
                 self.problem(changed.to_string());
             }
         }
+        // What begins after we have said so is traced.
+        let probed_ns = monotonic_ns();
         names.dedup();
         for name in &names {
             let name = target::printable(name.as_ref());
             say!("{name} was loaded, and is traced from now on");
         }
-        self.model.libraries_probed(names, monotonic_ns());
+        self.model.libraries_probed(names, probed_ns);
     }
 }
 

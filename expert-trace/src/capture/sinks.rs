@@ -1,7 +1,9 @@
 //! Where results go: opened before anything is traced, so that a bad place fails at once.
 
 use std::{
+    fs,
     io::{self, BufWriter, Write},
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
 };
 
@@ -64,14 +66,23 @@ fn check(
     account: &Account,
     pid: u32,
 ) -> anyhow::Result<()> {
+    // To open a FIFO would let its reader go on, or make us wait for one.
+    let is_fifo = |path: &Path| {
+        let metadata = account.with_rights(|| fs::metadata(path));
+        metadata.is_ok_and(|metadata| metadata.file_type().is_fifo())
+    };
     let mut output = None;
-    if let Some(path) = &wanted.output {
-        let path = pattern::of_process(path, pid);
+    if let Some(path) = &wanted.output
+        && let path = pattern::of_process(path, pid)
+        && !is_fifo(&path)
+    {
         // What it creates has no name, or goes with it.
         output = Some(Output::create(&path, account).with_context(|| failed(&path))?);
     }
-    if let Some(Some(path)) = &recording.log {
-        let path = pattern::of_process(path, pid);
+    if let Some(Some(path)) = &recording.log
+        && let path = pattern::of_process(path, pid)
+        && !is_fifo(&path)
+    {
         LogFile::check(&path, account, output.as_ref()).with_context(|| failed(&path))?;
     }
     Ok(())

@@ -271,6 +271,8 @@ pub struct Change {
     pub stale: Option<FileId>,
     /// Probes to attach.
     pub probes: Vec<Probe>,
+    /// Why a file is passed over that has functions to probe.
+    pub refusal: Option<String>,
 }
 
 impl Plan {
@@ -355,11 +357,13 @@ impl Plan {
         if known.is_some_and(|known| known.written == written && known.file == before) {
             return Ok(Change::default());
         }
+        let mut refusal = None;
         let elf = look_up(file).unwrap_or_else(|error| {
             let shown = printable(shown);
             match error {
-                // It would have been traced.
-                SymbolError::TooMany { .. } => say!("warning: {shown} is not traced: {error}"),
+                SymbolError::TooMany { .. } => {
+                    refusal = Some(format!("{shown} is not traced: {error}"));
+                }
                 _ => tracing::debug!("{shown}: {error}"),
             }
             symbols::Elf::default()
@@ -386,7 +390,10 @@ impl Plan {
                 );
                 // It has another name, its time was changed, or the same was written again.
                 if same {
-                    return Ok(Change::default());
+                    return Ok(Change {
+                        refusal,
+                        ..Change::default()
+                    });
                 }
                 ((!old.is_empty()).then_some(id), id)
             }
@@ -394,7 +401,10 @@ impl Plan {
                 let file = (!places.is_empty()).then_some(FileId(self.files.len()));
                 self.looked_at.insert(inode, LookedAt { written, file });
                 let Some(id) = file else {
-                    return Ok(Change::default());
+                    return Ok(Change {
+                        refusal,
+                        ..Change::default()
+                    });
                 };
                 self.files.push(Probed {
                     inode,
@@ -411,6 +421,7 @@ impl Plan {
         Ok(Change {
             stale,
             probes: self.probes[first..].to_vec(),
+            refusal,
         })
     }
 

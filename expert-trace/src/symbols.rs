@@ -142,7 +142,7 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
 }
 
 /// What `object` takes for a function that is defined here.
-fn defines_function(symbol: &Sym64<Endianness>, endian: Endianness) -> bool {
+pub fn defines_function(symbol: &Sym64<Endianness>, endian: Endianness) -> bool {
     let section = symbol.st_shndx(endian);
     symbol.st_type() == STT_FUNC
         && section != SHN_UNDEF
@@ -150,7 +150,7 @@ fn defines_function(symbol: &Sym64<Endianness>, endian: Endianness) -> bool {
 }
 
 /// Names of symbols, which may overlap: they are read in pieces of the table that contains them.
-struct Strings<R> {
+pub struct Strings<R> {
     data: R,
     start: u64,
     end: u64,
@@ -162,7 +162,8 @@ struct Strings<R> {
 const PIECE: u64 = 1 << 20;
 
 impl<'data, R: ReadRef<'data>> Strings<R> {
-    fn of(
+    /// Those of a symbol table, in which only these names matter.
+    pub fn of(
         file: &ElfFile64<'data, Endianness, R>,
         symbols: &SymbolTable<'data, FileHeader64<Endianness>, R>,
         names: &[&str],
@@ -180,7 +181,10 @@ impl<'data, R: ReadRef<'data>> Strings<R> {
 
     /// A name without its version: `name@@VERSION` in `.symtab` is the same function. `None` when it is
     /// longer than all that matter.
-    fn name(&self, offset: u32) -> Result<Option<&'data [u8]>, SymbolError> {
+    ///
+    /// # Errors
+    /// When the table cannot be read, or no more of the file.
+    pub fn name(&self, offset: u32) -> Result<Option<&'data [u8]>, SymbolError> {
         let Self {
             data,
             start,

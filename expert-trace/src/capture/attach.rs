@@ -158,7 +158,14 @@ impl Loaded {
                 error => bail!(error),
             }
         }
-        for probe in changes.into_iter().flat_map(|change| change.probes) {
+        let mut probes = Vec::new();
+        for change in changes {
+            if let Some(refusal) = change.refusal {
+                capture.problem(refusal);
+            }
+            probes.extend(change.probes);
+        }
+        for probe in probes {
             let attached = capture.session.attach(&probe);
             diagnosis::unless_ended(pid.get(), attached)?;
             diagnosis::check_probe(pid.get(), &files, &probe)?;

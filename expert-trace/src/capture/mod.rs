@@ -8,7 +8,7 @@ mod sinks;
 mod targets;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io::{self, Write as _},
     num::NonZeroU32,
     time::{Duration, Instant, SystemTime},
@@ -132,6 +132,9 @@ impl Capture {
 
     /// Attaches probes. A failure is reported, and the target goes on: it is the user's program.
     fn probe(&mut self, change: Change) {
+        if let Some(refusal) = change.refusal {
+            self.problem(refusal);
+        }
         if let Some(file) = change.stale {
             self.session.detach_file(file);
         }
@@ -349,7 +352,7 @@ impl Capture {
             .map(|context| self.targets.models.indices_of(context.process))
             .collect();
         let models = std::mem::take(&mut self.targets.models).into_files();
-        let not_visible = self.not_visible(&hooks);
+        let not_visible = self.not_visible();
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
@@ -394,17 +397,19 @@ impl Capture {
     }
 
     /// Contexts that computed something, or may have, and of which nothing is counted.
-    fn not_visible(&self, hooks: &[stats::HookStats]) -> Vec<stats::NotVisible> {
-        let reads_ubatches = hooks
-            .iter()
-            .any(|hook| matches!(hook.probe.hook, Hook::Ubatch | Hook::Context) && hook.hits > 0);
+    fn not_visible(&self) -> Vec<stats::NotVisible> {
         let contexts = self.model.contexts().iter();
+        let readable: BTreeSet<u32> = contexts
+            .clone()
+            .filter(|context| context.reads_ubatches())
+            .map(|context| context.process)
+            .collect();
         contexts
             .filter(|context| context.passes == 0)
             .map(|context| stats::NotVisible {
                 pid: self.pid_of(context),
                 count: context.not_visible(Ends::default()),
-                passes_not_known: match reads_ubatches {
+                passes_not_known: match readable.contains(&context.process) {
                     true => context.passes_unread(),
                     false => context.passes_not_known(),
                 },

@@ -3,13 +3,15 @@
 use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
 
 use object::{
-    Endianness, Object as _, ObjectSymbol as _, ReadRef,
+    Endianness, ReadRef,
     elf::{
         DF_1_NODEFLIB, DF_1_PIE, DT_FLAGS_1, DT_NEEDED, DT_NULL, DT_RPATH, DT_RUNPATH, DT_SONAME,
         DT_STRSZ, DT_STRTAB, PT_DYNAMIC, PT_INTERP, PT_LOAD,
     },
-    read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _},
+    read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _, Sym as _},
 };
+
+use crate::symbols::{self, Strings};
 
 /// What the dynamic linker goes by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,6 +82,9 @@ const DEVICES: [(&str, &str); 12] = [
     ("ggml_backend_zdnn_reg", "zdnn"),
 ];
 
+/// By which a program has itself called with what was computed (ggml-backend.cpp).
+const SET_EVAL_CALLBACK: &str = "ggml_backend_sched_set_eval_callback";
+
 /// Looks at a file of this machine's class.
 ///
 /// # Errors
@@ -91,20 +96,28 @@ pub fn look<'data, R: ReadRef<'data>>(data: R) -> object::Result<Anatomy> {
     let mut anatomy = Anatomy {
         dynamic: dynamic(data, endian, headers),
         interpreter: headers.iter().any(|of| of.p_type(endian) == PT_INTERP),
-        symtab: file.symbols().next().is_some(),
+        // The first symbol of every table is none.
+        symtab: file.elf_symbol_table().iter().nth(1).is_some(),
         ..Anatomy::default()
     };
-    for symbol in file.symbols().chain(file.dynamic_symbols()) {
-        let Ok(name) = symbol.name() else { continue };
-        let name = name.split('@').next().unwrap_or(name);
-        if name == "ggml_backend_sched_set_eval_callback" {
-            anatomy.eval_callback = true;
-        }
-        if symbol.is_definition()
-            && let Some((_, device)) = DEVICES.iter().find(|(function, _)| *function == name)
-            && !anatomy.devices.contains(device)
-        {
-            anatomy.devices.push(device);
+    let names = DEVICES.map(|(function, _)| function);
+    let names: Vec<&str> = names.into_iter().chain([SET_EVAL_CALLBACK]).collect();
+    for symbols in [file.elf_symbol_table(), file.elf_dynamic_symbol_table()] {
+        let Some(strings) = Strings::of(&file, symbols, &names) else {
+            continue;
+        };
+        for symbol in symbols.iter() {
+            let Ok(name) = strings.name(symbol.st_name(endian)) else {
+                break;
+            };
+            let is = |wanted: &str| name == Some(wanted.as_bytes());
+            anatomy.eval_callback |= is(SET_EVAL_CALLBACK);
+            if let Some((_, device)) = DEVICES.iter().find(|(function, _)| is(function))
+                && symbols::defines_function(symbol, endian)
+                && !anatomy.devices.contains(device)
+            {
+                anatomy.devices.push(device);
+            }
         }
     }
     Ok(anatomy)

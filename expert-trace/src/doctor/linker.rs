@@ -21,10 +21,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use object::read::ReadCache;
-
 use super::elf::{self, Anatomy, Dynamic};
-use crate::{bounded::Bounded, symbols, target::open_regular};
+use crate::{
+    bounded::{self, Bounded},
+    symbols,
+    target::open_regular,
+};
 
 /// A program or library, open.
 #[derive(Debug)]
@@ -45,7 +47,7 @@ impl Code {
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = open_regular(path)?;
         let anatomy = {
-            let cache = ReadCache::new(&file);
+            let cache = bounded::cache(&file);
             symbols::check_executable(Bounded(&cache)).map_err(io::Error::other)?;
             elf::look(Bounded(&cache)).map_err(io::Error::other)?
         };

@@ -9,8 +9,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use object::read::ReadCache;
-
 use super::{
     age::{self, Age},
     elf::{self, Anatomy},
@@ -19,7 +17,7 @@ use super::{
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
 use crate::{
-    bounded::Bounded,
+    bounded::{self, Bounded},
     caller::{Account, Environment},
     diagnosis::{self, Untraceable},
     gguf::shard_paths,
@@ -529,7 +527,7 @@ pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
 }
 
 fn anatomy(file: &File) -> io::Result<Anatomy> {
-    let cache = ReadCache::new(file);
+    let cache = bounded::cache(file);
     elf::look(Bounded(&cache)).map_err(io::Error::other)
 }
 

@@ -294,14 +294,23 @@ impl Context {
     /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
     /// known. Where ubatches are read, passes without one have no tokens.
     pub fn passes_not_known(&self) -> u64 {
-        let read = self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes;
-        self.unread + if read == 0 { self.silent } else { 0 }
+        let silent = if self.reads_ubatches() {
+            0
+        } else {
+            self.silent
+        };
+        self.unread + silent
     }
 
-    /// The same of a context that belongs to no `llama_context`, in a process whose ubatches are read:
-    /// its graphs are not those of a language model, and have no ubatch.
+    /// The same of a context in a process whose ubatches are read: one whose passes never have any is
+    /// that of other graphs than a language model's.
     pub fn passes_unread(&self) -> u64 {
         self.unread
+    }
+
+    /// Whether the ubatch of any pass was read.
+    pub fn reads_ubatches(&self) -> bool {
+        self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes > 0
     }
 }
 
@@ -616,10 +625,11 @@ impl Model {
 
     /// Whether nothing is missing of the last pass of a context.
     fn is_whole(&self, index: usize, pass: &Pass, end: End) -> bool {
-        if !pass.has_rows() {
-            return true;
-        }
         let context = &self.contexts[index];
+        if !pass.has_rows() {
+            // It may have been cut before its first layer with experts.
+            return end == End::Exited || context.layers.is_empty();
+        }
         if context.layer_order && !self.options.from_start && !context.worked {
             // A scheduler's pass whose beginning we missed looks the same.
             return false;

@@ -667,7 +667,7 @@ fn nextn_blocks_run_in_passes_of_their_own() {
     assert_eq!(context.coverage(4, ends), Coverage::Observed);
     assert_eq!(context.coverage(5, ends), Coverage::Observed);
 
-    let model = run(FROM_START, facts, &passes(&[]), End::Cut);
+    let model = run(FROM_START, facts, &passes(&[]), End::Exited);
     let context = &model.contexts()[0];
     assert_eq!(context.not_visible(ends).passes, 1);
     assert_eq!(context.coverage(4, ends), Coverage::PartlyObserved);
@@ -769,4 +769,25 @@ fn ubatches_that_could_not_be_read_are_no_coverage() {
     let context = &model.contexts()[0];
     assert_eq!((context.passes, context.passes_not_known()), (2, 1));
     assert_eq!(context.coverage(0, Ends::default()), Coverage::NotKnown);
+}
+
+/// A pass that was cut before its first layer with experts is no evidence of routing out of sight, where
+/// others were seen.
+#[test]
+fn a_pass_that_was_cut_early_is_not_out_of_sight() {
+    let decode = [(7, 0, true)];
+    let pass = |number, layers| TestPass {
+        number,
+        ubatch: &decode,
+        layers,
+        ..TestPass::default()
+    };
+    let seen: &[(u16, &[&[i32]])] = &[(0, &[&[1, 2]])];
+    for (end, unseen) in [(End::Cut, 0), (End::Exited, 1)] {
+        let passes = [pass(0, seen), pass(1, seen), pass(2, &[])];
+        let model = run(FROM_START, ModelFacts::default(), &passes, end);
+        let context = &model.contexts()[0];
+        assert_eq!(context.passes, 2);
+        assert_eq!(context.not_visible(Ends::default()).passes, unseen);
+    }
 }

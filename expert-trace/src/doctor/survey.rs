@@ -24,7 +24,7 @@ use crate::{
     launch,
     layout::Layout,
     models::{self, KnownModels},
-    probes::{Hook, Plan, Probe},
+    probes::{Change, Hook, Plan, Probe},
     redact, router_on_cpu, silence,
     stats::ModelFile,
     target::{self, Reach, is_gguf, open_regular, printable, script_interpreter},
@@ -142,6 +142,13 @@ impl Survey {
     }
 
     /// Looks for the functions that show expert ids, and for what the layout is.
+    /// Files that are passed over although they have the functions.
+    fn take_refusals(&mut self, changes: impl IntoIterator<Item = Change>) {
+        let refusals = changes.into_iter().filter_map(|change| change.refusal);
+        let checks = refusals.map(|refusal| Check::no(FUNCTIONS, refusal, "another build of it"));
+        self.checks.extend(checks);
+    }
+
     fn check_functions(&mut self, otherwise: impl FnOnce(&Self) -> Check) {
         let showing: Vec<&Probe> = self.plan.of(Hook::ExpertIds).collect();
         let certain = self.plan.probes[..self.certain].iter();
@@ -406,8 +413,9 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
 }
 
 fn add_code(survey: &mut Survey, code: &Code, loaded: Loaded) {
-    if let Err(error) = survey.plan.add_file(&code.file, &code.path, &code.path) {
-        tracing::debug!("{}: {error}", printable(&code.path));
+    match survey.plan.add_file(&code.file, &code.path, &code.path) {
+        Ok(change) => survey.take_refusals([change]),
+        Err(error) => tracing::debug!("{}: {error}", printable(&code.path)),
     }
     let build_id = crate::probes::build_id(&code.path);
     survey.add(&code.path, &code.anatomy, build_id, loaded);
@@ -492,7 +500,8 @@ pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
     };
     let exe = target::executable(pid).unwrap_or_default();
     survey.checks.push(Check::yes(PROGRAM, printable(&exe)));
-    survey.plan.extend(pid, &files);
+    let changes = survey.plan.extend(pid, &files);
+    survey.take_refusals(changes);
     survey.certain = survey.plan.probes.len();
     let (executable, libraries): (Vec<_>, Vec<_>) = files
         .iter()

@@ -1,17 +1,20 @@
 //! From a plan to running probes. The only module that names aya.
 
+mod multi;
+
 use std::{
-    ffi::c_void,
+    ffi::{CString, c_void},
     fs::File,
     io,
     num::{NonZeroU32, NonZeroUsize},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         linux::fs::MetadataExt as _,
-        unix::fs::FileExt as _,
+        unix::{ffi::OsStrExt as _, fs::FileExt as _},
     },
     path::Path,
     ptr::NonNull,
+    thread,
 };
 
 use aya::{
@@ -123,16 +126,31 @@ struct Plain<T>(T);
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
 
+/// How probes are set.
+enum Uprobes {
+    /// By links of a kind that is soon taken away, and programs that are loaded for it.
+    Multi(multi::Programs),
+    /// By perf events, with the programs that aya has loaded.
+    PerfEvents,
+}
+
+/// Keeps a probe in its place.
+enum Link {
+    Multi { _link: OwnedFd },
+    PerfEvent { _link: UProbeLink },
+}
+
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
     ebpf: Ebpf,
+    uprobes: Uprobes,
     scope: Scope,
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
     declared: Array<MapData, Plain<DeclaredLayout>>,
     hits: PerCpuArray<MapData, u64>,
-    links: Vec<(FileId, UProbeLink)>,
+    links: Links,
     /// Keep the tracepoints' programs attached.
     tracepoints: Vec<RawTracePointLink>,
 }
@@ -151,13 +169,16 @@ impl Session {
         let mut programs = Hook::ALL.map(Hook::program).to_vec();
         programs.sort_unstable();
         programs.dedup();
-        for program in programs {
-            let loaded = uprobe(&mut ebpf, program)?;
-            loaded.load().map_err(load_error)?;
-            let verified = loaded.info().ok();
-            let verified = verified.and_then(|info| info.verified_instruction_count());
-            tracing::debug!("{program}: {} instructions verified", verified.unwrap_or(0));
-        }
+        let uprobes = if multi::is_supported() {
+            let programs = multi::Programs::load(&OBJECT.0, &ebpf, programs);
+            Uprobes::Multi(programs.map_err(load_error)?)
+        } else {
+            tracing::debug!("no uprobe_multi links: probes are set by perf events");
+            for program in programs {
+                uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
+            }
+            Uprobes::PerfEvents
+        };
         let mut take = |name: &str| {
             ebpf.take_map(name)
                 .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
@@ -170,13 +191,14 @@ impl Session {
         let hits = PerCpuArray::try_from(take("HITS")?).map_err(map_error)?;
         let mut session = Self {
             ebpf,
+            uprobes,
             scope,
             control,
             counts,
             layouts,
             declared,
             hits,
-            links: Vec::new(),
+            links: Links::default(),
             tracepoints: Vec::new(),
         };
         match scope {
@@ -278,40 +300,83 @@ impl Session {
         if let Some(declared) = declared {
             self.declare(site.source, *declared)?;
         }
-        let program = uprobe(&mut self.ebpf, hook.program())?;
-        let point = UProbeAttachPoint {
-            location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
-            cookie: Some(site.cookie()),
-        };
-        let (scope, code) = match self.scope {
-            Scope::Process(pid) => (UProbeScope::OneProcess(pid), None),
+        let (process, code) = match self.scope {
+            Scope::Process(pid) => (Some(pid), None),
             Scope::FirstChild { .. } => {
                 // The kernel looks at the instruction when somebody maps it. If nobody did by now, a
                 // refusal would come later, and be silent.
                 let code = MappedCode::at(attach_path, definition.file_offset)
                     .map_err(|error| refused(error.to_string()))?;
-                (UProbeScope::AllProcesses, Some(code))
+                (None, Some(code))
             }
         };
-        let link = program
-            .attach(point, attach_path, scope)
-            .and_then(|link| program.take_link(link))
+        let link = self
+            .link(
+                *hook,
+                attach_path,
+                definition.file_offset,
+                site.cookie(),
+                process,
+            )
             .map_err(|error| {
                 refused(match requirements::old_kernel() {
-                    Some(old) => format!("{}; {old}", chain(&error)),
-                    None => chain(&error),
+                    Some(old) => format!("{error}; {old}"),
+                    None => error,
                 })
             })?;
         if code.is_some_and(|code| !code.has_breakpoint()) {
             return Err(refused(OTHER_FILE.to_owned()));
         }
-        self.links.push((probe.file_id, link));
+        self.links.0.push((probe.file_id, link));
         Ok(())
+    }
+
+    fn link(
+        &mut self,
+        hook: Hook,
+        path: &Path,
+        offset: u64,
+        cookie: u64,
+        process: Option<NonZeroU32>,
+    ) -> Result<Link, String> {
+        match &self.uprobes {
+            Uprobes::Multi(programs) => {
+                let path =
+                    CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+                let place = multi::Place {
+                    path: &path,
+                    offset,
+                    cookie,
+                    process: process.map_or(0, |pid| pid.get() as i32),
+                    on_return: hook.on_return(),
+                };
+                let link = programs.attach(hook.program(), place);
+                Ok(Link::Multi {
+                    _link: link.map_err(|error| error.to_string())?,
+                })
+            }
+            Uprobes::PerfEvents => {
+                let program =
+                    uprobe(&mut self.ebpf, hook.program()).map_err(|error| error.to_string())?;
+                let point = UProbeAttachPoint {
+                    location: UProbeAttachLocation::AbsoluteOffset(offset),
+                    cookie: Some(cookie),
+                };
+                let scope = process.map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
+                let link = program
+                    .attach(point, path, scope)
+                    .and_then(|link| program.take_link(link));
+                Ok(Link::PerfEvent {
+                    _link: link.map_err(|error| chain(&error))?,
+                })
+            }
+        }
     }
 
     /// Detaches the probes of a file.
     pub fn detach_file(&mut self, file: FileId) {
-        self.links.retain(|(of, _)| *of != file);
+        let of_file = self.links.0.extract_if(.., |(of, _)| *of == file);
+        drop(Links(of_file.collect()));
     }
 
     /// Switches all probes at once.
@@ -383,9 +448,30 @@ impl Session {
         Ok(hits.iter().sum())
     }
 
-    /// Detaches all probes. The kernel waits for a grace period for each of them.
+    /// Detaches all probes. The kernel waits for grace periods.
     pub fn detach(self) {
         drop(self);
+    }
+}
+
+/// Probes that are set, with the files that they are in.
+#[derive(Default)]
+struct Links(Vec<(FileId, Link)>);
+
+impl Drop for Links {
+    /// Takes them away at once: with each the kernel waits for grace periods, and those of several can
+    /// be the same.
+    fn drop(&mut self) {
+        /// More wait for nothing else.
+        const THREADS: usize = 64;
+        let share = self.0.len().div_ceil(THREADS).max(1);
+        thread::scope(|scope| {
+            while !self.0.is_empty() {
+                let links = self.0.split_off(self.0.len().saturating_sub(share));
+                // Without a thread they are dropped with the closure, here.
+                let _ = thread::Builder::new().spawn_scoped(scope, || drop(links));
+            }
+        });
     }
 }
 

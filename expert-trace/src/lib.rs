@@ -34,6 +34,7 @@ macro_rules! say {
 
 pub mod attach;
 pub mod bounded;
+pub mod bpf;
 pub mod caller;
 pub mod capture;
 pub mod cli;

@@ -10,6 +10,8 @@ use std::{fmt, fs, io, path::Path};
 use nix::{errno::Errno, sys::utsname::uname};
 use thiserror::Error;
 
+use crate::bpf::{self, Command, ProgLoad};
+
 /// A capability (include/uapi/linux/capability.h), by its bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capability {
@@ -358,11 +360,6 @@ fn version(release: &str) -> Option<(u32, u32)> {
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_RINGBUF: u32 = 27;
 
-const BPF_MAP_CREATE: libc::c_long = 0;
-const BPF_PROG_LOAD: libc::c_long = 5;
-/// The type of programs that uprobes run.
-const BPF_PROG_TYPE_KPROBE: u32 = 2;
-
 /// Tries to make a map, and gives the error.
 fn map_error(kind: u32) -> Option<Errno> {
     /// Start of `bpf_attr` for BPF_MAP_CREATE.
@@ -384,40 +381,14 @@ fn map_error(kind: u32) -> Option<Errno> {
         value_size,
         max_entries,
     };
-    bpf_error(BPF_MAP_CREATE, &attributes)
+    // SAFETY: the attributes are complete.
+    unsafe { bpf::descriptor(Command::MapCreate, &attributes) }.err()
 }
 
 /// Tries to load a program that does nothing, and gives the error.
 fn program_error() -> Option<Errno> {
-    /// Start of `bpf_attr` for BPF_PROG_LOAD.
-    #[repr(C)]
-    struct Attributes {
-        kind: u32,
-        instructions: u32,
-        code: *const u8,
-        license: *const libc::c_char,
-    }
-    // r0 = 0; exit
-    let code = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
-    let attributes = Attributes {
-        kind: BPF_PROG_TYPE_KPROBE,
-        instructions: 2,
-        code: code.as_ptr(),
-        license: c"GPL".as_ptr(),
-    };
-    bpf_error(BPF_PROG_LOAD, &attributes)
-}
-
-/// Calls bpf(2) for a new descriptor, closes it, and gives the error where there is none.
-fn bpf_error<T>(command: libc::c_long, attributes: &T) -> Option<Errno> {
-    // SAFETY: the attributes are as large as is said, and live during the call with all they point to.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    if fd < 0 {
-        return Some(Errno::last());
-    }
-    // SAFETY: the descriptor is new and ours.
-    unsafe { libc::close(fd as i32) };
-    None
+    // SAFETY: the attributes are complete.
+    unsafe { bpf::descriptor(Command::ProgLoad, &ProgLoad::nothing()) }.err()
 }
 
 #[cfg(test)]

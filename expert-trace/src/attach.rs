@@ -108,7 +108,8 @@ fn map_error(error: impl std::error::Error) -> AttachError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Those of one process, which must exist when a probe is attached. The kernel sets breakpoints in
-    /// its memory alone, and takes them away when its main thread ends.
+    /// its memory alone; when its main thread has ended it sets no more, and
+    /// [may take away](Session::outlives_main_thread) those that are there.
     Process(NonZeroU32),
     /// Those of the first process that we fork from now on, and perhaps of all that it forks.
     /// Breakpoints are in all processes that map the file; the BPF programs return at once in others.
@@ -271,6 +272,23 @@ impl Session {
             }
             Err(error) => tracing::debug!("no log from the BPF programs: {error}"),
         }
+    }
+
+    /// What keeps the probes in their places, as the document has it.
+    pub fn attached_by(&self) -> &'static str {
+        match self.uprobes {
+            Uprobes::Multi(_) => "uprobe_multi",
+            Uprobes::PerfEvents => "perf_event",
+        }
+    }
+
+    /// Whether the probes of a process are still hit when its main thread has ended.
+    ///
+    /// Perf events end with it (`perf_event_exit_task` in kernel/events/core.c). For links,
+    /// `uprobe_prog_run` (kernel/trace/bpf_trace.c) has compared thread groups since late 2024; before, it
+    /// compared memory, of which that thread has none any more. Nothing but the version tells which.
+    pub fn outlives_main_thread(&self) -> bool {
+        matches!(self.uprobes, Uprobes::Multi(_)) && requirements::kernel_is_at_least((6, 13))
     }
 
     /// Attaches a probe.

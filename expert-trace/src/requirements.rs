@@ -302,6 +302,11 @@ pub fn old_kernel() -> Option<Unmet> {
     (version(&release)? < OLDEST).then_some(Unmet::Kernel(release))
 }
 
+/// Whether our kernel's version is this one or a newer one; `false` when it does not tell.
+pub fn kernel_is_at_least(oldest: (u32, u32)) -> bool {
+    version(&release()).is_some_and(|version| version >= oldest)
+}
+
 /// Release of the running kernel.
 pub fn release() -> String {
     let name = uname();

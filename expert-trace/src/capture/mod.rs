@@ -374,6 +374,7 @@ impl Capture {
                 duration_s: duration.as_secs_f64(),
                 ended: why,
                 include_warmup: self.recording.include_warmup,
+                attached_by: self.session.attached_by(),
                 late_libraries: self.late_libraries(),
             },
             processes,

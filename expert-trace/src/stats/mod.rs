@@ -158,6 +158,8 @@ pub struct Capture {
     pub ended: &'static str,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
+    /// What keeps the probes in their places: `uprobe_multi`, `perf_event`.
+    pub attached_by: &'static str,
     /// Libraries that a process we attached to has loaded since.
     pub late_libraries: Vec<LateLibraries>,
 }

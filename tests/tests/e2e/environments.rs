@@ -20,6 +20,7 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
+    errors::without_uprobe_multi,
     layouts::compile_to,
     support::{Files, Waiting, driver, known_small, llama, scratch},
 };
@@ -277,6 +278,44 @@ fn all_containers_of_an_image() {
         assert_eq!(stats.number("/target/pid"), u64::from(pid));
         assert_eq!(stats.tokens(), (0..3).map(|layer| (layer, 6)).collect());
     }
+}
+
+/// Probes are perf events then.
+#[test]
+fn a_kernel_without_uprobe_multi() {
+    let directory = files();
+    let at = |name: &str| directory.path().join(name);
+    let check = |files: &Files, times: usize, said: &str| {
+        let stats = files.stats();
+        stats.assert_complete();
+        assert_eq!(files.log(), rows(times), "{said}");
+        assert_eq!(stats.0["capture"]["attached_by"], "perf_event");
+    };
+
+    let files = Files::new();
+    let mut tracer = without_uprobe_multi();
+    tracer.arg("run").args(files.options()).arg("--");
+    let output = tracer.arg(at("standin")).args(COMPUTE).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    check(&files, 1, &said(&output));
+
+    let files = Files::new();
+    let mut target = Command::new(at("waiter"));
+    target.arg(at("lib.so")).args(COMPUTE);
+    let mut target = Waiting::start(target);
+    target.until_it_waits();
+    let mut tracer = without_uprobe_multi();
+    tracer.args(["attach", "--pid", &target.pid().to_string()]);
+    let attached = Attached::by(tracer.args(files.options())).unwrap();
+    compute_twice(&mut target);
+    let said = attached.interrupt().unwrap();
+    assert!(target.end().1.success());
+    check(&files, 2, &said);
+
+    // It hits a return probe, too.
+    let doctor = without_uprobe_multi().arg("doctor").output().unwrap();
+    let said = String::from_utf8(doctor.stdout).unwrap();
+    assert!(said.contains("every hit arrived"), "{said}");
 }
 
 /// Process numbers of its own, for the target or for the tracer.

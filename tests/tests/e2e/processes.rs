@@ -327,7 +327,8 @@ fn a_process_that_goes_on_without_its_main_thread() {
     let calls = |stats: &Stats| {
         let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
         let of_function = hooks.filter(|hook| hook["symbol"] == "llama_free");
-        of_function.map(|hook| hook["hits"].as_u64().unwrap()).sum()
+        let hits = of_function.map(|hook| hook["hits"].as_u64().unwrap());
+        hits.sum::<u64>()
     };
     let has_no_main_thread = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();

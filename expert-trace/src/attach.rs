@@ -35,6 +35,7 @@ use expert_trace_common::{
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
+pub use self::multi::is_supported as has_uprobe_multi;
 use crate::{
     layout::Declared,
     probes::{FileId, Hook, Probe},
@@ -170,7 +171,7 @@ impl Session {
         let mut programs = Hook::ALL.map(Hook::program).to_vec();
         programs.sort_unstable();
         programs.dedup();
-        let uprobes = if multi::is_supported() {
+        let uprobes = if has_uprobe_multi() {
             let programs = multi::Programs::load(&OBJECT.0, &ebpf, programs);
             Uprobes::Multi(programs.map_err(load_error)?)
         } else {

@@ -10,7 +10,10 @@ use std::{fmt, fs, io, path::Path};
 use nix::{errno::Errno, sys::utsname::uname};
 use thiserror::Error;
 
-use crate::bpf::{self, Command, ProgLoad};
+use crate::{
+    attach,
+    bpf::{self, Command, ProgLoad},
+};
 
 /// A capability (include/uapi/linux/capability.h), by its bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +24,7 @@ pub enum Capability {
     SetUid = 7,
     /// Look at processes of other users.
     SysPtrace = 19,
-    /// Set uprobes; holds what the two below do, too.
+    /// Set uprobes by perf events, filter system calls; holds what the two below do, too.
     SysAdmin = 21,
     /// Load tracing programs.
     Perfmon = 38,
@@ -60,7 +63,13 @@ pub enum Unmet {
     #[error(
         "expert-trace needs {} to load BPF programs and set uprobes{}; run it with sudo",
         list(.missing),
-        if matches!(.purpose, Purpose::RunAsOther) { ", and to start a program as another user" } else { "" }
+        match .purpose {
+            Purpose::Attach => "",
+            Purpose::Run => " in whatever a program loads",
+            Purpose::RunAsOther => {
+                " in whatever a program loads, and to start it as another user"
+            }
+        }
     )]
     Capabilities {
         /// Those that are missing.
@@ -150,7 +159,9 @@ pub fn check(purpose: Purpose) -> Result<(), Unmet> {
 
 /// Capabilities that we lack.
 pub fn missing_capabilities(purpose: Purpose) -> Option<Unmet> {
-    let missing = missing(purpose, effective(), uprobe_is_permitted);
+    let missing = missing(purpose, effective(), || {
+        attach::has_uprobe_multi() || perf_event_is_permitted()
+    });
     (!missing.is_empty()).then_some(Unmet::Capabilities { missing, purpose })
 }
 
@@ -181,7 +192,8 @@ pub fn has(capability: Capability) -> bool {
 
 /// The least that is missing. CAP_SYS_ADMIN alone is enough for tracing, since the kernel takes it
 /// for the two finer ones (`bpf_capable` and `perfmon_capable` in include/linux/capability.h). Those
-/// two are enough where the kernel lets them set uprobes, which Linux 6.18 does not.
+/// two are enough to attach where the kernel lets them set uprobes; the filter of the
+/// [gate](crate::gate) takes CAP_SYS_ADMIN itself (`seccomp_prepare_filter` in kernel/seccomp.c).
 fn missing(
     purpose: Purpose,
     effective: u64,
@@ -190,7 +202,8 @@ fn missing(
     let has = |capability: &Capability| holds(effective, *capability);
     let fine = || [Capability::Bpf, Capability::Perfmon].iter().all(has);
     let mut missing = Vec::new();
-    let can_trace = has(&Capability::SysAdmin) || (fine() && uprobe_is_permitted());
+    let attaches = purpose == Purpose::Attach;
+    let can_trace = has(&Capability::SysAdmin) || (attaches && fine() && uprobe_is_permitted());
     if !can_trace {
         missing.push(Capability::SysAdmin);
     }
@@ -218,9 +231,9 @@ fn effective() -> u64 {
     u64::from_str_radix(line.trim(), 16).unwrap_or(0)
 }
 
-/// Asks for a uprobe that names no file. Who may not have one is told so before the file is looked
+/// Asks for a uprobe by a perf event that names no file. Linux 6.18 has nobody but CAP_SYS_ADMIN make one. Who may not have one is told so before the file is looked
 /// for (`perf_uprobe_event_init` in kernel/events/core.c).
-fn uprobe_is_permitted() -> bool {
+fn perf_event_is_permitted() -> bool {
     /// Start of `perf_event_attr`, as long as its third version (include/uapi/linux/perf_event.h),
     /// with the path in `config1`.
     #[repr(C)]
@@ -411,6 +424,7 @@ mod tests {
             (Purpose::Attach, &[SysAdmin][..], false, &[][..]),
             (Purpose::Run, &[SysAdmin], false, &[]),
             (Purpose::Attach, &[Bpf, Perfmon], true, &[]),
+            (Purpose::Run, &[Bpf, Perfmon], true, &[SysAdmin]),
             (Purpose::Attach, &[Bpf, Perfmon], false, &[SysAdmin]),
             (Purpose::Attach, &[Bpf], true, &[SysAdmin]),
             (Purpose::Attach, &[], true, &[SysAdmin]),
@@ -449,8 +463,8 @@ mod tests {
                 Purpose::RunAsOther
             ),
             "expert-trace needs the capabilities CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID, which are \
-             missing, to load BPF programs and set uprobes, and to start a program as another user; \
-             run it with sudo"
+             missing, to load BPF programs and set uprobes in whatever a program loads, and to start \
+             it as another user; run it with sudo"
         );
     }
 

@@ -13,7 +13,7 @@
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
 //! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
-//! - [`attach`]: the only module that names aya. Plan to Session.
+//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot

@@ -128,15 +128,15 @@ struct Plain<T>(T);
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
 
-/// How probes are set.
+/// What keeps probes in their places.
 enum Uprobes {
-    /// By links of a kind that is soon taken away, and programs that are loaded for it.
+    /// By links of the kind `uprobe_multi`, and programs that are loaded for it.
     Multi(multi::Programs),
     /// By perf events, with the programs that aya has loaded.
     PerfEvents,
 }
 
-/// Keeps a probe in its place.
+/// A probe, until it is dropped.
 enum Link {
     Multi { _link: OwnedFd },
     PerfEvent { _link: UProbeLink },
@@ -298,7 +298,6 @@ impl Session {
     /// When the kernel refuses.
     pub fn attach(&mut self, probe: &Probe) -> Result<(), AttachError> {
         let Probe {
-            hook,
             symbol,
             definition,
             site,
@@ -329,20 +328,12 @@ impl Session {
                 (None, Some(code))
             }
         };
-        let link = self
-            .link(
-                *hook,
-                attach_path,
-                definition.file_offset,
-                site.cookie(),
-                process,
-            )
-            .map_err(|error| {
-                refused(match requirements::old_kernel() {
-                    Some(old) => format!("{error}; {old}"),
-                    None => error,
-                })
-            })?;
+        let link = self.link(probe, process).map_err(|error| {
+            refused(match requirements::old_kernel() {
+                Some(old) => format!("{error}; {old}"),
+                None => error,
+            })
+        })?;
         if code.is_some_and(|code| !code.has_breakpoint()) {
             return Err(refused(OTHER_FILE.to_owned()));
         }
@@ -350,44 +341,37 @@ impl Session {
         Ok(())
     }
 
-    fn link(
-        &mut self,
-        hook: Hook,
-        path: &Path,
-        offset: u64,
-        cookie: u64,
-        process: Option<NonZeroU32>,
-    ) -> Result<Link, String> {
+    /// Gives the kernel's answer when it refuses.
+    fn link(&mut self, probe: &Probe, process: Option<NonZeroU32>) -> Result<Link, String> {
+        let program = probe.hook.program();
+        let path = &probe.attach_path;
+        let offset = probe.definition.file_offset;
+        let cookie = probe.site.cookie();
         match &self.uprobes {
             Uprobes::Multi(programs) => {
-                let path =
-                    CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+                let path = CString::new(path.as_os_str().as_bytes());
                 let place = multi::Place {
-                    path: &path,
+                    path: &path.map_err(|error| error.to_string())?,
                     offset,
                     cookie,
                     process: process.map_or(0, |pid| pid.get() as i32),
-                    on_return: hook.on_return(),
+                    on_return: probe.hook.on_return(),
                 };
-                let link = programs.attach(hook.program(), place);
-                Ok(Link::Multi {
-                    _link: link.map_err(|error| error.to_string())?,
-                })
+                let link = programs.attach(program, place);
+                let _link = link.map_err(|error| error.to_string())?;
+                Ok(Link::Multi { _link })
             }
             Uprobes::PerfEvents => {
-                let program =
-                    uprobe(&mut self.ebpf, hook.program()).map_err(|error| error.to_string())?;
+                let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
                 let point = UProbeAttachPoint {
                     location: UProbeAttachLocation::AbsoluteOffset(offset),
                     cookie: Some(cookie),
                 };
                 let scope = process.map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
-                let link = program
-                    .attach(point, path, scope)
-                    .and_then(|link| program.take_link(link));
-                Ok(Link::PerfEvent {
-                    _link: link.map_err(|error| chain(&error))?,
-                })
+                let link = program.attach(point, path, scope);
+                let link = link.and_then(|link| program.take_link(link));
+                let _link = link.map_err(|error| chain(&error))?;
+                Ok(Link::PerfEvent { _link })
             }
         }
     }
@@ -481,7 +465,7 @@ impl Drop for Links {
     /// Takes them away at once: with each the kernel waits for grace periods, and those of several can
     /// be the same.
     fn drop(&mut self) {
-        /// More wait for nothing else.
+        /// A capture has some dozens of probes; thousands take turns.
         const THREADS: usize = 64;
         let share = self.0.len().div_ceil(THREADS).max(1);
         thread::scope(|scope| {

@@ -1,9 +1,10 @@
 //! Uprobes by links of the kind `uprobe_multi`, which aya 0.14 does not make (0.16 does, and when that can be
 //! used this module goes).
 //!
-//! Perf events are closed one after the other, and each waits for two grace periods of the kernel under a
-//! lock that all share (`event_mutex`, kernel/trace/trace_uprobe.c). These links share no lock while they
-//! wait, so that many are closed in the time of one.
+//! Perf events are closed one after the other: each waits for grace periods of the kernel under a lock that
+//! all share (`perf_uprobe_destroy` in kernel/trace/trace_event_perf.c). These links share no lock while
+//! they wait (`bpf_uprobe_unregister` in kernel/trace/bpf_trace.c), so that many are closed in the time of
+//! one.
 //!
 //! A program is loaded for one kind of link. aya makes the maps; from the same object file the programs
 //! are relocated to them by aya's own `aya-obj`, and loaded here.
@@ -29,7 +30,7 @@ const ON_RETURN: u32 = 1;
 
 /// What the verifier tells of a program that it refuses: instruction by instruction (BPF_LOG_LEVEL1).
 const LOG_LEVEL: u32 = 1;
-/// Room for it; the end is what counts, and what the kernel keeps (since Linux 6.4).
+/// Room for it. The end is what counts, and what kernels with these links keep.
 const LOG_BYTES: usize = 64 << 10;
 
 /// `bpf_attr` for BPF_LINK_CREATE with this attach type.

@@ -611,3 +611,22 @@ impl AsFd for Events {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aya_obj::{Object, ProgramSection};
+
+    use super::*;
+
+    /// `multi` goes by the hook, and aya by the section. `multi` relocates no kernel types.
+    #[test]
+    fn programs_are_what_links_are_made_for() {
+        let object = Object::parse(&OBJECT.0).unwrap();
+        for hook in Hook::ALL {
+            let section = &object.programs[hook.program()].section;
+            let on_return = matches!(section, ProgramSection::URetProbe { .. });
+            assert_eq!(on_return, hook.on_return(), "{hook:?}");
+        }
+        assert!(!object.has_btf_relocations());
+    }
+}

@@ -221,12 +221,7 @@ impl Change {
     }
 
     /// Whether a program with these options does it.
-    fn is_done_by(
-        self,
-        options: &Options,
-        layers: Option<Layers<'_>>,
-        sees_streams: bool,
-    ) -> bool {
+    fn is_done_by(self, options: &Options, layers: Option<Layers<'_>>, sees_streams: bool) -> bool {
         if options.op_offload && (!sees_streams || self == Change::NoOpOffload) {
             return false;
         }
@@ -294,5 +289,162 @@ fn quoted(word: &str) -> String {
     match word.chars().all(plain) {
         true => word.to_owned(),
         false => format!("'{word}'"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        ffi::{OsStr, OsString},
+    };
+
+    use super::*;
+    use crate::gguf::ExpertsUsed;
+
+    /// Six layers, of which the first is dense.
+    fn shape() -> ModelShape {
+        ModelShape {
+            arch: "deepseek2".to_owned(),
+            name: None,
+            layers: 6,
+            n_expert: 8,
+            n_expert_used: ExpertsUsed::Uniform(2),
+            nextn_predict_layers: 0,
+            moe_layers: vec![1, 2, 3, 4, 5],
+            expert_gating_func: None,
+            expert_group_count: 0,
+            expert_group_used_count: 0,
+            router_bias: BTreeSet::new(),
+            selection_bias: BTreeSet::new(),
+            chosen_by_token: BTreeSet::new(),
+        }
+    }
+
+    fn program(options: &Options) -> Program<'_> {
+        Program {
+            options,
+            is_draft: false,
+            sees_streams: true,
+            router_on_cpu: false,
+            attached: false,
+        }
+    }
+
+    fn options(command: &str) -> Options {
+        let words: Vec<OsString> = command.split(' ').map(OsString::from).collect();
+        Options::parse(&words, |_| None)
+    }
+
+    /// Options of all remedies for layers, with blanks between them.
+    fn told(program: &Program<'_>, shape: &ModelShape, wanted: &[u32]) -> Vec<String> {
+        let layers = Layers { wanted, shape };
+        let remedies = remedies(Need::OffTheDevice, Some(layers), program);
+        let remedies = remedies.iter().map(|remedy| remedy.options.join(" "));
+        remedies.collect()
+    }
+
+    fn of_command(command: &str, wanted: &[u32]) -> Vec<String> {
+        told(&program(&options(command)), &shape(), wanted)
+    }
+
+    #[test]
+    fn options_name_exactly_the_layers() {
+        let none = "-ngl 0";
+        let router = "--router-on-cpu";
+        let expect = |command, wanted: &[u32], experts| {
+            assert_eq!(of_command(command, wanted), [router, experts, none]);
+        };
+        let all = [1, 2, 3, 4, 5];
+        expect("llama-cli -ngl 99", &all, "--cpu-moe");
+        expect("llama-cli", &all, "--cpu-moe");
+        // The dense layer has no experts to move.
+        expect("llama-cli -ngl 99", &[1, 2], "--n-cpu-moe 3");
+        expect("llama-cli -ngl 99 -ncmoe 3", &[3, 4], "--n-cpu-moe 5");
+        expect("llama-cli -ngl 2", &[4], "--n-cpu-moe 5");
+        expect(
+            "llama-cli -ngl 99",
+            &[3, 5],
+            r"-ot blk\.(3|5)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU",
+        );
+        expect("./serve.py -ngl 99", &all, "--cpu-moe");
+    }
+
+    #[test]
+    fn streams_that_may_be_out_of_sight_are_switched_off() {
+        let options = options("llama-cli -ngl 99");
+        let blind = Program {
+            sees_streams: false,
+            ..program(&options)
+        };
+        let told = told(&blind, &shape(), &[1, 2, 3, 4, 5]);
+        let expected = [
+            "--router-on-cpu",
+            "--cpu-moe --no-op-offload",
+            "-ngl 0 --no-op-offload",
+        ];
+        assert_eq!(told, expected);
+        let streamed = remedies(Need::NotStreamed, None, &blind);
+        assert_eq!(streamed[0].options, ["--no-op-offload"]);
+        assert_eq!(streamed[0].text, "start the program with --no-op-offload");
+    }
+
+    /// Of overrides the first that matches counts, of other options the last, and variables come before
+    /// both.
+    #[test]
+    fn options_of_the_users_own_can_be_in_the_way() {
+        let wanted = [3, 5];
+        let own = options("llama-cli -ngl 99 -ot exps=CUDA0");
+        let shape = shape();
+        let layers = Some(Layers {
+            wanted: &wanted,
+            shape: &shape,
+        });
+        let [router, experts] = &remedies(Need::OffTheDevice, layers, &program(&own))[..] else {
+            panic!("-ngl 0 leaves experts on the device");
+        };
+        assert_eq!(router.position, None);
+        assert_eq!(experts.position, Some(Position::BeforeOthers));
+        assert!(experts.text.ends_with(" before its other options"));
+        assert!(experts.text.contains(" -ot 'blk"), "{experts}");
+
+        let plain = options("llama-cli -ngl 99");
+        let none = remedies(Need::OffTheDevice, layers, &program(&plain)).pop();
+        assert_eq!(none.unwrap().position, Some(Position::AfterOthers));
+
+        let variable = |name: &str| {
+            let is_override = name == "LLAMA_ARG_OVERRIDE_TENSOR";
+            is_override.then_some(OsStr::new("exps=CUDA0"))
+        };
+        let own = Options::parse(&[OsString::from("llama-cli")], variable);
+        let asked = Program {
+            router_on_cpu: true,
+            ..program(&own)
+        };
+        assert_eq!(remedies(Need::OffTheDevice, layers, &asked), []);
+    }
+
+    #[test]
+    fn what_cannot_work_is_not_told() {
+        let mut shape = shape();
+        shape.chosen_by_token.insert(1);
+        let rpc = options("llama-server -ngl 99 --rpc localhost:1 -md /m/draft.gguf");
+        let all = [1, 2, 3, 4, 5];
+        // Logits choose nothing in the first; what an RPC server computes can be seen there.
+        assert_eq!(
+            told(&program(&rpc), &shape, &all),
+            ["--cpu-moe", "-ngl 0", ""]
+        );
+        assert_eq!(
+            told(&program(&rpc), &shape, &all[1..])[0],
+            "--router-on-cpu"
+        );
+        assert!(rpc.is_draft("/else/where/draft.gguf") && !rpc.is_draft("/m/main.gguf"));
+        let draft = Program {
+            is_draft: true,
+            ..program(&rpc)
+        };
+        let told = told(&draft, &shape, &all);
+        assert_eq!(told, ["--cpu-moe-draft", "-ngld 0", ""]);
     }
 }

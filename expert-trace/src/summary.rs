@@ -155,7 +155,9 @@ fn write_gap(text: &mut String, gap: &Gap) -> std::fmt::Result {
         })
         .collect();
     let what = match gap.coverage {
-        Coverage::PartlyObserved => format!("Seen in part: {layers}, not all {}", phases.join(" and ")),
+        Coverage::PartlyObserved => {
+            format!("Seen in part: {layers}, not all {}", phases.join(" and "))
+        }
         Coverage::NotKnown => format!("Perhaps not visible: {layers}"),
         Coverage::NotVisible | Coverage::Observed => format!("Not visible: {layers}"),
     };

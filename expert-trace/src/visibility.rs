@@ -234,9 +234,11 @@ impl Evidence {
                     _ => format!("their routing stayed on a device{asked}"),
                 }
             }
-            Reason::Streamed => "a device computed longer prompts, with weights streamed to it (op \
+            Reason::Streamed => {
+                "a device computed longer prompts, with weights streamed to it (op \
                                  offload), and no copy of the ids to the host was seen"
-                .to_owned(),
+                    .to_owned()
+            }
             Reason::NeverEntered => format!(
                 "{} was never entered: nothing was computed on the CPU, or a compiler has put the \
                  function into its callers",
@@ -247,9 +249,11 @@ impl Evidence {
                     .to_owned()
             }
             Reason::LogitsRefused => "router logits were there, and told no experts".to_owned(),
-            Reason::UbatchNotRead => "passes showed no routing, and whether they computed tokens is \
+            Reason::UbatchNotRead => {
+                "passes showed no routing, and whether they computed tokens is \
                                       not known"
-                .to_owned(),
+                    .to_owned()
+            }
         }
     }
 

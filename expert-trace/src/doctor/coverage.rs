@@ -139,7 +139,10 @@ pub fn expectations(models: &[ModelFile], facts: &Facts<'_>) -> Vec<Expectation>
                 facts.outlook_of_another()
             };
             let always_run = *layer < shape.main_layers();
-            match alike.iter_mut().find(|of| (&of.0, of.1) == (&outlook, always_run)) {
+            match alike
+                .iter_mut()
+                .find(|of| (&of.0, of.1) == (&outlook, always_run))
+            {
                 Some((.., layers)) => layers.push(*layer),
                 None => alike.push((outlook, always_run, vec![*layer])),
             }
@@ -214,7 +217,7 @@ impl Facts<'_> {
         let program = Program {
             options: self.options,
             is_draft: false,
-            sees_streams: self.sees_streams,
+            sees_streams: self.sees_streams || !self.streams(),
             router_on_cpu: self.router_on_cpu,
             attached: self.attached,
         };
@@ -259,9 +262,14 @@ impl Facts<'_> {
         !self.devices.is_empty() && !self.options.uses_no_device()
     }
 
+    /// Whether weights are streamed to a device. RPC servers take none (ggml-rpc.cpp, `offload_op`).
+    fn streams(&self) -> bool {
+        self.options.op_offload && self.devices.iter().any(|device| device != "rpc")
+    }
+
     /// Experts in the host's memory: prompts that are long have them streamed.
     fn and_streamed(&self, routes: &[Route]) -> Vec<Route> {
-        let streamed = self.options.op_offload.then_some(Route::Fetch);
+        let streamed = self.streams().then_some(Route::Fetch);
         routes.iter().copied().chain(streamed).collect()
     }
 
@@ -286,13 +294,12 @@ impl Facts<'_> {
                 Fix::Text("leave ffn_gate_inp to --router-on-cpu"),
             ),
             Place::Host => {
-                let by = self.and_streamed(&[Route::Router]);
-                let fix = if by.len() > 1 && self.answer(Route::Router) == Answer::Yes {
-                    NO_OFFLOAD
-                } else {
-                    BUILD
+                let fix = match self.answer(Route::Router) {
+                    Answer::Yes => NO_OFFLOAD,
+                    _ => BUILD,
                 };
-                self.seen(&by, "the layer is on the CPU", fix)
+                let routes = self.and_streamed(&[Route::Router]);
+                self.seen(&routes, "the layer is on the CPU", fix)
             }
             Place::Device if experts_on_host => self.seen(
                 &self.and_streamed(&[Route::SplitInput]),
@@ -353,7 +360,7 @@ impl Facts<'_> {
             "router logits on the CPU, from which the choice is made",
             Fix::Text("trace with --router-on-cpu"),
         );
-        if self.options.op_offload && outlook.answer == Answer::Yes {
+        if self.streams() && outlook.answer == Answer::Yes {
             outlook.answer = Answer::CouldNotTell;
             outlook.finding += "; a device may compute those of prompts";
             outlook.fix = Some(Fix::Options(Need::NotStreamed));
@@ -480,7 +487,8 @@ mod tests {
         assert_eq!(setup.expect("python3 serve.py"), by_router);
         assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         assert_eq!(Setup::gpu().expect("llama-cli -dev none"), by_router);
-        assert_eq!(Setup::gpu().expect("llama-cli -ngl 0"), by_router);
+        let no_offload = "llama-cli -ngl 0 --no-op-offload";
+        assert_eq!(Setup::gpu().expect(no_offload), by_router);
         setup.main_model = None;
         assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         setup.lacking = vec![Route::Router];
@@ -522,7 +530,7 @@ mod tests {
         assert_eq!(
             setup.expect("llama-cli -ngl 2"),
             [
-                (vec![0, 1], Yes, vec!["router"]),
+                (vec![0, 1], Yes, vec!["router", "fetch"]),
                 (vec![2], CouldNotTell, vec![]),
                 (vec![3], No, vec![])
             ]

@@ -51,7 +51,9 @@ impl Stats {
     /// Why routing was not seen, of the context of which least was seen.
     pub fn worst_gap(&self) -> Option<&Gap> {
         let unseen = self.not_visible.iter().flat_map(|context| &context.gaps);
-        unseen.chain(self.contexts.iter().flat_map(|context| &context.gaps)).next()
+        unseen
+            .chain(self.contexts.iter().flat_map(|context| &context.gaps))
+            .next()
     }
 }
 
@@ -484,7 +486,10 @@ fn layers(context: &Context, shape: Option<&ModelShape>, ends: Ends) -> Vec<Laye
         let main = shape.main_layers();
         let is_main = |id: &u32| *id < main;
         let runs_main = ids.first().is_none_or(|first| is_main(&u32::from(*first)));
-        let expected = shape.moe_layers.iter().filter(|id| runs_main && is_main(id));
+        let expected = shape
+            .moe_layers
+            .iter()
+            .filter(|id| runs_main && is_main(id));
         ids.extend(expected.filter_map(|id| u16::try_from(*id).ok()));
     }
     let layers = ids.into_iter().map(|id| {

@@ -134,13 +134,23 @@ enum Change {
     NoOpOffload,
 }
 
+/// Whether routers of these layers were asked to be on the CPU.
+pub fn has_router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> bool {
+    let Program { options, .. } = program;
+    let asked_for = |Layers { wanted, .. }: Layers<'_>| {
+        let mut routers = wanted.iter().map(|layer| router_tensor(*layer));
+        !options.understood || routers.any(|of| options.overridden(&of) == Some(Place::Host))
+    };
+    program.router_on_cpu && layers.is_none_or(asked_for)
+}
+
 fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
     const OPTION: &str = "--router-on-cpu";
     let by_token = layers.is_some_and(|Layers { wanted, shape }| {
         let mut wanted = wanted.iter();
         wanted.any(|layer| shape.chosen_by_token.contains(layer))
     });
-    if program.router_on_cpu || program.is_draft || by_token {
+    if has_router_on_cpu(layers, program) || program.is_draft || by_token {
         return None;
     }
     let text = match program.attached {
@@ -231,7 +241,7 @@ impl Change {
         wanted.iter().all(|layer| match self {
             Change::ExpertsOnCpu => has_experts_on_cpu(*layer, shape, options),
             Change::NoLayersOnDevice => {
-                let router = options.overridden(&format!("blk.{layer}.ffn_gate_inp.weight"));
+                let router = options.overridden(&router_tensor(*layer));
                 options.layer(*layer, shape.layers) == Place::Host
                     && router.is_none_or(|place| place == Place::Host)
                     && has_experts_on_cpu(*layer, shape, options)
@@ -239,6 +249,10 @@ impl Change {
             Change::NoOpOffload | Change::RouterOnCpu => true,
         })
     }
+}
+
+fn router_tensor(layer: u32) -> String {
+    format!("blk.{layer}.ffn_gate_inp.weight")
 }
 
 fn has_experts_on_cpu(layer: u32, shape: &ModelShape, options: &Options) -> bool {
@@ -267,10 +281,13 @@ fn experts_on_cpu(layers: Option<Layers<'_>>, options: &Options) -> Vec<String> 
         return vec!["--n-cpu-moe".to_owned(), end.to_string()];
     }
     let numbers: Vec<String> = wanted.iter().map(u32::to_string).collect();
-    let numbers = numbers.join("|");
+    let numbers = match numbers.as_slice() {
+        [one] => one.clone(),
+        several => format!("({})", several.join("|")),
+    };
     vec![
         "-ot".to_owned(),
-        format!(r"blk\.({numbers})\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"),
+        format!(r"blk\.{numbers}\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"),
     ]
 }
 
@@ -416,12 +433,16 @@ mod tests {
             let is_override = name == "LLAMA_ARG_OVERRIDE_TENSOR";
             is_override.then_some(OsStr::new("exps=CUDA0"))
         };
-        let own = Options::parse(&[OsString::from("llama-cli")], variable);
+        let command = ["llama-cli", "-ot", r"blk\.[2-5]\.ffn_gate_inp=CPU"].map(OsString::from);
+        let own = Options::parse(&command, variable);
         let asked = Program {
             router_on_cpu: true,
             ..program(&own)
         };
         assert_eq!(remedies(Need::OffTheDevice, layers, &asked), []);
+        // The router of another layer was asked for.
+        let router = &told(&asked, &shape, &[1])[..];
+        assert_eq!(router, ["--router-on-cpu"]);
     }
 
     #[test]

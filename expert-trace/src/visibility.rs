@@ -160,9 +160,9 @@ impl Evidence {
                 None => gaps.push(Gap {
                     layers: Some(vec![id]),
                     coverage: layer.coverage,
-                    explanation: self.explanation(reason, layer.coverage),
                     phases,
                     reason,
+                    explanation: String::new(),
                     remedies: Vec::new(),
                 }),
             }
@@ -170,7 +170,9 @@ impl Evidence {
         for gap in &mut gaps {
             let wanted = gap.layers.as_deref().unwrap_or_default();
             let layers = shape.map(|shape| Layers { wanted, shape });
-            gap.remedies = self.remedies(gap.reason, layers, &self.program(options, is_draft));
+            let program = self.program(options, is_draft);
+            gap.explanation = self.explanation(gap.reason, gap.coverage, layers, &program);
+            gap.remedies = self.remedies(gap.reason, layers, &program);
         }
         gaps
     }
@@ -197,13 +199,14 @@ impl Evidence {
         phases: Vec<&'static str>,
         options: &Options,
     ) -> Gap {
+        let program = self.program(options, false);
         Gap {
             layers: None,
             coverage,
             phases,
             reason,
-            explanation: self.explanation(reason, coverage),
-            remedies: self.remedies(reason, None, &self.program(options, false)),
+            explanation: self.explanation(reason, coverage, None, &program),
+            remedies: self.remedies(reason, None, &program),
         }
     }
 
@@ -217,10 +220,16 @@ impl Evidence {
         }
     }
 
-    fn explanation(&self, reason: Reason, coverage: Coverage) -> String {
+    fn explanation(
+        &self,
+        reason: Reason,
+        coverage: Coverage,
+        layers: Option<Layers<'_>>,
+        program: &Program<'_>,
+    ) -> String {
         match reason {
             Reason::OnADevice => {
-                let asked = match self.router_on_cpu {
+                let asked = match remedy::has_router_on_cpu(layers, program) {
                     true => {
                         ", although routers were asked to be on the CPU: an override of the \
                          program's own comes before, or they are a draft model's"
@@ -365,7 +374,7 @@ mod tests {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
         let why = Evidence::of_hooks(&hooks, false);
         assert_eq!(why.reason(), Reason::NeverEntered);
-        let words = why.explanation(Reason::NeverEntered, Coverage::NotVisible);
+        let words = why.explain_silence(&options("llama-cli")).explanation;
         assert!(words.starts_with("ggml_graph_compute was never"));
 
         // One of two libraries is enough.

@@ -118,6 +118,10 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
         }
     }
     for context in &stats.not_visible {
+        if context.model.is_some() && context.gaps.is_empty() {
+            // Its model is dense.
+            continue;
+        }
         let tokens = match context.count.passes {
             0 => String::new(),
             _ => format!(", {} tokens", context.count.tokens),

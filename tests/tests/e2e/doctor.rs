@@ -168,7 +168,7 @@ fn the_plan_is_what_is_set() {
     assert_eq!(of_command.0["target"]["models"][0]["n_expert"], 32);
     let expected = json!([{
         "model": 0, "layers": [0, 1, 2, 3], "answer": "yes", "routes": ["router"],
-        "finding": "computed on the CPU", "fix": null, "always_run": true,
+        "finding": "computed on the CPU", "fix": null, "remedies": [], "always_run": true,
     }]);
     assert_eq!(of_command.0["target"]["coverage"], expected);
 

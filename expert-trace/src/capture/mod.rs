@@ -30,6 +30,7 @@ use crate::{
     layout::Layout,
     model::{BlindTime, Context, End, Model, Options},
     probes::{Change, Hook, Plan, Probe},
+    routes,
     signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
@@ -83,9 +84,7 @@ impl Capture {
             recording,
         } = start;
         session.forward_log();
-        if plan.reads_logits() {
-            session.read_logits()?;
-        }
+        session.read(plan.routes())?;
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();
@@ -165,15 +164,20 @@ impl Capture {
         } = self;
         let mut looked_at = Vec::new();
         let mut log_error = None;
-        let mut look = |model: &mut Model, process: u32, new_context: bool| {
-            let is_main = first_process.is_none_or(|first| first == process);
-            let known_by = if is_main {
+        let is_main = |process| first_process.is_none_or(|first| first == process);
+        let known_by = |process| {
+            if is_main(process) {
                 Some(pid.get())
             } else {
                 // The same numbers, unless we are in a PID namespace of our own.
                 (*first_process == Some(pid.get())).then_some(process)
-            };
-            if known_by.is_some_and(|pid| targets.computes(pid, process, is_main, new_context)) {
+            }
+        };
+        let look = |targets: &mut Targets, model: &mut Model, process: u32, new_context: bool| {
+            let is_main = is_main(process);
+            if known_by(process)
+                .is_some_and(|pid| targets.computes(pid, process, is_main, new_context))
+            {
                 model.set_facts(targets.models.facts());
             }
         };
@@ -189,11 +193,17 @@ impl Capture {
                     )
                 })
                 .map(|event| event.header.process);
+            if let Ok(event) = &event
+                && let Body::EvalCallback(address) = event.body
+                && let Some(pid) = known_by(event.header.process)
+            {
+                targets.sets_callback(pid, address);
+            }
             if let Some(process) = process
                 && !looked_at.contains(&process)
             {
                 looked_at.push(process);
-                look(model, process, false);
+                look(targets, model, process, false);
             }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
@@ -208,7 +218,7 @@ impl Capture {
                 && new_context
             {
                 *contexts_known = model.contexts().len();
-                look(model, process, true);
+                look(targets, model, process, true);
             }
         });
         if let Some(log) = &mut sinks.log
@@ -372,6 +382,7 @@ impl Capture {
                 process: main_target,
                 hooks,
                 tensor_layouts,
+                eval_callbacks: std::mem::take(&mut self.targets.eval_callbacks),
             },
             capture: CaptureStats {
                 mode: if self.from_start { "run" } else { "attach" },
@@ -379,6 +390,7 @@ impl Capture {
                 duration_s: duration.as_secs_f64(),
                 ended: why,
                 include_warmup: self.recording.include_warmup,
+                routes: self.plan.routes().iter().map(routes::name).collect(),
                 late_libraries: self.late_libraries(),
             },
             processes,

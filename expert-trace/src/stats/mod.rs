@@ -11,11 +11,13 @@ use expert_trace_common::Route;
 use serde::Serialize;
 
 use crate::{
+    eval_callback::EvalCallback,
     gguf::ModelShape,
     layout::Layout,
     model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, PhasePasses},
     placement::Options,
     probes::Probe,
+    routes,
     visibility::{Evidence, Gap, Reason},
 };
 
@@ -132,6 +134,8 @@ pub struct Target {
     pub hooks: Vec<HookStats>,
     /// Layouts of each library that defines the function with expert ids.
     pub tensor_layouts: Vec<Layout>,
+    /// Eval callbacks that its processes have set.
+    pub eval_callbacks: Vec<EvalCallback>,
 }
 
 /// A probe that was set.
@@ -171,6 +175,8 @@ pub struct Capture {
     pub ended: &'static str,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
+    /// Ways in which routing was to be read.
+    pub routes: Vec<&'static str>,
     /// Libraries that a process we attached to has loaded since.
     pub late_libraries: Vec<LateLibraries>,
 }
@@ -292,7 +298,7 @@ pub struct LayerStats {
     pub passes: u64,
     /// Passes in which it had something to do, and was not seen.
     pub passes_not_seen: PhasePasses,
-    /// Where its routing was read: see [`route_name`].
+    /// Where its routing was read: see [`routes::name`](crate::routes::name).
     pub routes: Vec<&'static str>,
     /// Rows in which the choice was made from logits, and the target, rounding in its own way, may have
     /// chosen otherwise.
@@ -334,17 +340,6 @@ impl LayerStats {
             activations: 0,
             experts: Vec::new(),
         }
-    }
-}
-
-/// Name of a route in the document.
-pub fn route_name(route: Route) -> &'static str {
-    match route {
-        Route::Router => "router",
-        Route::SplitInput => "split_input",
-        Route::Fetch => "fetch",
-        Route::DeviceCopy => "device_copy",
-        Route::Logits => "logits",
     }
 }
 
@@ -571,7 +566,7 @@ fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
         passes: layer.passes.sum(),
         passes_not_seen: PhasePasses::default(),
         close_calls: layer.close_calls.clone(),
-        routes: layer.routes.iter().copied().map(route_name).collect(),
+        routes: layer.routes.iter().copied().map(routes::name).collect(),
         experts_never_activated: None,
         total_tokens,
         prefill_tokens: layer.tokens[0],

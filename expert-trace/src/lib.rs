@@ -16,6 +16,8 @@
 //! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
+//! - [`placement`] and [`remedy`]: where llama.cpp keeps routers and experts, and what options bring their
+//!   ids to the host.
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
@@ -49,8 +51,10 @@ pub mod launch;
 pub mod layout;
 pub mod model;
 pub mod models;
+pub mod placement;
 pub mod probes;
 pub mod redact;
+pub mod remedy;
 pub mod requirements;
 pub mod router_on_cpu;
 pub mod routes;

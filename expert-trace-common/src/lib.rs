@@ -53,6 +53,9 @@ pub enum Kind {
     Probs = 11,
     /// The same, with the selection bias added (`ffn_moe_probs_biased-N`).
     Selection = 12,
+    /// Routed rows of the second block of experts that a layer has (GroveMoE). Payload as of
+    /// [`Kind::Rows`].
+    SecondBlock = 13,
 }
 
 impl Kind {
@@ -71,6 +74,7 @@ impl Kind {
             10 => Self::BiasedLogits,
             11 => Self::Probs,
             12 => Self::Selection,
+            13 => Self::SecondBlock,
             _ => return None,
         })
     }
@@ -167,8 +171,8 @@ pub struct Header {
     /// [`Kind::Pass`].
     pub total_rows: u32,
     /// Distance between rows in the target, in elements. The ids are a view of the argsort of all
-    /// experts, so this is the number of experts. 0 when the ids of a row do not
-    /// lie side by side.
+    /// experts, so this is the number of experts; not so in a second block. 0 when the ids of a row do
+    /// not lie side by side.
     pub row_stride: u32,
     /// Tokens of the pass' ubatch; 0 when it could not be read.
     pub ubatch_tokens: u32,

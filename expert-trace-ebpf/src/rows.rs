@@ -43,7 +43,8 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     };
     let [k, rows, ..] = shape.ne;
     let [element_stride, row_stride, ..] = shape.nb;
-    let element = if kind as u8 == Kind::Rows as u8 {
+    let is_second = kind as u8 == Kind::SecondBlock as u8;
+    let element = if is_second || kind as u8 == Kind::Rows as u8 {
         TYPE_I32
     } else {
         TYPE_F32
@@ -65,7 +66,7 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     let rows = rows as u32;
     count(Counter::RowsSeen, u64::from(rows));
 
-    let state = current_pass(layer);
+    let state = current_pass(layer, is_second);
     let mut walk = RowsWalk {
         header: Header {
             kind: kind as u8,
@@ -126,9 +127,10 @@ pub fn is_first_sight(ids: Address) -> bool {
     true
 }
 
-/// Pass of this thread; without a scheduler, a new one when the layer number has not increased.
+/// Pass of this thread; without a scheduler, a new one when the layer number has not increased. A second
+/// block goes on with its layer.
 #[inline(always)]
-fn current_pass(layer: u16) -> ThreadState {
+fn current_pass(layer: u16, is_second: bool) -> ThreadState {
     let key = process_and_thread();
     let Some(state) = THREADS.get_ptr_mut(key) else {
         let state = ThreadState {
@@ -148,7 +150,7 @@ fn current_pass(layer: u16) -> ThreadState {
         if state.pass_source != PassSource::LayerOrder as u8 {
             state.pass_source = PassSource::LayerOrder as u8;
             state.generation = thread();
-        } else if i32::from(layer) <= state.last_layer {
+        } else if i32::from(layer) <= state.last_layer && !is_second {
             state.pass = state.pass.wrapping_add(1);
         }
     }

@@ -257,6 +257,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             expert_gating_func: Some(2),
             expert_group_count: 4,
             expert_group_used_count: 0,
+            second_block_experts: None,
             router_bias: [0].into(),
             selection_bias: [1, 2].into(),
             chosen_by_token: [2].into(),

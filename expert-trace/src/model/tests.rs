@@ -136,7 +136,7 @@ fn decode_at(number: u32, ubatch: &[(i32, u16, bool)]) -> TestPass<'_> {
 }
 
 fn tokens(model: &Model, context: usize, layer: u16) -> [u64; 2] {
-    model.contexts()[context].layers[&layer].tokens
+    model.contexts()[context].layers[&layer].tally.tokens
 }
 
 #[test]
@@ -162,8 +162,8 @@ fn prefill_and_decode_by_tokens_per_sequence() {
     assert_eq!(tokens(&model, 0, 0), [4, 2]);
     assert_eq!(tokens(&model, 0, 1), [2, 2]);
     let layer = &model.contexts()[0].layers[&1];
-    assert_eq!(layer.experts[6], [1, 0]);
-    assert_eq!(layer.experts[0], [0, 1]);
+    assert_eq!(layer.tally.experts[6], [1, 0]);
+    assert_eq!(layer.tally.experts[0], [0, 1]);
     assert_eq!(layer.n_expert, 8);
 }
 
@@ -483,6 +483,7 @@ fn choosing(stage: selection::Stage) -> Model {
 fn experts(model: &Model) -> Vec<u64> {
     let layer = &model.contexts()[0].layers[&2];
     layer
+        .tally
         .experts
         .iter()
         .map(|counts| counts.iter().sum())

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::{
     gguf::ModelShape,
     layout::Layout,
-    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer},
+    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, SecondBlock, Tally},
     probes::Probe,
     visibility,
 };
@@ -267,6 +267,34 @@ pub struct LayerStats {
     pub activations: u64,
     /// Activated experts, most activations first.
     pub experts: Vec<ExpertStats>,
+    /// Counts of the layer's second block of experts (GroveMoE), which are in no other; `null` when none
+    /// was seen.
+    pub second_block: Option<SecondBlockStats>,
+}
+
+/// Counts of the second block of experts that one layer of one context has.
+#[derive(Debug, Serialize)]
+pub struct SecondBlockStats {
+    /// Its experts; `null` when no model file shows it.
+    pub n_expert: Option<u32>,
+    /// Experts activated per token, one that is activated twice counted twice (the largest seen).
+    pub k: u16,
+    /// Whether it was seen in every pass.
+    pub coverage: Coverage,
+    /// Passes in which it was seen.
+    pub passes: u64,
+    /// Experts never activated; `null` when their number is not known.
+    pub experts_never_chosen: Option<u64>,
+    /// Tokens routed.
+    pub total_tokens: u64,
+    /// Those of prompts.
+    pub prefill_tokens: u64,
+    /// Those generated.
+    pub decode_tokens: u64,
+    /// (token, expert) pairs; the same pair can be there several times.
+    pub activations: u64,
+    /// Activated experts, most activations first.
+    pub experts: Vec<ExpertStats>,
 }
 
 /// Name of a route in the document.
@@ -343,7 +371,6 @@ pub fn context_stats(
         _ => None,
     };
     let shape = common_shape(fitting.iter().map(|index| &models[*index].shape));
-    let n_expert = shape.map(|shape| shape.n_expert);
     let ends = shape.map_or_else(Ends::default, ends);
     ContextStats {
         id,
@@ -367,9 +394,9 @@ pub fn context_stats(
         layers: context
             .layers
             .iter()
-            .map(|(layer_id, layer)| LayerStats {
-                coverage: context.coverage(*layer_id, ends),
-                ..layer_stats(*layer_id, layer, n_expert)
+            .map(|(layer_id, layer)| {
+                let coverage = context.coverage(*layer_id, ends);
+                layer_stats(*layer_id, layer, shape, coverage)
             })
             .collect(),
     }
@@ -405,29 +432,26 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
     context
         .layers
         .iter()
-        .map(|(layer_id, layer)| {
-            let stats = layer_stats(*layer_id, layer, None);
-            SpecifiedLayer {
-                layer_id: *layer_id,
-                total_tokens: stats.total_tokens,
-                experts: stats
-                    .experts
-                    .into_iter()
-                    .map(|expert| SpecifiedExpert {
-                        expert_id: expert.expert_id,
-                        activations: expert.activations,
-                        percentage: expert.percentage,
-                    })
-                    .collect(),
-            }
+        .map(|(layer_id, layer)| SpecifiedLayer {
+            layer_id: *layer_id,
+            total_tokens: layer.tally.total_tokens(),
+            experts: expert_stats(&layer.tally)
+                .into_iter()
+                .map(|expert| SpecifiedExpert {
+                    expert_id: expert.expert_id,
+                    activations: expert.activations,
+                    percentage: expert.percentage,
+                })
+                .collect(),
         })
         .collect()
 }
 
-fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> LayerStats {
-    let total_tokens = layer.total_tokens();
-    let activations = layer.activations();
-    let mut experts: Vec<ExpertStats> = layer
+/// Activated experts, most activations first.
+fn expert_stats(tally: &Tally) -> Vec<ExpertStats> {
+    let total_tokens = tally.total_tokens();
+    let activations = tally.activations();
+    let mut experts: Vec<ExpertStats> = tally
         .experts
         .iter()
         .enumerate()
@@ -442,22 +466,66 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
         .filter(|expert| expert.activations > 0)
         .collect();
     experts.sort_by_key(|expert| (std::cmp::Reverse(expert.activations), expert.expert_id));
+    experts
+}
+
+fn never_chosen(n_expert: Option<u32>, experts: &[ExpertStats]) -> Option<u64> {
+    n_expert.map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64))
+}
+
+fn layer_stats(
+    layer_id: u16,
+    layer: &Layer,
+    shape: Option<&ModelShape>,
+    coverage: Coverage,
+) -> LayerStats {
+    let experts = expert_stats(&layer.tally);
     let seen = (layer.n_expert > 0).then_some(layer.n_expert);
-    let n_expert = seen.or(model_experts);
+    let n_expert = seen.or(shape.map(|shape| shape.n_expert));
+    let [prefill_tokens, decode_tokens] = layer.tally.tokens;
     LayerStats {
         layer_id,
         n_expert,
-        k: layer.k,
-        coverage: Coverage::Observed,
+        k: layer.tally.k,
+        coverage,
         passes: layer.passes,
         close_calls: layer.close_calls.clone(),
         routes: layer.routes.iter().copied().map(route_name).collect(),
-        experts_never_chosen: n_expert
-            .map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64)),
-        total_tokens,
-        prefill_tokens: layer.tokens[0],
-        decode_tokens: layer.tokens[1],
-        activations,
+        experts_never_chosen: never_chosen(n_expert, &experts),
+        total_tokens: layer.tally.total_tokens(),
+        prefill_tokens,
+        decode_tokens,
+        activations: layer.tally.activations(),
+        experts,
+        second_block: layer.second_block.as_ref().map(|second| {
+            let coverage = if second.passes < layer.passes {
+                Coverage::PartlyObserved
+            } else {
+                coverage
+            };
+            second_block_stats(second, shape, coverage)
+        }),
+    }
+}
+
+fn second_block_stats(
+    SecondBlock { passes, tally }: &SecondBlock,
+    shape: Option<&ModelShape>,
+    coverage: Coverage,
+) -> SecondBlockStats {
+    let experts = expert_stats(tally);
+    let n_expert = shape.and_then(|shape| shape.second_block_experts);
+    let [prefill_tokens, decode_tokens] = tally.tokens;
+    SecondBlockStats {
+        n_expert,
+        k: tally.k,
+        coverage,
+        passes: *passes,
+        experts_never_chosen: never_chosen(n_expert, &experts),
+        total_tokens: tally.total_tokens(),
+        prefill_tokens,
+        decode_tokens,
+        activations: tally.activations(),
         experts,
     }
 }
@@ -483,6 +551,7 @@ fn common_shape<'a>(mut shapes: impl Iterator<Item = &'a ModelShape>) -> Option<
             shape.main_layers(),
             shape.nextn_predict_layers,
             shape.n_expert,
+            shape.second_block_experts,
         )
     };
     shapes

@@ -169,7 +169,7 @@ extern "C" KEPT void ggml_compute_forward_get_rows(const void * params, ggml_ten
 struct Program {
     ggml_backend_cuda_context context;
     ggml_backend              backend;
-    ggml_tensor               ids[64], tokens, weights, dst, contiguous, flat, slots;
+    ggml_tensor               ids[64], tokens, weights, dst, contiguous[64], flat[64], slots[64];
     void *                    ids_data;
     int                       pass, layer;
 
@@ -260,17 +260,17 @@ struct Program {
                 kernel_store((int32_t *) data + i, &id, sizeof(id));
             }
             snprintf(name, sizeof(name), "ffn_moe_topk-%d (cont)", layer);
-            describe(&contiguous, k, 4 * k, data, name);
-            ids_used = &contiguous;
+            describe(&contiguous[layer], k, 4 * k, data, name);
+            ids_used = &contiguous[layer];
         }
         snprintf(name, sizeof(name), "%s (reshaped)", ids_used->bytes + at.name);
-        describe(&flat, k * rows, 4 * k * rows, data_of(ids_used), name);
-        field<int64_t>(&flat, 24) = 1;
-        src_of(&flat, 0) = (ggml_tensor *) ids_used;
+        describe(&flat[layer], k * rows, 4 * k * rows, data_of(ids_used), name);
+        field<int64_t>(&flat[layer], 24) = 1;
+        src_of(&flat[layer], 0) = (ggml_tensor *) ids_used;
 
         const size_t bytes = rows * k * sizeof(int32_t);
         int32_t *    host  = stale_ids(bytes);
-        ggml_backend_tensor_get_async(&backend, &flat, host, 0, bytes);
+        ggml_backend_tensor_get_async(&backend, &flat[layer], host, 0, bytes);
         cudaStreamSynchronize(context.stream);
         // A row has its ids where `show` looks for them.
         int32_t * spread = stale_ids(rows * n_expert * sizeof(int32_t));
@@ -289,8 +289,8 @@ struct Program {
         kernel_store((int32_t *) slots_data, slots_used, rows * k * sizeof(int32_t));
         free(slots_used);
         snprintf(name, sizeof(name), "ffn_moe_slots-%d (reshaped)", layer);
-        describe(&slots, k, 4 * k, slots_data, name);
-        src_of(&dst, 2) = &slots;
+        describe(&slots[layer], k, 4 * k, slots_data, name);
+        src_of(&dst, 2) = &slots[layer];
         for (int i = 0; i < 3; i++) {
             ggml_cuda_mul_mat_id(context, &dst);
         }

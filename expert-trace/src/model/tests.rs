@@ -22,6 +22,8 @@ struct TestPass<'a> {
     tokens: &'a [i32],
     /// Experts of each row, by layer.
     layers: &'a [(u16, &'a [&'a [i32]])],
+    /// Those of second blocks.
+    second_blocks: &'a [(u16, &'a [&'a [i32]])],
 }
 
 impl Default for TestPass<'_> {
@@ -32,6 +34,7 @@ impl Default for TestPass<'_> {
             ubatch: &[],
             tokens: &[],
             layers: &[],
+            second_blocks: &[],
         }
     }
 }
@@ -84,15 +87,20 @@ impl TestPass<'_> {
             let header = of(self.header(Kind::Tokens), self.tokens.len());
             records.push(record(header, &numbers(self.tokens)));
         }
-        for (layer, rows) in self.layers {
-            let k = rows.first().map_or(1, |ids| ids.len());
-            let header = Header {
-                layer: *layer,
-                k: k as u16,
-                row_stride: 8,
-                ..of(self.header(Kind::Rows), rows.len())
-            };
-            records.push(record(header, &numbers(&rows.concat())));
+        for (kind, row_stride, layers) in [
+            (Kind::Rows, 8, self.layers),
+            (Kind::SecondBlock, 2, self.second_blocks),
+        ] {
+            for (layer, rows) in layers {
+                let k = rows.first().map_or(1, |ids| ids.len());
+                let header = Header {
+                    layer: *layer,
+                    k: k as u16,
+                    row_stride,
+                    ..of(self.header(kind), rows.len())
+                };
+                records.push(record(header, &numbers(&rows.concat())));
+            }
         }
         records
     }
@@ -790,5 +798,59 @@ fn a_pass_that_was_cut_early_is_not_out_of_sight() {
         let context = &model.contexts()[0];
         assert_eq!(context.passes, 2);
         assert_eq!(context.not_visible(Ends::default()).passes, unseen);
+    }
+}
+
+/// Two experts share one of the second block.
+const WITH_SECOND_BLOCKS: TestPass<'static> = TestPass {
+    context: SCHED,
+    number: 0,
+    ubatch: &[(0, 0, false), (1, 0, true)],
+    tokens: &[],
+    layers: &[(0, &[&[6, 7], &[0, 3]]), (1, &[&[2, 5]])],
+    second_blocks: &[(0, &[&[3, 3], &[0, 1]]), (1, &[&[1, 2]])],
+};
+
+#[test]
+fn second_blocks_are_in_no_other_count() {
+    let passes = [WITH_SECOND_BLOCKS];
+    let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+    let layers = &model.contexts()[0].layers;
+    assert_eq!(layers[&0].tally.tokens, [2, 0]);
+    assert_eq!(layers[&0].tally.activations(), 4);
+    assert_eq!(layers[&0].n_expert, 8);
+    let second = layers[&0].second_block.as_ref().unwrap();
+    assert_eq!((second.passes, second.tally.k), (1, 2));
+    assert_eq!(second.tally.tokens, [2, 0]);
+    assert_eq!(second.tally.experts, [[1, 0], [1, 0], [0, 0], [2, 0]]);
+    assert_eq!(model.received().rows, 6);
+
+    // Without its layer it has no place.
+    let alone = TestPass {
+        layers: &WITH_SECOND_BLOCKS.layers[..1],
+        ..WITH_SECOND_BLOCKS
+    };
+    let model = run(FROM_START, ModelFacts::default(), &[alone], End::Exited);
+    assert_eq!(model.contexts()[0].layers.len(), 1);
+}
+
+#[test]
+fn a_last_pass_that_lacks_a_second_block_is_cut() {
+    let last = |second_blocks| TestPass {
+        number: 1,
+        second_blocks,
+        ..WITH_SECOND_BLOCKS
+    };
+    for (second_blocks, passes) in [
+        (WITH_SECOND_BLOCKS.second_blocks, 2),
+        (&WITH_SECOND_BLOCKS.second_blocks[..1], 1),
+    ] {
+        let model = run(
+            FROM_START,
+            ModelFacts::default(),
+            &[WITH_SECOND_BLOCKS, last(second_blocks)],
+            End::Cut,
+        );
+        assert_eq!(model.contexts()[0].passes, passes);
     }
 }

@@ -267,6 +267,8 @@ pub struct Context {
     knows_layers: bool,
     /// Sequences whose last token had no output: the next ones go on with the same prompt.
     in_prompt: BTreeMap<u16, bool>,
+    /// Sequences that the last pass had equal parts of.
+    equal_parts: BTreeSet<u16>,
 }
 
 impl Context {
@@ -719,8 +721,10 @@ impl Model {
 
     fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &mut self.contexts[index];
-        let phases = pass.row_phases(&context.in_prompt);
+        let goes_on = pass.goes_on_with(&context.equal_parts);
+        let phases = pass.row_phases(&context.in_prompt, goes_on);
         pass.note_outputs(&mut context.in_prompt);
+        context.equal_parts = pass.equal_parts(goes_on);
         if !pass.has_rows() {
             if pass.has_ubatch() {
                 let unseen = if pass.has_no_output() {

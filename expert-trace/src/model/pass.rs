@@ -299,12 +299,47 @@ impl Pass {
                 || (self.has_rows() && all_experts))
     }
 
+    /// Sequences of a batch of which the pass has as many tokens of each (`split_equal` in
+    /// llama-batch.cpp), from the first on, and all with an output, as embeddings are computed: of longer
+    /// ones the next pass has the rest. Empty for any other pass, unless it `goes_on` with such a batch.
+    pub(super) fn equal_parts(&self, goes_on: bool) -> BTreeSet<u16> {
+        let sequences = self.sequences();
+        let parts = sequences.len().max(1);
+        let length = self.infos.len() / parts;
+        let counts = |test: fn(&RowInfo) -> bool| self.infos.iter().filter(|row| test(row)).count();
+        let from_the_first = length > 1 && counts(|row| row.position == 0) == parts;
+        let all_outputs = counts(|row| row.flags & ROW_OUTPUT == 0) == 0;
+        let of = |sequence: &u16| {
+            let rows = self.infos.iter();
+            rows.filter(|row| row.sequence == *sequence).count()
+        };
+        let equal = sequences.iter().all(|sequence| of(sequence) == length);
+        if self.has_ubatch() && equal && all_outputs && (from_the_first || goes_on) {
+            sequences
+        } else {
+            BTreeSet::new()
+        }
+    }
+
+    /// Whether it has the rest of some, and not of all, of these sequences.
+    pub(super) fn goes_on_with(&self, parts: &BTreeSet<u16>) -> bool {
+        let sequences = self.sequences();
+        self.has_ubatch()
+            && sequences.len() < parts.len()
+            && sequences.is_subset(parts)
+            && self.infos.iter().all(|row| row.position > 0)
+    }
+
+    fn sequences(&self) -> BTreeSet<u16> {
+        self.infos.iter().map(|row| row.sequence).collect()
+    }
+
     /// Prefill or decode, for each token of the ubatch.
     ///
     /// A token is decoded when it is the only one of its sequence in the pass, not the sequence's
-    /// first, and does not go on with a prompt of which the pass before had no output. Where the
-    /// ubatch was not read, a pass of one token is a decode.
-    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>) -> RowPhases {
+    /// first, and does not go on with a prompt of which the pass before had no output, or a part. Where
+    /// the ubatch was not read, a pass of one token is a decode.
+    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>, goes_on: bool) -> RowPhases {
         let mut phases = RowPhases {
             otherwise: if self.token_count() > 1 {
                 Phase::Prefill
@@ -323,7 +358,7 @@ impl Pass {
         }
         for info in &self.infos {
             let alone = tokens_of[&info.sequence] == 1;
-            let prompt = in_prompt.get(&info.sequence).copied().unwrap_or(false);
+            let prompt = goes_on || in_prompt.get(&info.sequence).copied().unwrap_or(false);
             let phase = if alone && info.position > 0 && !prompt {
                 Phase::Decode
             } else {

@@ -854,3 +854,37 @@ fn a_last_pass_that_lacks_a_second_block_is_cut() {
         assert_eq!(model.contexts()[0].passes, passes);
     }
 }
+
+/// Embeddings of texts of 2, 3 and 4 tokens in one batch, as a cache for each sequence has them cut.
+#[test]
+fn what_equal_parts_leave_is_prefill() {
+    let all = [0, 1, 2].map(|sequence| [(0, sequence, true), (1, sequence, true)]);
+    let run_with = |rest: &[&[(i32, u16, bool)]]| {
+        let rows: [&[i32]; 6] = [&[1, 2]; 6];
+        let ubatches: Vec<&[(i32, u16, bool)]> = [&[all.as_flattened()], rest].concat();
+        let layers: Vec<[(u16, &[&[i32]]); 1]> = ubatches
+            .iter()
+            .map(|ubatch| [(0, &rows[..ubatch.len()])])
+            .collect();
+        let passes: Vec<TestPass<'_>> = (0..)
+            .zip(ubatches.iter().zip(&layers))
+            .map(|(number, (ubatch, layers))| TestPass {
+                number,
+                ubatch,
+                layers,
+                ..TestPass::default()
+            })
+            .collect();
+        let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+        tokens(&model, 0, 0)
+    };
+    assert_eq!(
+        run_with(&[&[(2, 1, true), (2, 2, true)], &[(3, 2, true)]]),
+        [9, 0]
+    );
+    // Prompts of which all outputs were wanted, and what was generated then.
+    let generated: [(i32, u16, bool); 3] = [(2, 0, true), (2, 1, true), (2, 2, true)];
+    assert_eq!(run_with(&[&generated, &[(3, 2, true)]]), [6, 4]);
+    // The next text begins.
+    assert_eq!(run_with(&[&[(0, 1, true)], &[(1, 1, true)]]), [7, 1]);
+}

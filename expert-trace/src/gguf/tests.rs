@@ -286,6 +286,21 @@ fn nextn_blocks_are_the_last() {
 }
 
 #[test]
+fn a_second_block_is_told_by_its_tensors() {
+    let gguf = |name: &str, shape: &[u64]| moe().tensor(name, shape).gguf();
+    let experts = |gguf| {
+        ModelShape::from_ggufs(&[gguf])
+            .unwrap()
+            .second_block_experts
+    };
+    assert_eq!(experts(moe().gguf()), None);
+    let name = "blk.1.ffn_down_chexps.weight";
+    assert_eq!(experts(gguf(name, &[64, 128, 16])), Some(16));
+    assert_eq!(experts(gguf(name, &[64, 128])), None);
+    assert_eq!(experts(gguf(name, &[1, 1, 1 << 40])), None);
+}
+
+#[test]
 fn experts_may_be_a_tensor_each() {
     let model = moe()
         .tensor("blk.0.ffn_gate_inp.weight", &[128, 8])

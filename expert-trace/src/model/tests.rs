@@ -13,6 +13,9 @@ fn record(header: Header, payload: &[u8]) -> Vec<u8> {
     [head, payload].concat()
 }
 
+/// Layer, and experts of each row.
+type LayerRows<'a> = (u16, &'a [&'a [i32]]);
+
 /// One pass as the kernel reports it.
 struct TestPass<'a> {
     context: u64,
@@ -20,10 +23,9 @@ struct TestPass<'a> {
     /// (position, sequence, output) of each token; none when the ubatch was not read.
     ubatch: &'a [(i32, u16, bool)],
     tokens: &'a [i32],
-    /// Experts of each row, by layer.
-    layers: &'a [(u16, &'a [&'a [i32]])],
+    layers: &'a [LayerRows<'a>],
     /// Those of second blocks.
-    second_blocks: &'a [(u16, &'a [&'a [i32]])],
+    second_blocks: &'a [LayerRows<'a>],
 }
 
 impl Default for TestPass<'_> {
@@ -862,7 +864,7 @@ fn what_equal_parts_leave_is_prefill() {
     let run_with = |rest: &[&[(i32, u16, bool)]]| {
         let rows: [&[i32]; 6] = [&[1, 2]; 6];
         let ubatches: Vec<&[(i32, u16, bool)]> = [&[all.as_flattened()], rest].concat();
-        let layers: Vec<[(u16, &[&[i32]]); 1]> = ubatches
+        let layers: Vec<[LayerRows<'_>; 1]> = ubatches
             .iter()
             .map(|ubatch| [(0, &rows[..ubatch.len()])])
             .collect();

@@ -103,12 +103,13 @@ fn a_second_block_is_counted_apart() {
     );
 }
 
-/// Without a scheduler passes are told apart by the layer number, which comes twice.
+/// The router is on a device, where a server shows both blocks: without a scheduler passes are told apart
+/// by the layer number, which comes twice. The experts are on the CPU, which shows the first block alone.
 #[test]
-fn a_second_block_begins_no_pass() {
+fn a_second_block_of_a_router_on_a_device() {
     let expected = &Shape::GROVEMOE;
     let model = shape("grovemoe", expected);
-    let files = Files::new();
+    let (files, of_client) = (Files::new(), Files::new());
     let [dump, second] = ["dump", "second"].map(|name| files.path(name));
     let server = rpc::Server::start();
     let attached = Attached::to(server.pid(), &files.options()).unwrap();
@@ -116,26 +117,41 @@ fn a_second_block_begins_no_pass() {
     let options = [
         ["--rpc", &endpoint],
         ["-ngl", "99"],
+        ["--op-offload", "0"],
+        ["-ot", "exps=CPU"],
         ["--dump", dump.to_str().unwrap()],
         ["--dump-second", second.to_str().unwrap()],
     ];
-    let mut client = Oracle::spawn(&mut driver(&model, &options.concat())).unwrap();
+    let client = driver(&model, options.as_flattened());
+    let mut client = tracer::run(&of_client.options(), &client).unwrap();
+    let mut client = Oracle::spawn(&mut client).unwrap();
     for command in ["prompt 0 20 4000", "generate 0 4 17"] {
         client.command(command).unwrap();
     }
     assert!(client.quit().unwrap().success());
     attached.interrupt().unwrap();
 
+    let first = rows(read_dump(&dump).unwrap());
     let stats = files.stats();
     stats.assert_complete();
     let context = &stats.0["contexts"][0];
     assert_eq!(context["pass_source"], "layer_order");
     assert_eq!(context["passes"], 5);
-    assert_eq!(files.log(), rows(read_dump(&dump).unwrap()));
+    assert_eq!(files.log(), first);
     assert_eq!(
         read_second_log(&files.path("log")).unwrap(),
         rows(read_dump(&second).unwrap())
     );
+
+    let stats = of_client.stats();
+    stats.assert_complete();
+    assert_eq!(of_client.log(), first);
+    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+        assert_eq!(layer["routes"].to_string(), "[\"split_input\"]");
+        assert_eq!(layer["second_block"], Value::Null);
+    }
+    let second_block = &stats.0["models"][0]["second_block_experts"];
+    assert_eq!(*second_block, expected.second_experts().unwrap());
 }
 
 const COMMANDS: [&str; 4] = [

@@ -99,7 +99,7 @@ fn second_blocks(text: &mut String, stats: &Stats) -> std::fmt::Result {
     if model.is_some_and(|model| model.second_block_experts.is_some()) && !not_seen.is_empty() {
         writeln!(
             text,
-            "Not visible: the second block of layers {} (it is read where the router runs on the CPU).",
+            "Not visible: the second block of layers {} (it is read where the CPU computes it: --cpu-moe, -ngl 0).",
             ranges(&not_seen)
         )?;
     }

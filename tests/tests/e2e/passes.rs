@@ -103,22 +103,23 @@ fn a_second_block_is_counted_apart() {
     );
 }
 
-/// The router is on a device, where a server shows both blocks: without a scheduler passes are told apart
-/// by the layer number, which comes twice. The experts are on the CPU, which shows the first block alone.
+/// The router is on a device, and the experts of every other layer on the CPU, where llama.cpp makes the
+/// choice for the second block once more. The device is that of a server that shows the rest: without a
+/// scheduler passes are told apart by the layer number, which comes twice.
 #[test]
 fn a_second_block_of_a_router_on_a_device() {
     let expected = &Shape::GROVEMOE;
     let model = shape("grovemoe", expected);
-    let (files, of_client) = (Files::new(), Files::new());
-    let [dump, second] = ["dump", "second"].map(|name| files.path(name));
+    let (of_server, of_client) = (Files::new(), Files::new());
+    let [dump, second] = ["dump", "second"].map(|name| of_client.path(name));
     let server = rpc::Server::start();
-    let attached = Attached::to(server.pid(), &files.options()).unwrap();
+    let attached = Attached::to(server.pid(), &of_server.options()).unwrap();
     let endpoint = server.endpoint();
     let options = [
         ["--rpc", &endpoint],
         ["-ngl", "99"],
         ["--op-offload", "0"],
-        ["-ot", "exps=CPU"],
+        ["-ot", "blk.[02].*exps=CPU"],
         ["--dump", dump.to_str().unwrap()],
         ["--dump-second", second.to_str().unwrap()],
     ];
@@ -131,27 +132,41 @@ fn a_second_block_of_a_router_on_a_device() {
     assert!(client.quit().unwrap().success());
     attached.interrupt().unwrap();
 
-    let first = rows(read_dump(&dump).unwrap());
-    let stats = files.stats();
-    stats.assert_complete();
-    let context = &stats.0["contexts"][0];
-    assert_eq!(context["pass_source"], "layer_order");
-    assert_eq!(context["passes"], 5);
-    assert_eq!(files.log(), first);
-    assert_eq!(
-        read_second_log(&files.path("log")).unwrap(),
-        rows(read_dump(&second).unwrap())
-    );
-
-    let stats = of_client.stats();
-    stats.assert_complete();
-    assert_eq!(of_client.log(), first);
-    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
-        assert_eq!(layer["routes"].to_string(), "[\"split_input\"]");
-        assert_eq!(layer["second_block"], Value::Null);
+    let [first, second] = [dump, second].map(|path| rows(read_dump(&path).unwrap()));
+    let of = |rows: &[(u32, Vec<u32>)], layers: [u32; 2]| -> Vec<(u32, Vec<u32>)> {
+        let rows = rows.iter().filter(|(layer, _)| layers.contains(layer));
+        rows.cloned().collect()
+    };
+    let on_cpu = [0, 2];
+    for (files, first, layers) in [
+        (&of_server, first.clone(), [1, 3]),
+        (&of_client, of(&first, on_cpu), on_cpu),
+    ] {
+        let stats = files.stats();
+        stats.assert_complete();
+        assert_eq!(stats.0["contexts"][0]["passes"], 5);
+        assert_eq!(files.log(), first);
+        let seen = read_second_log(&files.path("log")).unwrap();
+        assert_eq!(seen, of(&second, layers));
+        for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+            let number = layer["layer_id"].as_u64().unwrap() as u32;
+            let block = &layer["second_block"];
+            assert_eq!(
+                block.is_object(),
+                layers.contains(&number),
+                "layer {number}"
+            );
+        }
     }
-    let second_block = &stats.0["models"][0]["second_block_experts"];
-    assert_eq!(*second_block, expected.second_experts().unwrap());
+    let source = |files: &Files| files.stats().0["contexts"][0]["pass_source"].clone();
+    assert_eq!(source(&of_server), "layer_order");
+    let stats = of_client.stats();
+    let context = &stats.0["contexts"][0];
+    assert_eq!(context["layers_not_visible"].to_string(), "[1,3]");
+    assert_eq!(
+        context["layers"][0]["routes"].to_string(),
+        "[\"split_input\"]"
+    );
 }
 
 const COMMANDS: [&str; 4] = [

@@ -15,7 +15,7 @@ use crate::{
     rpc,
     support::{
         Files, Known, Traced, compare_with_callback, driver, known_small, prebuilt, random_small,
-        scratch, shape,
+        schema_problems, scratch, shape,
     },
 };
 
@@ -54,6 +54,7 @@ fn a_second_block_is_counted_apart() {
 
     let stats = files.stats();
     stats.assert_complete();
+    assert_eq!(schema_problems(&stats), Vec::<String>::new());
     let dumped = rows(read_dump(&dump).unwrap());
     assert_eq!(files.log(), dumped);
     assert_eq!(

@@ -489,6 +489,17 @@ impl Files {
     }
 }
 
+/// Where a document is not as its schema says.
+pub fn schema_problems(stats: &Stats) -> Vec<String> {
+    let schema = include_str!("../../../docs/stats.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let problems = validator.iter_errors(&stats.0);
+    problems
+        .map(|error| format!("{error} at {}", error.instance_path()))
+        .collect()
+}
+
 /// A directory for what one test writes.
 pub fn scratch() -> TempDir {
     tempfile::tempdir().unwrap()

@@ -53,9 +53,12 @@ pub enum Kind {
     Probs = 11,
     /// The same, with the selection bias added (`ffn_moe_probs_biased-N`).
     Selection = 12,
+    /// The process computes graphs with an eval callback of its own. Payload: the function's address,
+    /// `u64`.
+    EvalCallback = 13,
     /// Routed rows of the second block of experts that a layer has (GroveMoE). Payload as of
     /// [`Kind::Rows`].
-    SecondBlock = 13,
+    SecondBlock = 14,
 }
 
 impl Kind {
@@ -74,7 +77,8 @@ impl Kind {
             10 => Self::BiasedLogits,
             11 => Self::Probs,
             12 => Self::Selection,
-            13 => Self::SecondBlock,
+            13 => Self::EvalCallback,
+            14 => Self::SecondBlock,
             _ => return None,
         })
     }
@@ -120,16 +124,19 @@ pub enum Route {
     DeviceCopy = 3,
     /// The router's logits were computed on the host: the choice was made from them by the program.
     Logits = 4,
+    /// The target has asked for the ids itself, as an eval callback does.
+    Callback = 5,
 }
 
 impl Route {
     /// All routes, in the order of their numbers.
-    pub const ALL: [Route; 5] = [
+    pub const ALL: [Route; 6] = [
         Route::Router,
         Route::SplitInput,
         Route::Fetch,
         Route::DeviceCopy,
         Route::Logits,
+        Route::Callback,
     ];
 }
 
@@ -334,10 +341,14 @@ counters! {
     FetchedIds,
     /// … and were read, for the device itself (`cudaMemcpyAsync`).
     DeviceIds,
+    /// … and were read, for the target's own code (`ggml_backend_tensor_get`).
+    CallbackIds,
     /// … and whose arrival was never seen.
     IdsCopiesLost,
     /// Expert ids seen again in the same pass, for another weight of the layer.
     RepeatedIds,
+    /// Expert ids of which the target's own code has asked for a part, which is not read.
+    PartialIds,
 }
 
 /// Number of counters.
@@ -359,9 +370,8 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 /// First process that the tracer has forked since it follows, as the initial PID namespace numbers
 /// it; index 6 of the map `CONTROL`.
 pub const CONTROL_FIRST_CHILD: u32 = 6;
-/// Whether router logits are read when the CPU's part of a graph returns; index 8 of the map
-/// `CONTROL`.
-pub const CONTROL_LOGITS: u32 = 8;
+/// Which routes are read, by the bits of a [`Route`]'s number; index 8 of the map `CONTROL`.
+pub const CONTROL_ROUTES: u32 = 8;
 /// Entries of the map `CONTROL`.
 pub const CONTROL_ENTRIES: u32 = 9;
 

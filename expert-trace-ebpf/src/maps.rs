@@ -9,8 +9,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, DeclaredLayout, Follow,
-    Header, MAX_PROBES, MAX_SOURCES, Site, payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, COUNTERS, Counter,
+    DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
 };
 
 use crate::target::{process, site};
@@ -54,6 +54,10 @@ pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entri
 #[map]
 pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
+/// Eval callbacks that were told of, by process.
+#[map]
+pub static CALLBACKS: LruHashMap<ContextKey, u8> = LruHashMap::with_max_entries(1024, 0);
+
 /// Pass that runs on a thread.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -73,14 +77,16 @@ pub struct ThreadState {
     pub last_layer: i32,
     pub phase: u8,
     pub pass_source: u8,
-    pub padding: [u8; 6],
+    /// Routes that have shown that layer, by their numbers' bits.
+    pub last_routes: u8,
+    pub padding: [u8; 5],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ContextKey {
     pub process: u64,
-    /// A `llama_context` or a `ggml_backend_sched`.
+    /// A `llama_context`, a `ggml_backend_sched`, or an eval callback.
     pub address: u64,
 }
 
@@ -110,6 +116,12 @@ pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Site> {
         add(hits, 1);
     }
     Some(site)
+}
+
+/// Whether the capture takes this route.
+#[inline(always)]
+pub fn is_read(route: Route) -> bool {
+    control(CONTROL_ROUTES) & 1 << route as u32 != 0
 }
 
 #[inline(always)]

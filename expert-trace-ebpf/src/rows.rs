@@ -7,7 +7,7 @@ use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, Record, THREADS, ThreadState, count},
+    maps::{EVENTS, Record, THREADS, ThreadState, count, is_read},
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
@@ -37,6 +37,9 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
         tensor,
         data,
     } = *routed;
+    if !is_read(route) {
+        return;
+    }
     let Some(shape) = tensor.read::<Shape>() else {
         count(Counter::RoutedUnreadable, 1);
         return debug!(ctx, "layer {}: tensor {:x} is unreadable", layer, tensor.0);
@@ -66,7 +69,13 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     let rows = rows as u32;
     count(Counter::RowsSeen, u64::from(rows));
 
-    let state = current_pass(layer, is_second);
+    // A second block is shown beside its layer, as if by a route of its own.
+    let sight = if is_second {
+        SECOND_BLOCK
+    } else {
+        1 << route as u8
+    };
+    let state = current_pass(layer, sight);
     let mut walk = RowsWalk {
         header: Header {
             kind: kind as u8,
@@ -127,10 +136,13 @@ pub fn is_first_sight(ids: Address) -> bool {
     true
 }
 
-/// Pass of this thread; without a scheduler, a new one when the layer number has not increased. A second
-/// block goes on with its layer.
+/// In the place of a route's bit in [`ThreadState::last_routes`]: a second block of experts.
+const SECOND_BLOCK: u8 = 1 << 7;
+
+/// Pass of this thread; without a scheduler, a new one when the layer number has not increased, unless
+/// another route shows the same layer. `route` is the route's bit.
 #[inline(always)]
-fn current_pass(layer: u16, is_second: bool) -> ThreadState {
+fn current_pass(layer: u16, route: u8) -> ThreadState {
     let key = process_and_thread();
     let Some(state) = THREADS.get_ptr_mut(key) else {
         let state = ThreadState {
@@ -138,6 +150,7 @@ fn current_pass(layer: u16, is_second: bool) -> ThreadState {
             context: 0,
             generation: thread(),
             last_layer: i32::from(layer),
+            last_routes: route,
             pass_source: PassSource::LayerOrder as u8,
             ..NEW_THREAD
         };
@@ -146,15 +159,23 @@ fn current_pass(layer: u16, is_second: bool) -> ThreadState {
     };
     // SAFETY: the map's value is alive during the program, and belongs to this thread.
     let state = unsafe { &mut *state };
+    let layer = i32::from(layer);
+    let is_same_layer = layer == state.last_layer;
     if state.context == 0 {
         if state.pass_source != PassSource::LayerOrder as u8 {
             state.pass_source = PassSource::LayerOrder as u8;
             state.generation = thread();
-        } else if i32::from(layer) <= state.last_layer && !is_second {
+        } else if layer < state.last_layer || (is_same_layer && state.last_routes & route != 0) {
             state.pass = state.pass.wrapping_add(1);
+            state.last_routes = 0;
         }
     }
-    state.last_layer = i32::from(layer);
+    state.last_routes = if is_same_layer {
+        state.last_routes | route
+    } else {
+        route
+    };
+    state.last_layer = layer;
     *state
 }
 

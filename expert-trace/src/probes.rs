@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use expert_trace_common::Site;
+use expert_trace_common::{Route, Site};
 use serde::Serialize;
 
 use crate::{
     bounded::{self, Bounded},
     layout::{self, Declared},
+    routes::Routes,
     same_file::FirstPage,
     symbols::{self, Definition, SymbolError},
     target::{MappedFile, open_regular, printable},
@@ -46,6 +47,12 @@ pub enum Hook {
     Fetch,
     /// … and has them, since the weights follow.
     WeightsFollow,
+    /// The target's own code asks for the data of a tensor, as eval callbacks do.
+    TensorGet,
+    /// … and has it.
+    TensorGetDone,
+    /// The target sets an eval callback.
+    EvalCallback,
     /// A device computes with expert ids.
     DeviceMulMatId,
     /// … and copies them to the host, or has them there, since more copies follow.
@@ -54,7 +61,7 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 13] = [
+    pub const ALL: [Hook; 16] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
@@ -66,6 +73,9 @@ impl Hook {
         Hook::SplitDone,
         Hook::Fetch,
         Hook::WeightsFollow,
+        Hook::TensorGet,
+        Hook::TensorGetDone,
+        Hook::EvalCallback,
         Hook::DeviceMulMatId,
         Hook::DeviceMemcpy,
     ];
@@ -102,6 +112,8 @@ impl Hook {
                 "_ZL34ggml_backend_cuda_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
                 "_ZL32ggml_backend_vk_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
             ],
+            Hook::TensorGet | Hook::TensorGetDone => &["ggml_backend_tensor_get"],
+            Hook::EvalCallback => &["ggml_backend_sched_set_eval_callback"],
             Hook::DeviceMulMatId => {
                 &["_ZL20ggml_cuda_mul_mat_idR25ggml_backend_cuda_contextP11ggml_tensor"]
             }
@@ -109,9 +121,22 @@ impl Hook {
         }
     }
 
+    /// Routes that it serves; none when it serves them all. So does the one of routers on the CPU: it
+    /// sees tokens, and what a library's tensors are like.
+    pub const fn routes(self) -> &'static [Route] {
+        match self {
+            Hook::Split => &[Route::SplitInput, Route::Logits],
+            Hook::SplitDone => &[Route::Logits],
+            Hook::Fetch | Hook::WeightsFollow => &[Route::Fetch],
+            Hook::TensorGet | Hook::TensorGetDone => &[Route::Callback],
+            Hook::DeviceMulMatId | Hook::DeviceMemcpy => &[Route::DeviceCopy],
+            _ => &[],
+        }
+    }
+
     /// Whether the probe is hit when the function returns, which costs about three times as much.
     pub const fn on_return(self) -> bool {
-        matches!(self, Hook::SplitDone)
+        matches!(self, Hook::SplitDone | Hook::TensorGetDone)
     }
 
     /// Another one without which this one shows nothing. Programs that have nothing to do with
@@ -136,6 +161,9 @@ impl Hook {
             Hook::SplitDone => "cpu_split_done",
             Hook::Fetch => "fetch",
             Hook::WeightsFollow => "weights_follow",
+            Hook::TensorGet => "tensor_get",
+            Hook::TensorGetDone => "tensor_get_done",
+            Hook::EvalCallback => "eval_callback",
             Hook::DeviceMulMatId => "device_mul_mat_id",
             Hook::DeviceMemcpy => "device_memcpy",
         }
@@ -183,8 +211,8 @@ pub struct Plan {
     numbered: u32,
     /// Something else than a probe tells when libraries are loaded.
     gated: bool,
-    /// Whether the choice is to be made from router logits, where those are all that the host has.
-    logits: bool,
+    /// Ways to read routing. Hooks of others alone are left out.
+    routes: Routes,
     /// Probes that show nothing without others, which have not been found yet.
     waiting: Vec<Probe>,
 }
@@ -284,14 +312,19 @@ impl Plan {
         }
     }
 
-    /// The same plan, with what reads router logits.
-    pub fn with_logits(self, logits: bool) -> Self {
-        Self { logits, ..self }
+    /// The same plan, for these ways to read routing.
+    pub fn with_routes(self, routes: Routes) -> Self {
+        Self { routes, ..self }
+    }
+
+    /// The ways to read routing.
+    pub fn routes(&self) -> Routes {
+        self.routes
     }
 
     /// Whether router logits are read.
     pub fn reads_logits(&self) -> bool {
-        self.logits
+        self.routes.has(Route::Logits)
     }
 
     /// Whether there is a function that shows expert ids.
@@ -445,13 +478,13 @@ impl Plan {
     }
 
     fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
-        let Self { gated, logits, .. } = *self;
-        let hooks = Hook::ALL.into_iter();
-        hooks.filter(move |hook| match hook {
-            Hook::Libraries => !gated,
-            Hook::SplitDone => logits,
-            _ => true,
-        })
+        let Self { gated, routes, .. } = *self;
+        let serves = move |hook: &Hook| {
+            let of = hook.routes();
+            of.is_empty() || of.iter().any(|route| routes.has(*route))
+        };
+        let hooks = Hook::ALL.into_iter().filter(serves);
+        hooks.filter(move |hook| *hook != Hook::Libraries || !gated)
     }
 
     fn add(

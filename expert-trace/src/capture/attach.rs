@@ -72,6 +72,7 @@ fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
         let subject = Subject::Process {
             pid: pid.get(),
             router_on_cpu: arguments.router_on_cpu,
+            routes: &recording.routes,
         };
         let refused = refused
             .clone()
@@ -123,7 +124,7 @@ impl Loaded {
         let start = Start {
             pid,
             first_process: None,
-            plan: Plan::default().with_logits(logits),
+            plan: Plan::default().with_routes(recording.routes(logits, arguments.router_on_cpu)?),
             from_start: false,
             recording: recording.clone(),
         };
@@ -258,7 +259,9 @@ impl Signals {
 impl Capture {
     /// The main thread has ended: with the process, or before it.
     fn look_at_main_thread(&mut self) {
-        if target::goes_on_without_its_main_thread(self.pid.get()) {
+        if !self.session.outlives_main_thread()
+            && target::goes_on_without_its_main_thread(self.pid.get())
+        {
             self.problem(
                 "the target's main thread has ended, and the kernel has removed the probes with it: \
                  what other threads did since is missing"
@@ -314,7 +317,7 @@ fn warn_of_fusion(pid: NonZeroU32, files: &[MappedFile]) {
     }
 }
 
-/// The target's main thread, with which the kernel removes the probes of the process.
+/// The target's main thread, with which the kernel may remove the probes of the process.
 struct MainThread(Option<AsyncFd<ThreadExit>>);
 
 impl MainThread {

@@ -28,8 +28,9 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
-    model::{BlindTime, Context, End, Ends, Model, Options},
+    model::{BlindTime, Context, End, Model, Options},
     probes::{Change, Hook, Plan, Probe},
+    routes,
     signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
@@ -83,9 +84,7 @@ impl Capture {
             recording,
         } = start;
         session.forward_log();
-        if plan.reads_logits() {
-            session.read_logits()?;
-        }
+        session.read(plan.routes())?;
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();
@@ -165,15 +164,20 @@ impl Capture {
         } = self;
         let mut looked_at = Vec::new();
         let mut log_error = None;
-        let mut look = |model: &mut Model, process: u32, new_context: bool| {
-            let is_main = first_process.is_none_or(|first| first == process);
-            let known_by = if is_main {
+        let is_main = |process| first_process.is_none_or(|first| first == process);
+        let known_by = |process| {
+            if is_main(process) {
                 Some(pid.get())
             } else {
                 // The same numbers, unless we are in a PID namespace of our own.
                 (*first_process == Some(pid.get())).then_some(process)
-            };
-            if known_by.is_some_and(|pid| targets.computes(pid, process, is_main, new_context)) {
+            }
+        };
+        let look = |targets: &mut Targets, model: &mut Model, process: u32, new_context: bool| {
+            let is_main = is_main(process);
+            if known_by(process)
+                .is_some_and(|pid| targets.computes(pid, process, is_main, new_context))
+            {
                 model.set_facts(targets.models.facts());
             }
         };
@@ -189,11 +193,17 @@ impl Capture {
                     )
                 })
                 .map(|event| event.header.process);
+            if let Ok(event) = &event
+                && let Body::EvalCallback(address) = event.body
+                && let Some(pid) = known_by(event.header.process)
+            {
+                targets.sets_callback(pid, address);
+            }
             if let Some(process) = process
                 && !looked_at.contains(&process)
             {
                 looked_at.push(process);
-                look(model, process, false);
+                look(targets, model, process, false);
             }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
@@ -208,7 +218,7 @@ impl Capture {
                 && new_context
             {
                 *contexts_known = model.contexts().len();
-                look(model, process, true);
+                look(targets, model, process, true);
             }
         });
         if let Some(log) = &mut sinks.log
@@ -295,10 +305,11 @@ impl Capture {
         if wants_summary {
             let _ = summary::write(&mut text, &stats, self.recording.top);
             if stats.layers_context.is_none() {
+                let pid = self.pid.get();
                 let _ = writeln!(
                     text,
                     "No expert routing was seen: {}.",
-                    silence::reason(&stats)
+                    silence::reason(&stats, &self.targets.options(pid, pid))
                 );
             }
         } else if !complete {
@@ -347,12 +358,16 @@ impl Capture {
             .collect::<Result<Vec<_>, AttachError>>()?;
         let (started, _) = self.started.context("the capture has not started")?;
         let processes = self.targets.describe(self.pid.get());
-        let of_process: Vec<Vec<usize>> = contexts
-            .iter()
-            .map(|context| self.targets.models.indices_of(context.process))
-            .collect();
+        let models_of = |context: &Context| self.targets.models.indices_of(context.process);
+        let of_process: Vec<Vec<usize>> = contexts.iter().map(|of| models_of(of)).collect();
+        let seen: BTreeSet<u32> = contexts.iter().map(|context| context.process).collect();
+        // Beside a context that was seen, another one is more likely that of another model.
+        let of_unseen = |context: &Context| match seen.contains(&context.process) {
+            true => Vec::new(),
+            false => models_of(context),
+        };
+        let not_visible = self.not_visible(self.targets.models.files(), &of_unseen);
         let models = std::mem::take(&mut self.targets.models).into_files();
-        let not_visible = self.not_visible();
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
@@ -367,6 +382,7 @@ impl Capture {
                 process: main_target,
                 hooks,
                 tensor_layouts,
+                eval_callbacks: std::mem::take(&mut self.targets.eval_callbacks),
             },
             capture: CaptureStats {
                 mode: if self.from_start { "run" } else { "attach" },
@@ -374,6 +390,8 @@ impl Capture {
                 duration_s: duration.as_secs_f64(),
                 ended: why,
                 include_warmup: self.recording.include_warmup,
+                attached_by: self.session.attached_by(),
+                routes: self.plan.routes().iter().map(routes::name).collect(),
                 late_libraries: self.late_libraries(),
             },
             processes,
@@ -388,16 +406,19 @@ impl Capture {
                 })
                 .collect(),
             not_visible,
-            why_not_visible: None,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
         }
-        .explained())
+        .explained(&|pid| self.targets.options(pid, self.pid.get())))
     }
 
     /// Contexts that computed something, or may have, and of which nothing is counted.
-    fn not_visible(&self) -> Vec<stats::NotVisible> {
+    fn not_visible(
+        &self,
+        models: &[stats::ModelFile],
+        models_of: &dyn Fn(&Context) -> Vec<usize>,
+    ) -> Vec<stats::NotVisible> {
         let contexts = self.model.contexts().iter();
         let readable: BTreeSet<u32> = contexts
             .clone()
@@ -406,13 +427,13 @@ impl Capture {
             .collect();
         contexts
             .filter(|context| context.passes == 0)
-            .map(|context| stats::NotVisible {
-                pid: self.pid_of(context),
-                count: context.not_visible(Ends::default()),
-                passes_not_known: match readable.contains(&context.process) {
+            .map(|context| {
+                let not_known = match readable.contains(&context.process) {
                     true => context.passes_unread(),
                     false => context.passes_not_known(),
-                },
+                };
+                let pid = self.pid_of(context);
+                stats::unseen_context(context, not_known, models, &models_of(context), pid)
             })
             .filter(|context| context.count.passes + context.passes_not_known > 0)
             .collect()

@@ -7,7 +7,9 @@ use std::{
 };
 
 use crate::{
+    eval_callback::EvalCallback,
     models::{self, KnownModels},
+    placement::{self, Options},
     probes::build_id,
     redact,
     router_on_cpu::OVERRIDE_VARIABLE,
@@ -18,6 +20,9 @@ use crate::{
 /// A target that shows no model in so many looks has none that we can read.
 const MODEL_LOOKS: u32 = 20;
 
+/// Of more eval callbacks, no program of a kind that we know has use.
+const MAX_CALLBACKS: usize = 64;
+
 /// The processes, and the models they map.
 #[derive(Debug, Default)]
 pub struct Targets {
@@ -27,6 +32,8 @@ pub struct Targets {
     others: BTreeMap<u32, Target>,
     /// Model files.
     pub models: KnownModels,
+    /// Eval callbacks that processes have set.
+    pub eval_callbacks: Vec<EvalCallback>,
 }
 
 /// A process.
@@ -45,6 +52,8 @@ pub struct Target {
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
+    /// Arguments that it computes with: a script can have become another program.
+    computes_with: Vec<OsString>,
 }
 
 /// Variables that stand for options of llama.cpp's programs (common/arg.cpp).
@@ -54,6 +63,8 @@ pub struct Variables {
     pub model: Option<OsString>,
     /// `LLAMA_ARG_OVERRIDE_TENSOR`: where tensors go.
     pub override_tensor: Option<OsString>,
+    /// All that decide about places, by name.
+    placing: BTreeMap<&'static str, OsString>,
 }
 
 impl Variables {
@@ -62,6 +73,10 @@ impl Variables {
         Self {
             model: get("LLAMA_ARG_MODEL"),
             override_tensor: get(OVERRIDE_VARIABLE),
+            placing: placement::VARIABLES
+                .iter()
+                .filter_map(|(name, _)| Some((*name, get(name)?)))
+                .collect(),
         }
     }
 }
@@ -140,13 +155,39 @@ impl Targets {
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;
         }
-        let command = if now.is_empty() {
-            &target.command
-        } else {
-            &now
+        target.computes_with = match now.is_empty() {
+            true => target.command.clone(),
+            false => now,
         };
-        self.models.add_process(key, command, found);
+        self.models.add_process(key, &target.computes_with, found);
         true
+    }
+
+    /// Options that decide where a process has its tensors; `main` is the first process.
+    pub fn options(&self, pid: u32, main: u32) -> Options {
+        let target = match pid == main {
+            true => Some(&self.main),
+            false => self.others.get(&pid),
+        };
+        target.map_or_else(
+            || Options::parse(&[], |_| None),
+            |target| {
+                let variables = &target.variables.placing;
+                let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
+                Options::parse(&target.computes_with, variable)
+            },
+        )
+    }
+
+    /// A process has set an eval callback, which is at this address.
+    pub fn sets_callback(&mut self, pid: u32, address: u64) {
+        if self.eval_callbacks.len() == MAX_CALLBACKS {
+            return;
+        }
+        let callback = EvalCallback::at(pid, address);
+        if !self.eval_callbacks.contains(&callback) {
+            self.eval_callbacks.push(callback);
+        }
     }
 
     /// Processes that have shown events, for the document.

@@ -1,15 +1,15 @@
 //! Would it work, and how: the machine, what we may do on it, and what would be probed in a target.
 //!
 //! Facts are gathered at the edges (`machine`, `trial`, `survey`), judged by plain functions
-//! (`coverage`, `placement`), and told by one writer each for people and for programs. `doctor` and
+//! (`coverage`), and told by one writer each for people and for programs. `doctor` and
 //! the `--dry-run` of `run` and `attach` are the same.
 
 mod age;
+mod callback;
 mod coverage;
 mod elf;
 mod linker;
 mod machine;
-mod placement;
 mod report;
 mod survey;
 mod text;
@@ -22,6 +22,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use expert_trace_common::Route;
 use nix::unistd::geteuid;
 
 pub use self::{report::Answer, survey::Command};
@@ -34,7 +35,9 @@ use crate::{
     cli::Doctor,
     requirements::Purpose,
     router_on_cpu,
+    routes::Routes,
     stats::{Schema, Tool},
+    visibility,
 };
 
 /// What is asked about.
@@ -48,6 +51,8 @@ pub enum Subject<'a> {
         pid: u32,
         /// Whether its router logits are to be read.
         router_on_cpu: bool,
+        /// Ways to read routing; all when there is none.
+        routes: &'a [Route],
     },
     /// A command, as `run` would start it.
     Command(Command<'a>),
@@ -72,6 +77,7 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
         Doctor { pid: Some(pid), .. } => Subject::Process {
             pid: pid.get(),
             router_on_cpu: false,
+            routes: &[],
         },
         Doctor {
             binary: Some(path), ..
@@ -84,7 +90,7 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
             arguments: command,
             environment: &environment,
             account: &account,
-            reads_logits: router_on_cpu::is_asked_for(command, override_tensor),
+            routes: Routes::asked_for(&[], router_on_cpu::is_asked_for(command, override_tensor)),
         }),
     };
     let form = if arguments.json {
@@ -150,7 +156,11 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
     }
     let survey = match subject {
         Subject::Machine => None,
-        Subject::Process { pid, router_on_cpu } => Some(survey::process(*pid, *router_on_cpu)),
+        Subject::Process {
+            pid,
+            router_on_cpu,
+            routes,
+        } => Some(survey::process(*pid, *router_on_cpu, routes)),
         Subject::Command(command) => Some(survey::command(command)),
         Subject::Binary { path, caller } => {
             Some(survey::binary(path, &caller.environment, &caller.account))
@@ -184,12 +194,15 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
 /// The checks of a target, and what it is, unless nothing of it was found.
 fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
     let probes: Vec<_> = survey.plan.probes.iter().collect();
-    let routes = coverage::routes(&probes, survey.plan.reads_logits());
+    let routes = coverage::routes(&probes, survey.plan.routes());
     let facts = coverage::Facts {
         options: &survey.options,
         devices: &survey.devices(),
         routes: &routes,
         main_model: survey.main_model(),
+        sees_streams: visibility::sees_streams(probes.iter().copied()),
+        router_on_cpu: survey.plan.reads_logits(),
+        attached: survey.pid.is_some(),
     };
     // Where the functions are not found yet, or not to be found, nothing can be expected.
     let expected = match survey.plan.can_see_experts() {
@@ -211,10 +224,7 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         hooks,
         possible_hooks,
         routes,
-        eval_callback: match survey.eval_callback {
-            true => Answer::CouldNotTell,
-            false => Answer::No,
-        },
+        eval_callback: survey.callbacks,
         models: survey.models,
         coverage: expected,
     };

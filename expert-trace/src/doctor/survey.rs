@@ -9,11 +9,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use expert_trace_common::Route;
+
 use super::{
     age::{self, Age},
+    callback::Callbacks,
     elf::{self, Anatomy},
     linker::{Code, Linker, Search},
-    placement::Options,
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
 use crate::{
@@ -24,9 +26,13 @@ use crate::{
     launch,
     layout::Layout,
     models::{self, KnownModels},
+    placement::Options,
     probes::{Change, Hook, Plan, Probe},
-    redact, router_on_cpu, silence,
+    redact, router_on_cpu,
+    routes::Routes,
+    silence,
     stats::ModelFile,
+    summary::ranges,
     target::{self, Reach, is_gguf, open_regular, printable, script_interpreter},
 };
 
@@ -39,8 +45,8 @@ pub struct Command<'a> {
     pub environment: &'a Environment,
     /// Who would run it.
     pub account: &'a Account,
-    /// Whether router logits are read.
-    pub reads_logits: bool,
+    /// Ways to read routing.
+    pub routes: Routes,
 }
 
 /// What was found of a target.
@@ -60,8 +66,8 @@ pub struct Survey {
     pub plan: Plan,
     /// So many of them are in files that the target certainly has.
     pub certain: usize,
-    /// Whether a file has to do with eval callbacks.
-    pub eval_callback: bool,
+    /// Whether it has an eval callback.
+    pub callbacks: Callbacks,
     /// Model files.
     pub models: Vec<ModelFile>,
     /// What its command line says.
@@ -80,7 +86,7 @@ impl Survey {
             files: Vec::new(),
             plan,
             certain: 0,
-            eval_callback: false,
+            callbacks: Callbacks::default(),
             models: Vec::new(),
             options,
             named_model: None,
@@ -91,7 +97,9 @@ impl Survey {
     /// left out, but for the first, which is the program.
     fn add(&mut self, path: &Path, anatomy: &Anatomy, build_id: Option<String>, loaded: Loaded) {
         let shown = path.to_string_lossy().into_owned();
-        self.eval_callback |= anatomy.eval_callback;
+        if anatomy.eval_callback || !anatomy.eval_callbacks.is_empty() {
+            self.callbacks.add(&shown, &anatomy.eval_callbacks);
+        }
         let matters = self.files.is_empty()
             || !anatomy.devices.is_empty()
             || self.plan.probes.iter().any(|probe| probe.file == shown);
@@ -264,6 +272,8 @@ fn hit_per(hook: Hook) -> &'static str {
         Hook::Split | Hook::SplitDone => "part of a graph on the CPU",
         Hook::Fetch => "copy that is asked of a device",
         Hook::WeightsFollow => "copy to a device",
+        Hook::TensorGet | Hook::TensorGetDone => "tensor that the program asks for",
+        Hook::EvalCallback => "graph that is allocated",
         Hook::DeviceMulMatId => "MUL_MAT_ID node on CUDA",
         Hook::DeviceMemcpy => "copy by CUDA",
         Hook::PassBegin | Hook::Ubatch | Hook::Context => "pass",
@@ -278,10 +288,10 @@ pub fn command(command: &Command<'_>) -> Survey {
         arguments,
         environment,
         account,
-        reads_logits,
+        routes,
     } = *command;
     let options = Options::parse(arguments, |name| environment.get(name));
-    let plan = Plan::gated().with_logits(reads_logits);
+    let plan = Plan::gated().with_routes(routes);
     let mut survey = Survey::new(TargetKind::Command, plan, options);
     survey.command = redact::command(arguments);
     let program = arguments
@@ -472,13 +482,13 @@ fn without_functions(survey: &Survey, files: &[Code]) -> Check {
 }
 
 /// Looks at a process, as `attach` does.
-pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
+pub fn process(pid: u32, router_on_cpu: bool, routes: &[Route]) -> Survey {
     let arguments = target::command_line(pid).unwrap_or_default();
     let environment = target::environment(pid);
     let override_tensor = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let logits = router_on_cpu || router_on_cpu::is_asked_for(&arguments, override_tensor);
     let options = Options::parse(&arguments, |name| environment.get(name));
-    let plan = Plan::default().with_logits(logits);
+    let plan = Plan::default().with_routes(Routes::asked_for(routes, logits));
     let mut survey = Survey::new(TargetKind::Process, plan, options);
     survey.pid = Some(pid);
     survey.command = redact::command(&arguments);
@@ -524,6 +534,7 @@ pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
             error => Check::no(FUNCTIONS, error.to_string(), fix(&error)),
         }
     });
+    survey.callbacks.watch(pid, &survey.plan);
     let reach = Reach::of(pid);
     let variable = environment.get("LLAMA_ARG_MODEL");
     let mut found = models::mapped(pid, &files, reach.as_ref(), &KnownModels::default());
@@ -601,22 +612,6 @@ impl Survey {
 }
 
 const COVERAGE: &str = "coverage";
-
-/// Numbers as people write them: `0-3, 7`.
-pub fn ranges(numbers: &[u32]) -> String {
-    let mut ranges: Vec<(u32, u32)> = Vec::new();
-    for number in numbers {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == *number => *last = *number,
-            _ => ranges.push((*number, *number)),
-        }
-    }
-    let text = ranges.iter().map(|(first, last)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
-    });
-    text.collect::<Vec<_>>().join(", ")
-}
 
 fn describe(model: &ModelFile) -> String {
     let shape = &model.shape;

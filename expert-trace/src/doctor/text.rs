@@ -8,9 +8,8 @@ use std::{
 use super::{
     coverage::Expectation,
     report::{Answer, Build, Check, Loaded, Planned, Report, Target, TargetKind},
-    survey::ranges,
 };
-use crate::target::printable;
+use crate::{summary::ranges, target::printable};
 
 /// Width of the column of answers.
 const COLUMN: usize = "could not tell".len() + 2;
@@ -102,12 +101,10 @@ fn write_target(out: &mut impl Write, target: &Target) -> fmt::Result {
         let answer = said(route.answer);
         writeln!(out, "  {answer:COLUMN$}{}: {}", route.route, route.finding)?;
     }
-    if target.eval_callback == Answer::CouldNotTell {
-        writeln!(
-            out,
-            "  {:COLUMN$}eval callback: one of the program's own shows when it fires",
-            said(Answer::CouldNotTell)
-        )?;
+    let callbacks = &target.eval_callback;
+    if callbacks.answer != Answer::No {
+        let answer = said(callbacks.answer);
+        writeln!(out, "  {answer:COLUMN$}eval callback: {}", callbacks.text())?;
     }
     if !target.coverage.is_empty() {
         writeln!(out, "Layers with experts:")?;
@@ -177,6 +174,7 @@ fn write_expectation(
         routes,
         finding,
         fix,
+        remedies: _,
         always_run,
     } = expectation;
     let routes = match routes.as_slice() {

@@ -324,7 +324,7 @@ fn a_function_that_is_never_entered_is_no_silence() {
     assert_eq!(stats.number("/integrity/hits/entered"), 0);
     assert_eq!(stats.number("/not_visible/0/passes"), 1);
     assert_eq!(stats.number("/not_visible/0/tokens"), 10);
-    let why = &stats.0["why_not_visible"];
+    let why = &stats.0["not_visible"][0]["gaps"][0];
     assert_eq!(why["reason"], "never_entered");
     let words = "ggml_compute_forward_get_rows was never entered";
     assert!(
@@ -350,4 +350,34 @@ fn a_program_started_by_its_linker() {
     let (stats, rows) = trace(command, "new", &shape, "none");
     stats.assert_complete();
     assert_eq!(rows, expected(&shape));
+}
+
+/// Ids that the program's own code has asked a device for are read when they arrive, by either layout and
+/// whatever device a copy is for; they are gone a moment later.
+#[test]
+fn ids_that_the_program_asks_for() {
+    let (_directory, program) = compile("standin.c", &["-DCALLBACK"]);
+    let shape = argsort(8, 300, 128);
+    for (layout, fault) in [("new", "none"), ("old", "none"), ("new", "device")] {
+        let (stats, rows) = trace(Command::new(&program), layout, &shape, fault);
+        stats.assert_complete();
+        assert!(
+            rows == expected(&shape),
+            "{layout} {fault}: {} rows",
+            rows.len()
+        );
+        assert_eq!(stats.number("/integrity/routes/callback_copies"), 9);
+        assert_eq!(stats.number("/integrity/routes/repeated"), 6);
+    }
+    // A part of them is not taken for all, nor something else for ids.
+    for (fault, partial) in [("part", 9), ("suffix", 0), ("long", 0), ("copy", 0)] {
+        let (stats, rows) = trace(Command::new(&program), "new", &shape, fault);
+        stats.assert_complete();
+        assert_eq!(rows, [], "{fault}");
+        assert_eq!(
+            stats.number("/integrity/routes/partial"),
+            partial,
+            "{fault}"
+        );
+    }
 }

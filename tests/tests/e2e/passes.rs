@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use crate::{
     rpc,
     support::{
-        Files, Known, Traced, compare_with_callback, driver, known_small, prebuilt, random_small,
-        schema_problems, scratch, shape,
+        Files, Known, Traced, assert_schema, compare_with_callback, driver, known_small, prebuilt,
+        random_small, scratch, shape,
     },
 };
 
@@ -54,7 +54,7 @@ fn a_second_block_is_counted_apart() {
 
     let stats = files.stats();
     stats.assert_complete();
-    assert_eq!(schema_problems(&stats), Vec::<String>::new());
+    assert_schema(&stats);
     let dumped = rows(read_dump(&dump).unwrap());
     assert_eq!(files.log(), dumped);
     assert_eq!(

@@ -56,6 +56,9 @@ pub enum Kind {
     /// The process computes graphs with an eval callback of its own. Payload: the function's address,
     /// `u64`.
     EvalCallback = 13,
+    /// Routed rows of the second block of experts that a layer has (GroveMoE). Payload as of
+    /// [`Kind::Rows`].
+    SecondBlock = 14,
 }
 
 impl Kind {
@@ -75,6 +78,7 @@ impl Kind {
             11 => Self::Probs,
             12 => Self::Selection,
             13 => Self::EvalCallback,
+            14 => Self::SecondBlock,
             _ => return None,
         })
     }
@@ -174,8 +178,8 @@ pub struct Header {
     /// [`Kind::Pass`].
     pub total_rows: u32,
     /// Distance between rows in the target, in elements. The ids are a view of the argsort of all
-    /// experts, so this is the number of experts. 0 when the ids of a row do not
-    /// lie side by side.
+    /// experts, so this is the number of experts; not so in a second block. 0 when the ids of a row do
+    /// not lie side by side.
     pub row_stride: u32,
     /// Tokens of the pass' ubatch; 0 when it could not be read.
     pub ubatch_tokens: u32,

@@ -17,7 +17,7 @@ use crate::{
     maps::count,
     rows::{Routed, emit_routed, is_first_sight},
     target::{Address, process_and_thread},
-    tensor::{DataAndName, Shape, copied_layer, ids_layer, source},
+    tensor::{DataAndName, Name, Shape, TYPE_I32, copied_layer, ids_layer, layer_behind, source},
 };
 
 /// `cudaMemcpyKind` (driver_types.h).
@@ -60,7 +60,8 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
     let Some(read) = DataAndName::read(tensor, &TENSOR_LAYOUTS[0]) else {
         return;
     };
-    let Some(layer) = ids_layer(&read.name) else {
+    let own = ids_layer(&read.name).map(|layer| (tensor, layer));
+    let Some((tensor, layer)) = own.or_else(|| ids_in_a_row(tensor, &read.name)) else {
         return;
     };
     // The scheduler takes all of it at once.
@@ -77,6 +78,18 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
         route: FETCH,
         within_call: 0,
     });
+}
+
+/// Ids that a cache of experts asks for (`llama_moe_cache::copy`, llama-moe-cache.cpp in b11549): all of
+/// a pass in a row, for which there is another tensor, whose name goes on (`ffn_moe_topk-N (reshaped)`).
+/// What multiplies the experts then has slots of the cache for its ids, by another name.
+#[inline(always)]
+fn ids_in_a_row(tensor: Address, name: &Name) -> Option<(Address, u16)> {
+    let layer = layer_behind(name, b"ffn_moe_topk-", b' ')?;
+    let ids = source(tensor, &TENSOR_LAYOUTS[0], 0)?;
+    let (row, rows) = (tensor.read::<Shape>()?, ids.read::<Shape>()?);
+    let [k, n, ..] = rows.ne;
+    (row.kind == TYPE_I32 && row.ne[0] == k * n && row.ne[1] == 1).then_some((ids, layer))
 }
 
 /// `set_tensor_async` is entered.

@@ -4,6 +4,9 @@
 //! `src[1]` is the ids tensor `ffn_moe_topk-N` (llama-graph.cpp, `build_moe_ffn`). A barrier between
 //! graph nodes guarantees that the ids are complete when the function is entered. Every thread of
 //! the pool enters it; the one with `ith == 0` is the one that entered the scheduler.
+//!
+//! GroveMoE has a second block of experts in each layer, of which the nodes have the same names. Its ids
+//! are the router's, divided by the number of experts that share one of its own, and have no name.
 
 use core::ptr;
 
@@ -18,12 +21,14 @@ use crate::{
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, process_and_thread},
-    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, source},
+    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, layer_behind, source},
 };
 
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
 /// Start of the names that ggml gives to nodes without one (`ggml_visit_parents` in ggml.c).
 const UNNAMED: &[u8; 5] = b"node_";
+/// What `ggml_cast` (ggml.c) makes of the name of a tensor without one.
+const UNNAMED_CAST: &[u8; 8] = b" (copy)\0";
 /// Name of the embeddings that are looked up (`build_inp_embd` in llama-graph.cpp). Some builds (b6673,
 /// b6751) do not name the tokens.
 const EMBEDDINGS: &[u8; 9] = b"inp_embd\0";
@@ -71,30 +76,31 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
     let Some((index, tensor)) = read_index(dst, &layout) else {
         return count(Counter::HitUnreadable, 1);
     };
-    match recognise(&tensor.name) {
-        Some(Known::ExpertIds { .. }) if gathers_scales(dst, &layout) => {
-            count(Counter::FilteredTensor, 1);
-        }
-        Some(Known::ExpertIds { layer }) => {
-            count(Counter::Routed, 1);
-            emit_routed(
-                ctx,
-                &Routed {
-                    kind: Kind::Rows,
-                    route: Route::Router,
-                    layer,
-                    source,
-                    tensor: index,
-                    data: Address(tensor.data),
-                },
-            );
-        }
+    let (kind, layer) = match recognise(&tensor.name) {
+        Some(Known::ExpertIds { layer }) if !gathers_scales(dst, &layout) => (Kind::Rows, layer),
         Some(Known::Tokens) => {
             count(Counter::TokenLookup, 1);
-            on_tokens(index, tensor.data, source);
+            return on_tokens(index, tensor.data, source);
         }
-        Some(Known::OutputRows) | None => count(Counter::FilteredTensor, 1),
-    }
+        None if tensor.name.starts_with(UNNAMED_CAST)
+            && let Some(layer) = weights_layer(dst, &layout) =>
+        {
+            (Kind::SecondBlock, layer)
+        }
+        _ => return count(Counter::FilteredTensor, 1),
+    };
+    count(Counter::Routed, 1);
+    emit_routed(
+        ctx,
+        &Routed {
+            kind,
+            route: Route::Router,
+            layer,
+            source,
+            tensor: index,
+            data: Address(tensor.data),
+        },
+    );
 }
 
 /// Tries the candidates until a tensor shows a name that is only there when the offsets are right.
@@ -126,6 +132,13 @@ fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndNa
 #[inline(always)]
 fn gathers_scales(dst: Address, layout: &TensorLayout) -> bool {
     DataAndName::read(dst, layout).is_some_and(|dst| dst.name.starts_with(UNNAMED))
+}
+
+/// The layer of which the weights of chosen experts are gathered, if they are.
+#[inline(always)]
+fn weights_layer(dst: Address, layout: &TensorLayout) -> Option<u16> {
+    let dst = DataAndName::read(dst, layout)?;
+    layer_behind(&dst.name, b"ffn_moe_weights-", 0)
 }
 
 #[inline(always)]

@@ -46,7 +46,8 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     };
     let [k, rows, ..] = shape.ne;
     let [element_stride, row_stride, ..] = shape.nb;
-    let element = if kind as u8 == Kind::Rows as u8 {
+    let is_second = kind as u8 == Kind::SecondBlock as u8;
+    let element = if is_second || kind as u8 == Kind::Rows as u8 {
         TYPE_I32
     } else {
         TYPE_F32
@@ -68,7 +69,13 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     let rows = rows as u32;
     count(Counter::RowsSeen, u64::from(rows));
 
-    let state = current_pass(layer, route);
+    // A second block is shown beside its layer, as if by a route of its own.
+    let sight = if is_second {
+        SECOND_BLOCK
+    } else {
+        1 << route as u8
+    };
+    let state = current_pass(layer, sight);
     let mut walk = RowsWalk {
         header: Header {
             kind: kind as u8,
@@ -129,12 +136,14 @@ pub fn is_first_sight(ids: Address) -> bool {
     true
 }
 
+/// In the place of a route's bit in [`ThreadState::last_routes`]: a second block of experts.
+const SECOND_BLOCK: u8 = 1 << 7;
+
 /// Pass of this thread; without a scheduler, a new one when the layer number has not increased, unless
-/// another route shows the same layer.
+/// another route shows the same layer. `route` is the route's bit.
 #[inline(always)]
-fn current_pass(layer: u16, route: Route) -> ThreadState {
+fn current_pass(layer: u16, route: u8) -> ThreadState {
     let key = process_and_thread();
-    let route = 1 << route as u8;
     let Some(state) = THREADS.get_ptr_mut(key) else {
         let state = ThreadState {
             // Two server threads are two contexts; addresses are never this small.

@@ -24,6 +24,8 @@ pub struct Event<'a> {
 pub enum Body<'a> {
     /// `header.rows` × `header.k` expert ids, in router order within a row.
     Rows(Numbers<'a>),
+    /// The same, of the second block of experts that the layer has.
+    SecondBlock(Numbers<'a>),
     /// `header.rows` × `header.k` values to choose experts by, one per expert.
     Scores(Scores<'a>),
     /// Rows of a pass' ubatch; a pass begins where `header.first_row` is 0.
@@ -150,15 +152,17 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
             values: routed()?,
         }))
     };
-    let body = match kind {
-        Kind::Rows => {
-            let ids = Numbers(routed()?);
-            let experts = expert_bound(&header);
-            if let Some(id) = ids.iter().find(|id| !(0..experts).contains(id)) {
-                return Err(Malformed::ExpertId(id));
-            }
-            Body::Rows(ids)
+    let ids = || {
+        let ids = Numbers(routed()?);
+        let experts = expert_bound(&header);
+        match ids.iter().find(|id| !(0..experts).contains(id)) {
+            Some(id) => Err(Malformed::ExpertId(id)),
+            None => Ok(ids),
         }
+    };
+    let body = match kind {
+        Kind::Rows => Body::Rows(ids()?),
+        Kind::SecondBlock => Body::SecondBlock(ids()?),
         Kind::Logits => scores(Stage::Logits)?,
         Kind::BiasedLogits => scores(Stage::BiasedLogits)?,
         Kind::Probs => scores(Stage::Probs)?,
@@ -274,7 +278,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=13 {
+        for kind in 0..=15 {
             let record = bytes(
                 Header {
                     kind,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    model::{Coverage, Exclusion, Pass},
+    model::{Block, Coverage, Exclusion, Pass},
     remedy,
     stats::{ContextStats, LayerStats, Stats},
     visibility::Gap,
@@ -54,6 +54,7 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
             stats.contexts.len()
         )?;
     }
+    second_blocks(text, stats)?;
     coverage(text, stats)?;
     for excluded in &stats.excluded {
         let what = match excluded.kind {
@@ -76,6 +77,43 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
         )?;
     }
     writeln!(text, "{}", integrity_line(stats))
+}
+
+/// What was counted apart in the context that is shown, and what of it was not seen.
+fn second_blocks(text: &mut String, stats: &Stats) -> std::fmt::Result {
+    let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) else {
+        return Ok(());
+    };
+    let layers_with = |seen: bool| -> Vec<u32> {
+        let layers = context.layers.iter();
+        let layers = layers.filter(|layer| layer.passes > 0);
+        let layers = layers.filter(|layer| layer.second_block.is_some() == seen);
+        layers.map(|layer| u32::from(layer.layer_id)).collect()
+    };
+    let (seen, not_seen) = (layers_with(true), layers_with(false));
+    let mut seconds = context
+        .layers
+        .iter()
+        .filter_map(|layer| layer.second_block.as_ref());
+    if let Some(second) = seconds.next() {
+        let of = second
+            .n_expert
+            .map_or(String::new(), |n| format!(" of {n} experts"));
+        writeln!(
+            text,
+            "Second block{of}, counted apart (second_block, -o FILE): layers {}.",
+            ranges(&seen)
+        )?;
+    }
+    let model = context.model.map(|index| &stats.models[index].shape);
+    if model.is_some_and(|model| model.second_block_experts.is_some()) && !not_seen.is_empty() {
+        writeln!(
+            text,
+            "Not visible: the second block of layers {} (it is read where the CPU computes it: --cpu-moe, -ngl 0).",
+            ranges(&not_seen)
+        )?;
+    }
+    Ok(())
 }
 
 /// Experts that no token was routed to, in the layers of the context that is shown.
@@ -265,16 +303,25 @@ impl<W: Write> Log<W> {
                     "[EXPERT-TRACE] Layer {layer}: MoE layer detected (tensor 'ffn_moe_topk')"
                 )?;
             }
-            for ids in pass.rows(block) {
-                self.line.clear();
-                let _ = write!(self.line, "[EXPERT-TRACE] Layer {layer}: Experts [");
-                for (i, id) in ids.iter().enumerate() {
-                    let separator = if i == 0 { "" } else { ", " };
-                    let _ = write!(self.line, "{separator}{id}");
-                }
-                self.line.push_str("]\n");
-                self.out.write_all(self.line.as_bytes())?;
+            self.rows(pass, block, "")?;
+        }
+        for block in &pass.second_blocks {
+            self.rows(pass, block, ", second block")?;
+        }
+        Ok(())
+    }
+
+    fn rows(&mut self, pass: &Pass, block: &Block, part: &str) -> io::Result<()> {
+        for ids in pass.rows(block) {
+            self.line.clear();
+            let layer = block.layer;
+            let _ = write!(self.line, "[EXPERT-TRACE] Layer {layer}{part}: Experts [");
+            for (i, id) in ids.iter().enumerate() {
+                let separator = if i == 0 { "" } else { ", " };
+                let _ = write!(self.line, "{separator}{id}");
             }
+            self.line.push_str("]\n");
+            self.out.write_all(self.line.as_bytes())?;
         }
         Ok(())
     }

@@ -10,6 +10,8 @@
 //   gate, rest   the same in two steps: the first MUL_MAT_ID, and the two others
 //   fast     next layer: three MUL_MAT_IDs without the host
 //   fetch    next layer: the scheduler streams the chosen experts' weights, and then as slow
+//   cache    next layer: a cache of experts looks up the slots that the ids have, and streams what it
+//            lacks; then as slow, by slots
 //   other    as slow, with ids of another name, which are no layer's
 //   get      somebody gets the last ids by ggml_backend_tensor_get, and sets something
 //   reuse    as fast; then the scheduler fetches other data, which lies where the ids were, and sets
@@ -167,11 +169,12 @@ extern "C" KEPT void ggml_compute_forward_get_rows(const void * params, ggml_ten
 struct Program {
     ggml_backend_cuda_context context;
     ggml_backend              backend;
-    ggml_tensor               ids[64], tokens, weights, dst;
+    ggml_tensor               ids[64], tokens, weights, dst, contiguous[64], flat[64], slots[64];
     void *                    ids_data;
     int                       pass, layer;
 
-    Program() : context(), backend(), ids(), tokens(), weights(), dst(), pass(-1), layer(-1) {
+    Program()
+        : context(), backend(), ids(), tokens(), weights(), dst(), contiguous(), flat(), slots(), pass(-1), layer(-1) {
         backend = { ggml_backend_cuda_set_tensor_async, ggml_backend_cuda_get_tensor_async, &context };
         context.stream = this;
         cudaMalloc(&context.scratch, 2 * k * rows * sizeof(int32_t));
@@ -194,6 +197,10 @@ struct Program {
         ggml_compute_forward_get_rows(params, &dst);
     }
 
+    int32_t sorted_id(int64_t row, int64_t i) const {
+        return (int32_t) ((31 * layer + 7 * row + 13 * pass + i) % n_expert);
+    }
+
     // The router, on the device: an argsort, of which the ids are a view.
     void route(const char * name) {
         layer++;
@@ -203,7 +210,7 @@ struct Program {
         describe(&ids[layer], k, 4 * n_expert, ids_data, full_name);
         for (int64_t row = 0; row < rows; row++) {
             for (int64_t i = 0; i < n_expert; i++) {
-                sorted[i] = (int32_t) ((31 * layer + 7 * row + 13 * pass + i) % n_expert);
+                sorted[i] = sorted_id(row, i);
             }
             kernel_store((int32_t *) ids_data + row * n_expert, sorted, 4 * n_expert);
         }
@@ -238,6 +245,55 @@ struct Program {
         }
         show(context, &ids[layer], host);
         free(host);
+    }
+
+    // As llama_moe_cache::copy does (llama-moe-cache.cpp, b11549): the ids lie side by side, made so if
+    // need be, and are one row.
+    void look_up_slots() {
+        const ggml_tensor * ids_used = &ids[layer];
+        char                name[64];
+        if (rows > 1) {
+            void * data;
+            cudaMalloc(&data, rows * k * sizeof(int32_t));
+            for (int64_t i = 0; i < rows * k; i++) {
+                const int32_t id = sorted_id(i / k, i % k);
+                kernel_store((int32_t *) data + i, &id, sizeof(id));
+            }
+            snprintf(name, sizeof(name), "ffn_moe_topk-%d (cont)", layer);
+            describe(&contiguous[layer], k, 4 * k, data, name);
+            ids_used = &contiguous[layer];
+        }
+        snprintf(name, sizeof(name), "%s (reshaped)", ids_used->bytes + at.name);
+        describe(&flat[layer], k * rows, 4 * k * rows, data_of(ids_used), name);
+        field<int64_t>(&flat[layer], 24) = 1;
+        src_of(&flat[layer], 0) = (ggml_tensor *) ids_used;
+
+        const size_t bytes = rows * k * sizeof(int32_t);
+        int32_t *    host  = stale_ids(bytes);
+        ggml_backend_tensor_get_async(&backend, &flat[layer], host, 0, bytes);
+        cudaStreamSynchronize(context.stream);
+        // A row has its ids where `show` looks for them.
+        int32_t * spread = stale_ids(rows * n_expert * sizeof(int32_t));
+        for (int64_t row = 0; row < rows; row++) {
+            memcpy(spread + row * n_expert, host + row * k, k * sizeof(int32_t));
+        }
+        show(context, &ids[layer], spread);
+        set_weights();
+        set_weights();
+        free(spread);
+        free(host);
+
+        void * slots_data;
+        cudaMalloc(&slots_data, rows * k * sizeof(int32_t));
+        int32_t * slots_used = stale_ids(rows * k * sizeof(int32_t));
+        kernel_store((int32_t *) slots_data, slots_used, rows * k * sizeof(int32_t));
+        free(slots_used);
+        snprintf(name, sizeof(name), "ffn_moe_slots-%d (reshaped)", layer);
+        describe(&slots[layer], k, 4 * k, slots_data, name);
+        src_of(&dst, 2) = &slots[layer];
+        for (int i = 0; i < 3; i++) {
+            ggml_cuda_mul_mat_id(context, &dst);
+        }
     }
 
     // As the buffer's own functions do, by which anybody gets and sets a tensor.
@@ -298,6 +354,9 @@ void Program::step(const char * name) {
         route("ffn_moe_topk");
         stream();
         mul_mat_ids(3);
+    } else if (is("cache")) {
+        route("ffn_moe_topk");
+        look_up_slots();
     } else if (is("other")) {
         route("ffn_moe_argsort");
         mul_mat_ids(3);

@@ -10,12 +10,12 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
-//               [--count 0|1] [--nextn 0|1]
+//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
 // programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
 // how often each expert was chosen, as a tracer inside the program would. With --nextn, blocks that
-// predict further tokens are loaded, too.
+// predict further tokens are loaded, too. With --lora, every context uses the adapter.
 //
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
@@ -33,13 +33,15 @@
 //   reserve                 have the context make a new scheduler          ok
 //   vocab                                                                  ok <n_vocab> <bos> <eos>
 //   tid                     thread id of the thread that decodes           ok <tid>
+//   reused                  graphs that the context has used again         ok <n>
 //   quit                                                                   ok
 //
 // A command that fails answers `error <reason>`, and the next one is read.
 //
 // Dump: a line `pass layer row id...` per row of a `ffn_moe_topk-<layer>` tensor, ids in router order,
 // written out after each tensor. A pass is the evaluation of one micro-batch: it ends when the layer
-// number does not increase.
+// number does not increase. --dump-second writes the same of the second block of experts that layers of
+// GroveMoE have: the ids that its last weight, `blk.<layer>.ffn_down_chexps`, is multiplied by.
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -72,6 +74,8 @@ constexpr uint32_t N_SEQ_MAX = 8;
 struct Options {
     std::string model;
     std::string dump;
+    std::string dump_second;
+    std::string lora;
     int threads = 1;
     int n_ctx = 0;
     int n_batch = 0;
@@ -96,6 +100,10 @@ Options parse_options(int argc, char ** argv) {
             options.model = value;
         } else if (flag == "--dump") {
             options.dump = value;
+        } else if (flag == "--dump-second") {
+            options.dump_second = value;
+        } else if (flag == "--lora") {
+            options.lora = value;
         } else if (flag == "-t") {
             options.threads = std::stoi(value);
         } else if (flag == "-c") {
@@ -132,6 +140,7 @@ Options parse_options(int argc, char ** argv) {
 
 struct Dump {
     FILE * out = nullptr;
+    FILE * second = nullptr;
     int64_t pass = -1;
     int last_layer = -1;
     std::vector<uint8_t> bytes;
@@ -139,26 +148,60 @@ struct Dump {
     std::unordered_map<int, std::unordered_map<int32_t, uint64_t>> counts;
 };
 
+void write_rows(FILE * out, Dump & dump, int layer, const ggml_tensor * t) {
+    // The tensor can be a view of all experts sorted, so rows are further apart than k ids.
+    dump.bytes.resize(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
+    for (int64_t row = 0; row < t->ne[1]; row++) {
+        std::fprintf(out, "%lld %d %lld", (long long) dump.pass, layer, (long long) row);
+        for (int64_t rank = 0; rank < t->ne[0]; rank++) {
+            int32_t id;
+            std::memcpy(&id, dump.bytes.data() + row * t->nb[1] + rank * t->nb[0], sizeof(id));
+            std::fprintf(out, " %d", id);
+        }
+        std::fputc('\n', out);
+    }
+    std::fflush(out);
+}
+
+// Layer of which the second block of experts ends with this tensor; else -1.
+int second_block(const ggml_tensor * t) {
+    int layer;
+    int length = 0;
+    const bool is_it = t->op == GGML_OP_MUL_MAT_ID &&
+                       std::sscanf(t->src[0]->name, "blk.%d.ffn_down_chexps.weight%n", &layer, &length) == 1 && length > 0;
+    return is_it ? layer : -1;
+}
+
 // ggml_backend_sched_eval_callback: asked before (`ask`) and called after a tensor is computed.
 bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     static const std::string prefix = "ffn_moe_topk-";
+    Dump & dump = *static_cast<Dump *>(user_data);
+    if (dump.second != nullptr && second_block(t) >= 0) {
+        if (!ask) {
+            write_rows(dump.second, dump, second_block(t), t->src[2]);
+        }
+        return true;
+    }
     if (std::strncmp(t->name, prefix.c_str(), prefix.size()) != 0) {
         return false;
     }
     if (ask) {
         return true;
     }
-    Dump & dump = *static_cast<Dump *>(user_data);
     const int layer = std::atoi(t->name + prefix.size());
+    if (dump.second != nullptr && layer == dump.last_layer) {
+        // The second block makes the same choice once more, and goes on with it.
+        return true;
+    }
     if (dump.pass < 0 || layer <= dump.last_layer) {
         dump.pass++;
     }
     dump.last_layer = layer;
 
-    // The tensor is a view of all experts sorted, so rows are further apart than k ids.
-    dump.bytes.resize(ggml_nbytes(t));
-    ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
     if (dump.out == nullptr) {
+        dump.bytes.resize(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
         std::lock_guard<std::mutex> lock(dump.mutex);
         auto & experts = dump.counts[layer];
         for (int64_t row = 0; row < t->ne[1]; row++) {
@@ -170,16 +213,7 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
         }
         return true;
     }
-    for (int64_t row = 0; row < t->ne[1]; row++) {
-        std::fprintf(dump.out, "%lld %d %lld", (long long) dump.pass, layer, (long long) row);
-        for (int64_t rank = 0; rank < t->ne[0]; rank++) {
-            int32_t id;
-            std::memcpy(&id, dump.bytes.data() + row * t->nb[1] + rank * t->nb[0], sizeof(id));
-            std::fprintf(dump.out, " %d", id);
-        }
-        std::fputc('\n', dump.out);
-    }
-    std::fflush(dump.out);
+    write_rows(dump.out, dump, layer, t);
     return true;
 }
 
@@ -235,12 +269,8 @@ struct Context {
 class Driver {
   public:
     explicit Driver(const Options & options) : options(options) {
-        if (!options.dump.empty()) {
-            dump.out = std::fopen(options.dump.c_str(), "w");
-            if (dump.out == nullptr) {
-                throw std::runtime_error("cannot write " + options.dump);
-            }
-        }
+        dump.out = open(options.dump);
+        dump.second = open(options.dump_second);
         if (!options.rpc.empty()) {
             add_rpc_server(options.rpc);
         }
@@ -261,6 +291,12 @@ class Driver {
         }
         vocab = llama_model_get_vocab(model);
         n_vocab = llama_vocab_n_tokens(vocab);
+        if (!options.lora.empty()) {
+            lora = llama_adapter_lora_init(model, options.lora.c_str());
+            if (lora == nullptr) {
+                throw std::runtime_error("cannot load " + options.lora);
+            }
+        }
         add_context(false);
     }
 
@@ -269,8 +305,10 @@ class Driver {
             llama_free(c.ctx);
         }
         llama_model_free(model);
-        if (dump.out != nullptr) {
-            std::fclose(dump.out);
+        for (FILE * file : { dump.out, dump.second }) {
+            if (file != nullptr) {
+                std::fclose(file);
+            }
         }
     }
 
@@ -351,6 +389,8 @@ class Driver {
             out << ' ' << n_vocab << ' ' << llama_vocab_bos(vocab) << ' ' << llama_vocab_eos(vocab);
         } else if (command == "tid") {
             out << ' ' << syscall(SYS_gettid);
+        } else if (command == "reused") {
+            out << ' ' << llama_perf_context(context()).n_reused;
         } else {
             throw std::runtime_error("unknown command");
         }
@@ -358,6 +398,15 @@ class Driver {
     }
 
   private:
+    // A file to write to; none without a name.
+    static FILE * open(const std::string & path) {
+        FILE * file = path.empty() ? nullptr : std::fopen(path.c_str(), "w");
+        if (file == nullptr && !path.empty()) {
+            throw std::runtime_error("cannot write " + path);
+        }
+        return file;
+    }
+
     static bool more(std::istringstream & in) { return !(in >> std::ws).eof(); }
 
     static int number(std::istringstream & in) {
@@ -417,6 +466,12 @@ class Driver {
         llama_context * c = llama_init_from_model(model, params);
         if (c == nullptr) {
             throw std::runtime_error("cannot make a context");
+        }
+        if (lora != nullptr) {
+            float scale = 1.0f;
+            if (llama_set_adapters_lora(c, &lora, 1, &scale) != 0) {
+                throw std::runtime_error("cannot use the adapter");
+            }
         }
         contexts.push_back({ c, nextn });
         current = contexts.size() - 1;
@@ -501,6 +556,7 @@ class Driver {
     const Options options;
     Dump dump;
     llama_model * model = nullptr;
+    llama_adapter_lora * lora = nullptr;
     const llama_vocab * vocab = nullptr;
     int n_vocab = 0;
     std::vector<Context> contexts;

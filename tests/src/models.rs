@@ -29,9 +29,14 @@
 //! # Dense
 //!
 //! [`write_dense`] makes a `llama` model that has no experts at all.
+//!
+//! # Adapters
+//!
+//! [`write_lora`] makes a LoRA adapter for the models of a [`ModelSpec`].
 
 mod dense;
 mod file;
+mod lora;
 mod model;
 pub(crate) mod rng;
 mod shapes;
@@ -44,6 +49,7 @@ use anyhow::{Context, Result, ensure};
 pub use dense::write_dense;
 use file::Data;
 pub use file::WeightType;
+pub use lora::write_lora;
 use model::Model;
 use rng::Rng;
 pub use shapes::{Architecture, Shape, write_shape};

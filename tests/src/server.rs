@@ -110,8 +110,7 @@ impl Server {
             "cache_prompt": false,
             "return_tokens": true,
         });
-        let answer: Value =
-            serde_json::from_str(&self.ask("POST", "/completion", &question.to_string())?)?;
+        let answer = self.post("/completion", &question)?;
         let tokens = answer["tokens"].as_array().map(Vec::as_slice);
         let tokens: Option<Vec<u32>> = tokens
             .unwrap_or_default()
@@ -120,6 +119,16 @@ impl Server {
             .collect();
         let tokens = tokens.filter(|tokens| tokens.len() == n);
         tokens.with_context(|| format!("not {n} tokens: {answer}"))
+    }
+
+    /// Asks a question, and gives the answer.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn post(&self, path: &str, question: &Value) -> Result<Value> {
+        let answer = self.ask("POST", path, &question.to_string())?;
+        Ok(serde_json::from_str(&answer)?)
     }
 
     /// Ends it as a service manager does, and gives what became of it.

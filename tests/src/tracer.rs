@@ -232,11 +232,23 @@ fn counts(layers: &Value) -> Counts {
         .collect()
 }
 
-/// Rows as `--log` printed them: layer and expert ids, in order.
+/// Rows as `--log` printed them: layer and expert ids, in order. Those of second blocks are not among them.
 pub fn read_log(path: &Path) -> Result<Vec<(u32, Vec<u32>)>> {
+    read_rows(path, |line| !line.contains(SECOND_BLOCK))
+}
+
+/// The same of second blocks alone.
+pub fn read_second_log(path: &Path) -> Result<Vec<(u32, Vec<u32>)>> {
+    read_rows(path, |line| line.contains(SECOND_BLOCK))
+}
+
+const SECOND_BLOCK: &str = ", second block: ";
+
+fn read_rows(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(u32, Vec<u32>)>> {
     let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     text.lines()
         .filter(|line| !line.ends_with("MoE layer detected (tensor 'ffn_moe_topk')"))
+        .filter(|line| wanted(line))
         .map(|line| parse_row(line).with_context(|| format!("not a row: {line:?}")))
         .collect()
 }
@@ -246,6 +258,7 @@ fn parse_row(line: &str) -> Option<(u32, Vec<u32>)> {
         .strip_prefix("[EXPERT-TRACE] Layer ")?
         .strip_suffix(']')?
         .split_once(": Experts [")?;
+    let layer = layer.strip_suffix(", second block").unwrap_or(layer);
     let ids: Result<_, _> = ids.split(", ").map(str::parse).collect();
     Some((layer.parse().ok()?, ids.ok()?))
 }

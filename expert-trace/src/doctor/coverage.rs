@@ -419,6 +419,7 @@ mod tests {
             expert_gating_func: None,
             expert_group_count: 0,
             expert_group_used_count: 0,
+            second_block_experts: None,
             router_bias: BTreeSet::new(),
             selection_bias: BTreeSet::new(),
             chosen_by_token: BTreeSet::new(),

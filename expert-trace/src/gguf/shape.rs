@@ -56,6 +56,9 @@ pub struct ModelShape {
     pub expert_group_count: u32,
     /// `<arch>.expert_group_used_count`: groups that are kept before experts are chosen.
     pub expert_group_used_count: u32,
+    /// Experts of the second block that each layer has (`ffn_down_chexps`, GroveMoE); `None` for other
+    /// models.
+    pub second_block_experts: Option<u32>,
     /// Layers whose router has a bias (`ffn_gate_inp.bias`).
     #[serde(skip)]
     pub router_bias: BTreeSet<u32>,
@@ -106,6 +109,7 @@ impl ModelShape {
             expert_group_used_count: keys
                 .number("expert_group_used_count", MAX_EXPERTS)?
                 .unwrap_or(0),
+            second_block_experts: second_block_experts(shards),
             router_bias: layers_with(shards, layers, |part| part == "ffn_gate_inp.bias"),
             selection_bias: layers_with(shards, layers, |part| {
                 part == "exp_probs_b" || part.starts_with("exp_probs_b.")
@@ -221,6 +225,16 @@ fn moe_layers(shards: &[Gguf], layers: u32) -> Vec<u32> {
     }
     seen.retain(|_, seen| seen.router && seen.experts);
     seen.into_keys().collect()
+}
+
+/// What the experts of a second block are stacked to.
+fn second_block_experts(shards: &[Gguf]) -> Option<u32> {
+    let mut tensors = shards.iter().flat_map(|shard| &shard.tensors);
+    let stacked = tensors.find(|tensor| {
+        layer_part(&tensor.name).is_some_and(|(_, part)| part == "ffn_down_chexps.weight")
+    })?;
+    let experts = stacked.shape.get(2).filter(|n| **n <= MAX_EXPERTS)?;
+    u32::try_from(*experts).ok()
 }
 
 /// Whether it is `ffn_{gate,up,down}.<expert>.weight`, as files have it that were made before a layer's

@@ -257,6 +257,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             expert_gating_func: Some(2),
             expert_group_count: 4,
             expert_group_used_count: 0,
+            second_block_experts: None,
             router_bias: [0].into(),
             selection_bias: [1, 2].into(),
             chosen_by_token: [2].into(),
@@ -282,6 +283,21 @@ fn nextn_blocks_are_the_last() {
     assert_eq!(of(1).unwrap(), (2, Some(2)));
     assert_eq!(of(3).unwrap(), (0, Some(0)));
     assert!(of(4).is_err());
+}
+
+#[test]
+fn a_second_block_is_told_by_its_tensors() {
+    let gguf = |name: &str, shape: &[u64]| moe().tensor(name, shape).gguf();
+    let experts = |gguf| {
+        ModelShape::from_ggufs(&[gguf])
+            .unwrap()
+            .second_block_experts
+    };
+    assert_eq!(experts(moe().gguf()), None);
+    let name = "blk.1.ffn_down_chexps.weight";
+    assert_eq!(experts(gguf(name, &[64, 128, 16])), Some(16));
+    assert_eq!(experts(gguf(name, &[64, 128])), None);
+    assert_eq!(experts(gguf(name, &[1, 1, 1 << 40])), None);
 }
 
 #[test]

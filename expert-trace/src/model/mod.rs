@@ -13,7 +13,7 @@ use std::{
 use expert_trace_common::{Header, PassSource, Phase, Route};
 use serde::Serialize;
 
-use self::pass::Added;
+use self::pass::{Added, RowPhases};
 pub use self::pass::{Block, Pass};
 use crate::{
     decode::{Body, Event, Malformed, Scores},
@@ -242,26 +242,18 @@ pub struct CloseCall {
     pub margin: f32,
 }
 
-/// Counts of one layer in one context. Index 0 is prefill, 1 is decode.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Layer {
+/// Tokens routed, and what they activated. Index 0 is prefill, 1 is decode.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
     /// Experts chosen per token; the largest seen.
     pub k: u16,
-    /// Experts to choose from, when the target's tensors show it; else 0.
-    pub n_expert: u32,
-    /// Passes in which it was seen.
-    pub passes: Passes,
-    /// Where it was read.
-    pub routes: BTreeSet<Route>,
-    /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
-    pub close_calls: Vec<CloseCall>,
     /// Tokens routed.
     pub tokens: [u64; 2],
     /// Activations by expert.
     pub experts: Vec<[u64; 2]>,
 }
 
-impl Layer {
+impl Tally {
     /// Tokens routed, prefill and decode.
     pub fn total_tokens(&self) -> u64 {
         self.tokens.iter().sum()
@@ -271,6 +263,50 @@ impl Layer {
     pub fn activations(&self) -> u64 {
         self.experts.iter().flatten().sum()
     }
+
+    fn add(&mut self, pass: &Pass, block: &Block, phases: &RowPhases) {
+        self.k = self.k.max(block.k);
+        for (i, ids) in pass.rows(block).enumerate() {
+            let phase = phases.of(block.first_row as usize + i, block.total_rows);
+            let column = usize::from(phase == Phase::Decode);
+            self.tokens[column] += 1;
+            for id in ids {
+                let id = usize::from(*id);
+                if self.experts.len() <= id {
+                    self.experts.resize(id + 1, [0; 2]);
+                }
+                self.experts[id][column] += 1;
+            }
+        }
+    }
+}
+
+/// The second block of experts that a layer has (GroveMoE): fewer, larger experts, which the same
+/// router's choice stands for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SecondBlock {
+    /// Passes in which it was seen.
+    pub passes: u64,
+    /// What was counted. A token that has several experts in one group activates its second expert as
+    /// many times.
+    pub tally: Tally,
+}
+
+/// Counts of one layer in one context.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Layer {
+    /// Experts to choose from, when the target's tensors show it; else 0.
+    pub n_expert: u32,
+    /// Passes in which it was seen.
+    pub passes: Passes,
+    /// Where it was read.
+    pub routes: BTreeSet<Route>,
+    /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
+    pub close_calls: Vec<CloseCall>,
+    /// What was counted.
+    pub tally: Tally,
+    /// Its second block of experts, if one was seen. In no other count.
+    pub second_block: Option<SecondBlock>,
 }
 
 /// Counts of one context.
@@ -311,6 +347,8 @@ pub struct Context {
     knows_layers: bool,
     /// Sequences whose last token had no output: the next ones go on with the same prompt.
     in_prompt: BTreeMap<u16, bool>,
+    /// Sequences that the last pass had equal parts of.
+    equal_parts: BTreeSet<u16>,
 }
 
 impl Context {
@@ -318,7 +356,7 @@ impl Context {
     pub fn tokens(&self) -> u64 {
         self.layers
             .values()
-            .map(Layer::total_tokens)
+            .map(|layer| layer.tally.total_tokens())
             .max()
             .unwrap_or(0)
     }
@@ -553,6 +591,11 @@ impl Model {
                 let added = pass.add_rows(&header, route, ids.iter().map(|id| id as u16));
                 self.received.note_rows(&header, added);
             }
+            Body::SecondBlock(ids) => {
+                let route = Route::ALL[usize::from(header.route)];
+                let added = pass.add_second_rows(&header, route, ids.iter().map(|id| id as u16));
+                self.received.note_rows(&header, added);
+            }
             Body::Scores(scores) => {
                 context.source = header.source;
                 let routers = self.facts.routers.get(&header.process);
@@ -738,7 +781,14 @@ impl Model {
             // The last layer works on output rows alone, and empty nodes are not computed.
             expected.pop_last();
         }
-        expected.is_subset(&pass.layers()) && !pass.lacks_rows()
+        let has_second = |layer: &u16| {
+            let layer = context.layers.get(layer);
+            layer.is_some_and(|layer| layer.second_block.is_some())
+        };
+        let expected_second: BTreeSet<u16> = expected.iter().copied().filter(has_second).collect();
+        expected.is_subset(&pass.layers())
+            && expected_second.is_subset(&pass.second_layers())
+            && !pass.lacks_rows()
     }
 
     fn exclude(&mut self, index: usize, pass: &Pass, why: Exclusion) {
@@ -756,9 +806,11 @@ impl Model {
 
     fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &mut self.contexts[index];
-        let phases = pass.row_phases(&context.in_prompt);
+        let goes_on = pass.goes_on_with(&context.equal_parts);
+        let phases = pass.row_phases(&context.in_prompt, goes_on);
         let phase = phases.of_pass();
         pass.note_outputs(&mut context.in_prompt);
+        context.equal_parts = pass.equal_parts(goes_on);
         if !pass.has_rows() {
             if pass.has_ubatch() {
                 context.unseen_by_phase.note(&pass, phase);
@@ -786,25 +838,25 @@ impl Model {
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
         for (number, call) in &pass.close_calls {
             let layer = context.layers.entry(*number).or_default();
-            let row = layer.total_tokens() + call.row;
+            let row = layer.tally.total_tokens() + call.row;
             layer.close_calls.push(CloseCall { row, ..*call });
         }
         for block in &pass.blocks {
             let layer = context.layers.entry(block.layer).or_default();
-            layer.k = layer.k.max(block.k);
             layer.routes.insert(block.route);
             layer.n_expert = layer.n_expert.max(block.n_expert());
-            for (i, ids) in pass.rows(block).enumerate() {
-                let phase = phases.of(block.first_row as usize + i, block.total_rows);
-                let column = usize::from(phase == Phase::Decode);
-                layer.tokens[column] += 1;
-                for id in ids {
-                    let id = usize::from(*id);
-                    if layer.experts.len() <= id {
-                        layer.experts.resize(id + 1, [0; 2]);
-                    }
-                    layer.experts[id][column] += 1;
-                }
+            layer.tally.add(&pass, block, &phases);
+        }
+        // A second block has no place without its layer.
+        for number in pass.second_layers() {
+            if let Some(layer) = context.layers.get_mut(&number) {
+                layer.second_block.get_or_insert_default().passes += 1;
+            }
+        }
+        for block in &pass.second_blocks {
+            let layer = context.layers.get_mut(&block.layer);
+            if let Some(second) = layer.and_then(|layer| layer.second_block.as_mut()) {
+                second.tally.add(&pass, block, &phases);
             }
         }
         on_pass(&pass);

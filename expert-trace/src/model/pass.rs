@@ -90,6 +90,8 @@ pub struct Pass {
     pub began_ns: u64,
     /// What has been seen of it, in the order it was computed.
     pub blocks: Vec<Block>,
+    /// The same of the second block of experts that a layer has (GroveMoE).
+    pub second_blocks: Vec<Block>,
     /// Its tokens, when it is short enough to be a warm-up; else empty.
     pub(super) tokens: Vec<i32>,
     ids: Vec<u16>,
@@ -113,6 +115,7 @@ impl Pass {
             number: header.pass,
             began_ns: header.time_ns,
             blocks: Vec::new(),
+            second_blocks: Vec::new(),
             tokens: Vec::new(),
             ids: Vec::new(),
             close_calls: Vec::new(),
@@ -139,17 +142,7 @@ impl Pass {
         if header.total_rows == 0 {
             return Added::Counted;
         }
-        let block = Block {
-            layer: header.layer,
-            k: header.k,
-            first_row: header.first_row,
-            rows: header.rows,
-            total_rows: header.total_rows,
-            route,
-            row_stride: header.row_stride,
-            start: self.ids.len(),
-        };
-        self.ids.extend(ids);
+        let block = self.block(header, route, ids);
         let known = self.blocks.iter().chain(&self.replaced);
         let repeats: Vec<Block> = known
             .filter(|known| known.is_repeated_by(&block))
@@ -169,19 +162,41 @@ impl Pass {
             }
             return Added::Repeated { differing };
         }
-        match self.blocks.last_mut() {
-            Some(last)
-                if last.layer == block.layer
-                    && last.route == block.route
-                    && last.k == block.k
-                    && block.first_row > 0
-                    && last.first_row + last.rows == block.first_row =>
-            {
-                last.rows += block.rows;
-            }
-            _ => self.blocks.push(block),
+        append(&mut self.blocks, block);
+        Added::Counted
+    }
+
+    /// Adds a record's rows of a layer's second block of experts.
+    pub(super) fn add_second_rows(
+        &mut self,
+        header: &Header,
+        route: Route,
+        ids: impl ExactSizeIterator<Item = u16>,
+    ) -> Added {
+        if self.ids.len() + ids.len() > MAX_PASS_IDS {
+            return Added::Refused;
+        }
+        if header.total_rows > 0 {
+            let block = self.block(header, route, ids);
+            append(&mut self.second_blocks, block);
         }
         Added::Counted
+    }
+
+    /// Takes in a record's ids.
+    fn block(&mut self, header: &Header, route: Route, ids: impl Iterator<Item = u16>) -> Block {
+        let start = self.ids.len();
+        self.ids.extend(ids);
+        Block {
+            layer: header.layer,
+            k: header.k,
+            first_row: header.first_row,
+            rows: header.rows,
+            total_rows: header.total_rows,
+            route,
+            row_stride: header.row_stride,
+            start,
+        }
     }
 
     /// How many rows of `block` are not what other blocks have of them.
@@ -239,15 +254,23 @@ impl Pass {
         self.blocks.iter().map(|block| block.layer).collect()
     }
 
+    /// Layers of which the second block of experts was seen.
+    pub(super) fn second_layers(&self) -> BTreeSet<u16> {
+        self.second_blocks.iter().map(|block| block.layer).collect()
+    }
+
     /// Whether rows are missing in a layer of which others were seen.
     pub(super) fn lacks_rows(&self) -> bool {
-        let mut seen: BTreeMap<u16, (u32, u32)> = BTreeMap::new();
-        for block in &self.blocks {
-            let (rows, total) = seen.entry(block.layer).or_default();
-            *rows += block.rows;
-            *total = block.total_rows;
-        }
-        seen.values().any(|(rows, total)| rows < total)
+        let lacks = |blocks: &[Block]| {
+            let mut seen: BTreeMap<u16, (u32, u32)> = BTreeMap::new();
+            for block in blocks {
+                let (rows, total) = seen.entry(block.layer).or_default();
+                *rows += block.rows;
+                *total = block.total_rows;
+            }
+            seen.values().any(|(rows, total)| rows < total)
+        };
+        lacks(&self.blocks) || lacks(&self.second_blocks)
     }
 
     /// Whether no token's output is wanted, for certain.
@@ -276,12 +299,47 @@ impl Pass {
                 || (self.has_rows() && all_experts))
     }
 
+    /// Sequences of a batch of which the pass has as many tokens of each (`split_equal` in
+    /// llama-batch.cpp), from the first on, and all with an output, as embeddings are computed: of longer
+    /// ones the next pass has the rest. Empty for any other pass, unless it `goes_on` with such a batch.
+    pub(super) fn equal_parts(&self, goes_on: bool) -> BTreeSet<u16> {
+        let sequences = self.sequences();
+        let parts = sequences.len().max(1);
+        let length = self.infos.len() / parts;
+        let counts = |test: fn(&RowInfo) -> bool| self.infos.iter().filter(|row| test(row)).count();
+        let from_the_first = length > 1 && counts(|row| row.position == 0) == parts;
+        let all_outputs = counts(|row| row.flags & ROW_OUTPUT == 0) == 0;
+        let of = |sequence: &u16| {
+            let rows = self.infos.iter();
+            rows.filter(|row| row.sequence == *sequence).count()
+        };
+        let equal = sequences.iter().all(|sequence| of(sequence) == length);
+        if self.has_ubatch() && equal && all_outputs && (from_the_first || goes_on) {
+            sequences
+        } else {
+            BTreeSet::new()
+        }
+    }
+
+    /// Whether it has the rest of some, and not of all, of these sequences.
+    pub(super) fn goes_on_with(&self, parts: &BTreeSet<u16>) -> bool {
+        let sequences = self.sequences();
+        self.has_ubatch()
+            && sequences.len() < parts.len()
+            && sequences.is_subset(parts)
+            && self.infos.iter().all(|row| row.position > 0)
+    }
+
+    fn sequences(&self) -> BTreeSet<u16> {
+        self.infos.iter().map(|row| row.sequence).collect()
+    }
+
     /// Prefill or decode, for each token of the ubatch.
     ///
     /// A token is decoded when it is the only one of its sequence in the pass, not the sequence's
-    /// first, and does not go on with a prompt of which the pass before had no output. Where the
-    /// ubatch was not read, a pass of one token is a decode.
-    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>) -> RowPhases {
+    /// first, and does not go on with a prompt of which the pass before had no output, or a part. Where
+    /// the ubatch was not read, a pass of one token is a decode.
+    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>, goes_on: bool) -> RowPhases {
         let mut phases = RowPhases {
             otherwise: if self.token_count() > 1 {
                 Phase::Prefill
@@ -300,7 +358,7 @@ impl Pass {
         }
         for info in &self.infos {
             let alone = tokens_of[&info.sequence] == 1;
-            let prompt = in_prompt.get(&info.sequence).copied().unwrap_or(false);
+            let prompt = goes_on || in_prompt.get(&info.sequence).copied().unwrap_or(false);
             let phase = if alone && info.position > 0 && !prompt {
                 Phase::Decode
             } else {
@@ -329,6 +387,22 @@ impl Pass {
         {
             in_prompt.insert(info.sequence, false);
         }
+    }
+}
+
+/// Adds a block, to the one before it where it goes on with its rows.
+fn append(blocks: &mut Vec<Block>, block: Block) {
+    match blocks.last_mut() {
+        Some(last)
+            if last.layer == block.layer
+                && last.route == block.route
+                && last.k == block.k
+                && block.first_row > 0
+                && last.first_row + last.rows == block.first_row =>
+        {
+            last.rows += block.rows;
+        }
+        _ => blocks.push(block),
     }
 }
 

@@ -13,6 +13,9 @@ fn record(header: Header, payload: &[u8]) -> Vec<u8> {
     [head, payload].concat()
 }
 
+/// Layer, and experts of each row.
+type LayerRows<'a> = (u16, &'a [&'a [i32]]);
+
 /// One pass as the kernel reports it.
 struct TestPass<'a> {
     context: u64,
@@ -20,8 +23,9 @@ struct TestPass<'a> {
     /// (position, sequence, output) of each token; none when the ubatch was not read.
     ubatch: &'a [(i32, u16, bool)],
     tokens: &'a [i32],
-    /// Experts of each row, by layer.
-    layers: &'a [(u16, &'a [&'a [i32]])],
+    layers: &'a [LayerRows<'a>],
+    /// Those of second blocks.
+    second_blocks: &'a [LayerRows<'a>],
 }
 
 impl Default for TestPass<'_> {
@@ -32,6 +36,7 @@ impl Default for TestPass<'_> {
             ubatch: &[],
             tokens: &[],
             layers: &[],
+            second_blocks: &[],
         }
     }
 }
@@ -84,15 +89,20 @@ impl TestPass<'_> {
             let header = of(self.header(Kind::Tokens), self.tokens.len());
             records.push(record(header, &numbers(self.tokens)));
         }
-        for (layer, rows) in self.layers {
-            let k = rows.first().map_or(1, |ids| ids.len());
-            let header = Header {
-                layer: *layer,
-                k: k as u16,
-                row_stride: 8,
-                ..of(self.header(Kind::Rows), rows.len())
-            };
-            records.push(record(header, &numbers(&rows.concat())));
+        for (kind, row_stride, layers) in [
+            (Kind::Rows, 8, self.layers),
+            (Kind::SecondBlock, 2, self.second_blocks),
+        ] {
+            for (layer, rows) in layers {
+                let k = rows.first().map_or(1, |ids| ids.len());
+                let header = Header {
+                    layer: *layer,
+                    k: k as u16,
+                    row_stride,
+                    ..of(self.header(kind), rows.len())
+                };
+                records.push(record(header, &numbers(&rows.concat())));
+            }
         }
         records
     }
@@ -136,7 +146,7 @@ fn decode_at(number: u32, ubatch: &[(i32, u16, bool)]) -> TestPass<'_> {
 }
 
 fn tokens(model: &Model, context: usize, layer: u16) -> [u64; 2] {
-    model.contexts()[context].layers[&layer].tokens
+    model.contexts()[context].layers[&layer].tally.tokens
 }
 
 #[test]
@@ -162,8 +172,8 @@ fn prefill_and_decode_by_tokens_per_sequence() {
     assert_eq!(tokens(&model, 0, 0), [4, 2]);
     assert_eq!(tokens(&model, 0, 1), [2, 2]);
     let layer = &model.contexts()[0].layers[&1];
-    assert_eq!(layer.experts[6], [1, 0]);
-    assert_eq!(layer.experts[0], [0, 1]);
+    assert_eq!(layer.tally.experts[6], [1, 0]);
+    assert_eq!(layer.tally.experts[0], [0, 1]);
     assert_eq!(layer.n_expert, 8);
 }
 
@@ -483,6 +493,7 @@ fn choosing(stage: selection::Stage) -> Model {
 fn experts(model: &Model) -> Vec<u64> {
     let layer = &model.contexts()[0].layers[&2];
     layer
+        .tally
         .experts
         .iter()
         .map(|counts| counts.iter().sum())
@@ -799,4 +810,92 @@ fn a_pass_that_was_cut_early_is_not_out_of_sight() {
         assert_eq!(context.passes, 2);
         assert_eq!(context.not_visible(Ends::default()).passes, unseen);
     }
+}
+
+/// Two experts share one of the second block.
+const WITH_SECOND_BLOCKS: TestPass<'static> = TestPass {
+    context: SCHED,
+    number: 0,
+    ubatch: &[(0, 0, false), (1, 0, true)],
+    tokens: &[],
+    layers: &[(0, &[&[6, 7], &[0, 3]]), (1, &[&[2, 5]])],
+    second_blocks: &[(0, &[&[3, 3], &[0, 1]]), (1, &[&[1, 2]])],
+};
+
+#[test]
+fn second_blocks_are_in_no_other_count() {
+    let passes = [WITH_SECOND_BLOCKS];
+    let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+    let layers = &model.contexts()[0].layers;
+    assert_eq!(layers[&0].tally.tokens, [2, 0]);
+    assert_eq!(layers[&0].tally.activations(), 4);
+    assert_eq!(layers[&0].n_expert, 8);
+    let second = layers[&0].second_block.as_ref().unwrap();
+    assert_eq!((second.passes, second.tally.k), (1, 2));
+    assert_eq!(second.tally.tokens, [2, 0]);
+    assert_eq!(second.tally.experts, [[1, 0], [1, 0], [0, 0], [2, 0]]);
+    assert_eq!(model.received().rows, 6);
+
+    // Without its layer it has no place.
+    let alone = TestPass {
+        layers: &WITH_SECOND_BLOCKS.layers[..1],
+        ..WITH_SECOND_BLOCKS
+    };
+    let model = run(FROM_START, ModelFacts::default(), &[alone], End::Exited);
+    assert_eq!(model.contexts()[0].layers.len(), 1);
+}
+
+#[test]
+fn a_last_pass_that_lacks_a_second_block_is_cut() {
+    let last = |second_blocks| TestPass {
+        number: 1,
+        second_blocks,
+        ..WITH_SECOND_BLOCKS
+    };
+    for (second_blocks, passes) in [
+        (WITH_SECOND_BLOCKS.second_blocks, 2),
+        (&WITH_SECOND_BLOCKS.second_blocks[..1], 1),
+    ] {
+        let model = run(
+            FROM_START,
+            ModelFacts::default(),
+            &[WITH_SECOND_BLOCKS, last(second_blocks)],
+            End::Cut,
+        );
+        assert_eq!(model.contexts()[0].passes, passes);
+    }
+}
+
+/// Embeddings of texts of 2, 3 and 4 tokens in one batch, as a cache for each sequence has them cut.
+#[test]
+fn what_equal_parts_leave_is_prefill() {
+    let all = [0, 1, 2].map(|sequence| [(0, sequence, true), (1, sequence, true)]);
+    let run_with = |rest: &[&[(i32, u16, bool)]]| {
+        let rows: [&[i32]; 6] = [&[1, 2]; 6];
+        let ubatches: Vec<&[(i32, u16, bool)]> = [&[all.as_flattened()], rest].concat();
+        let layers: Vec<[LayerRows<'_>; 1]> = ubatches
+            .iter()
+            .map(|ubatch| [(0, &rows[..ubatch.len()])])
+            .collect();
+        let passes: Vec<TestPass<'_>> = (0..)
+            .zip(ubatches.iter().zip(&layers))
+            .map(|(number, (ubatch, layers))| TestPass {
+                number,
+                ubatch,
+                layers,
+                ..TestPass::default()
+            })
+            .collect();
+        let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+        tokens(&model, 0, 0)
+    };
+    assert_eq!(
+        run_with(&[&[(2, 1, true), (2, 2, true)], &[(3, 2, true)]]),
+        [9, 0]
+    );
+    // Prompts of which all outputs were wanted, and what was generated then.
+    let generated: [(i32, u16, bool); 3] = [(2, 0, true), (2, 1, true), (2, 2, true)];
+    assert_eq!(run_with(&[&generated, &[(3, 2, true)]]), [6, 4]);
+    // The next text begins.
+    assert_eq!(run_with(&[&[(0, 1, true)], &[(1, 1, true)]]), [7, 1]);
 }

@@ -14,7 +14,10 @@ use crate::{
     eval_callback::EvalCallback,
     gguf::ModelShape,
     layout::Layout,
-    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, PhasePasses},
+    model::{
+        CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, PhasePasses, SecondBlock,
+        Tally,
+    },
     placement::Options,
     probes::Probe,
     routes,
@@ -318,6 +321,34 @@ pub struct LayerStats {
     pub activations: u64,
     /// Activated experts, most activations first.
     pub experts: Vec<ExpertStats>,
+    /// Counts of the layer's second block of experts (GroveMoE), which are in no other; `null` when none
+    /// was seen.
+    pub second_block: Option<SecondBlockStats>,
+}
+
+/// Counts of the second block of experts that one layer of one context has.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SecondBlockStats {
+    /// Its experts; `null` when no model file shows it.
+    pub n_expert: Option<u32>,
+    /// Experts activated per token, one that is activated twice counted twice (the largest seen).
+    pub k: u16,
+    /// Whether it was seen in every pass.
+    pub coverage: Coverage,
+    /// Passes in which it was seen.
+    pub passes: u64,
+    /// Experts never activated, ascending; `null` when their number is not known.
+    pub experts_never_activated: Option<Vec<u32>>,
+    /// Tokens routed.
+    pub total_tokens: u64,
+    /// Those of prompts.
+    pub prefill_tokens: u64,
+    /// Those generated.
+    pub decode_tokens: u64,
+    /// (token, expert) pairs; the same pair can be there several times.
+    pub activations: u64,
+    /// Activated experts, most activations first.
+    pub experts: Vec<ExpertStats>,
 }
 
 impl LayerStats {
@@ -341,6 +372,7 @@ impl LayerStats {
             decode_tokens: 0,
             activations: 0,
             experts: Vec::new(),
+            second_block: None,
         }
     }
 }
@@ -497,6 +529,7 @@ fn layers(context: &Context, shape: Option<&ModelShape>, ends: Ends) -> Vec<Laye
             passes_not_seen: context.passes_not_seen(id, ends),
             ..stats.with_model(shape)
         }
+        .with_second_coverage()
     });
     layers.collect()
 }
@@ -514,29 +547,26 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
     context
         .layers
         .iter()
-        .map(|(layer_id, layer)| {
-            let stats = layer_stats(*layer_id, layer);
-            SpecifiedLayer {
-                layer_id: *layer_id,
-                total_tokens: stats.total_tokens,
-                experts: stats
-                    .experts
-                    .into_iter()
-                    .map(|expert| SpecifiedExpert {
-                        expert_id: expert.expert_id,
-                        activations: expert.activations,
-                        percentage: expert.percentage,
-                    })
-                    .collect(),
-            }
+        .map(|(layer_id, layer)| SpecifiedLayer {
+            layer_id: *layer_id,
+            total_tokens: layer.tally.total_tokens(),
+            experts: expert_stats(&layer.tally)
+                .into_iter()
+                .map(|expert| SpecifiedExpert {
+                    expert_id: expert.expert_id,
+                    activations: expert.activations,
+                    percentage: expert.percentage,
+                })
+                .collect(),
         })
         .collect()
 }
 
-fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
-    let total_tokens = layer.total_tokens();
-    let activations = layer.activations();
-    let mut experts: Vec<ExpertStats> = layer
+/// Activated experts, most activations first.
+fn expert_stats(tally: &Tally) -> Vec<ExpertStats> {
+    let total_tokens = tally.total_tokens();
+    let activations = tally.activations();
+    let mut experts: Vec<ExpertStats> = tally
         .experts
         .iter()
         .enumerate()
@@ -551,16 +581,21 @@ fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
         .filter(|expert| expert.activations > 0)
         .collect();
     experts.sort_by_key(|expert| (std::cmp::Reverse(expert.activations), expert.expert_id));
+    experts
+}
+
+fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
     let n_expert = (layer.n_expert > 0).then_some(layer.n_expert);
     // A choice from logits is as wide as the model file says.
     let chosen = layer.routes.iter().all(|route| *route == Route::Logits);
+    let [prefill_tokens, decode_tokens] = layer.tally.tokens;
     LayerStats {
         layer_id,
         coverage: Coverage::Observed,
         reason: None,
         n_expert,
         n_expert_source: n_expert.map(|_| Source::Target),
-        k: Some(layer.k.into()),
+        k: Some(layer.tally.k.into()),
         k_source: Some(match chosen {
             true => Source::ModelFile,
             false => Source::Target,
@@ -570,15 +605,52 @@ fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
         close_calls: layer.close_calls.clone(),
         routes: layer.routes.iter().copied().map(routes::name).collect(),
         experts_never_activated: None,
-        total_tokens,
-        prefill_tokens: layer.tokens[0],
-        decode_tokens: layer.tokens[1],
-        activations,
-        experts,
+        total_tokens: layer.tally.total_tokens(),
+        prefill_tokens,
+        decode_tokens,
+        activations: layer.tally.activations(),
+        experts: expert_stats(&layer.tally),
+        second_block: layer.second_block.as_ref().map(second_block_stats),
     }
 }
 
+/// The same of a second block; what it shares with its layer is added there.
+fn second_block_stats(SecondBlock { passes, tally }: &SecondBlock) -> SecondBlockStats {
+    let [prefill_tokens, decode_tokens] = tally.tokens;
+    SecondBlockStats {
+        n_expert: None,
+        k: tally.k,
+        coverage: Coverage::Observed,
+        passes: *passes,
+        experts_never_activated: None,
+        total_tokens: tally.total_tokens(),
+        prefill_tokens,
+        decode_tokens,
+        activations: tally.activations(),
+        experts: expert_stats(tally),
+    }
+}
+
+/// Experts of a layer or a block that has so many, and of which `experts` were activated.
+fn never_activated(n_expert: u32, experts: &[ExpertStats]) -> Vec<u32> {
+    let mut activated: Vec<usize> = experts.iter().map(|of| of.expert_id).collect();
+    activated.sort_unstable();
+    let is_idle = |expert: &u32| activated.binary_search(&(*expert as usize)).is_err();
+    (0..n_expert).filter(is_idle).collect()
+}
+
 impl LayerStats {
+    /// The second block is seen at most as its layer is.
+    fn with_second_coverage(mut self) -> Self {
+        if let Some(second) = &mut self.second_block {
+            second.coverage = match second.passes < self.passes {
+                true => Coverage::PartlyObserved,
+                false => self.coverage,
+            };
+        }
+        self
+    }
+
     /// What the target did not show, as the model file says it.
     fn with_model(mut self, shape: Option<&ModelShape>) -> Self {
         if let (None, Some(shape)) = (self.n_expert, shape) {
@@ -590,12 +662,15 @@ impl LayerStats {
             self.k_source = Some(Source::ModelFile);
         }
         if self.passes > 0 {
-            let mut activated: Vec<usize> = self.experts.iter().map(|of| of.expert_id).collect();
-            activated.sort_unstable();
-            let is_idle = |expert: &u32| activated.binary_search(&(*expert as usize)).is_err();
             self.experts_never_activated = self
                 .n_expert
-                .map(|n_expert| (0..n_expert).filter(is_idle).collect());
+                .map(|n_expert| never_activated(n_expert, &self.experts));
+        }
+        if let Some(second) = &mut self.second_block {
+            second.n_expert = shape.and_then(|shape| shape.second_block_experts);
+            second.experts_never_activated = second
+                .n_expert
+                .map(|n_expert| never_activated(n_expert, &second.experts));
         }
         self
     }
@@ -622,6 +697,7 @@ fn common_shape<'a>(mut shapes: impl Iterator<Item = &'a ModelShape>) -> Option<
             shape.main_layers(),
             shape.nextn_predict_layers,
             shape.n_expert,
+            shape.second_block_experts,
         )
     };
     shapes

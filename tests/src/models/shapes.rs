@@ -7,6 +7,7 @@
 mod deepseek2;
 mod gemma4;
 mod gpt_oss;
+mod grovemoe;
 mod mixtral;
 mod nemotron_h_moe;
 mod olmoe;
@@ -43,6 +44,9 @@ pub enum Architecture {
     /// `gpt-oss`: biased logits, softmax over the chosen; experts with biases. Every other layer sees
     /// a sliding window; attention sinks.
     GptOss,
+    /// `grovemoe`: softmax. A second block of experts in each layer, fewer and larger ones, which the same
+    /// choice stands for.
+    GroveMoe,
     /// `llama` with experts: softmax.
     Mixtral,
     /// `nemotron_h_moe`: sigmoid of the logits, plus a bias that counts for the selection only; another k
@@ -85,6 +89,8 @@ impl Shape {
     pub const GPT_OSS_20B: Shape = Shape::new(Architecture::GptOss, 32, 4);
     /// 128 experts, 4 of them chosen.
     pub const GPT_OSS_120B: Shape = Shape::new(Architecture::GptOss, 128, 4);
+    /// 128 experts, 8 of them chosen, and 64 of the second block, as in GroveMoE-Inst.
+    pub const GROVEMOE: Shape = Shape::new(Architecture::GroveMoe, 128, 8);
     /// 8 experts, 2 of them chosen.
     pub const MIXTRAL: Shape = Shape::new(Architecture::Mixtral, 8, 2);
     /// 32 experts, 2, 6 and 3 of them chosen.
@@ -128,6 +134,11 @@ impl Shape {
             Architecture::NemotronHMoe => nemotron_h_moe::k(layer),
             _ => self.k,
         }
+    }
+
+    /// Experts of the second block that each layer has.
+    pub fn second_experts(&self) -> Option<u32> {
+        (self.architecture == Architecture::GroveMoe).then(|| grovemoe::second_experts(self))
     }
 
     fn check(&self) -> Result<()> {
@@ -183,6 +194,7 @@ pub fn write_shape(path: &Path, vocab: &Path, shape: &Shape) -> Result<()> {
         Architecture::DeepSeek2 => &deepseek2::WRITER,
         Architecture::Gemma4 => &gemma4::WRITER,
         Architecture::GptOss => &gpt_oss::WRITER,
+        Architecture::GroveMoe => &grovemoe::WRITER,
         Architecture::Mixtral => &mixtral::WRITER,
         Architecture::NemotronHMoe => &nemotron_h_moe::WRITER,
         Architecture::Olmoe => &olmoe::WRITER,

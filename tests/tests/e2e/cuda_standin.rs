@@ -268,6 +268,23 @@ fn the_narrowest_and_a_wide_model() {
     }
 }
 
+/// With a cache of experts on the device, what multiplies them has slots of the cache for its ids. The
+/// rows are those of experts, of one token and of several.
+#[test]
+fn slots_of_a_cache_are_no_experts() {
+    for shape in [SMALL, [4, 1, 32]] {
+        let steps = "pass slow cache cache pass cache fetch cache";
+        let traced = run(shared().command("new", shape, steps));
+        let of_others = Routes::of_layers(1, 1);
+        let routes = Routes {
+            ids_copies: of_others.ids_copies + 4,
+            fetches: of_others.fetches + 4,
+            ..of_others
+        };
+        traced.assert_exact(6 * shape[1] as usize, routes);
+    }
+}
+
 /// Such old builds stream no weights.
 #[test]
 fn tensors_of_old_builds() {

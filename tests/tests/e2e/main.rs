@@ -19,6 +19,7 @@ mod layouts;
 mod llama_cli;
 mod loss;
 mod outputs;
+mod passes;
 mod prebuilt;
 mod processes;
 mod rpc;

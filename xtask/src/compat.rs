@@ -46,6 +46,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     );
     let mut builds = builds::all(root);
     builds.extend(prebuilt::all(root));
+    builds.extend(builds::for_routes(root));
     if let Some(filter) = &arguments.filter {
         builds = planned::named(builds, filter)?;
     }

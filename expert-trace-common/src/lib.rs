@@ -53,6 +53,9 @@ pub enum Kind {
     Probs = 11,
     /// The same, with the selection bias added (`ffn_moe_probs_biased-N`).
     Selection = 12,
+    /// The process computes graphs with an eval callback of its own. Payload: the function's address,
+    /// `u64`.
+    EvalCallback = 13,
 }
 
 impl Kind {
@@ -71,6 +74,7 @@ impl Kind {
             10 => Self::BiasedLogits,
             11 => Self::Probs,
             12 => Self::Selection,
+            13 => Self::EvalCallback,
             _ => return None,
         })
     }
@@ -116,16 +120,19 @@ pub enum Route {
     DeviceCopy = 3,
     /// The router's logits were computed on the host: the choice was made from them by the program.
     Logits = 4,
+    /// The target has asked for the ids itself, as an eval callback does.
+    Callback = 5,
 }
 
 impl Route {
     /// All routes, in the order of their numbers.
-    pub const ALL: [Route; 5] = [
+    pub const ALL: [Route; 6] = [
         Route::Router,
         Route::SplitInput,
         Route::Fetch,
         Route::DeviceCopy,
         Route::Logits,
+        Route::Callback,
     ];
 }
 
@@ -330,10 +337,14 @@ counters! {
     FetchedIds,
     /// … and were read, for the device itself (`cudaMemcpyAsync`).
     DeviceIds,
+    /// … and were read, for the target's own code (`ggml_backend_tensor_get`).
+    CallbackIds,
     /// … and whose arrival was never seen.
     IdsCopiesLost,
     /// Expert ids seen again in the same pass, for another weight of the layer.
     RepeatedIds,
+    /// Expert ids of which the target's own code has asked for a part, which is not read.
+    PartialIds,
 }
 
 /// Number of counters.

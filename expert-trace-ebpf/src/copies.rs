@@ -1,11 +1,13 @@
-//! Hooks C and D: expert ids on their way from a device to the host.
+//! Hooks C, D and E: expert ids on their way from a device to the host.
 //!
 //! Nothing is read when a copy is asked for: it is read when the thread does what it can only do with
-//! the ids at hand.
+//! the ids at hand. The target's own code can do anything with them; there they are read when the
+//! function that copies returns.
 //!
 //! | who wants the ids | asks for them by | has them when it enters |
 //! |---|---|---|
 //! | the scheduler, to stream the chosen experts' weights (`ggml_backend_sched_compute_splits`) | `get_tensor_async(backend, tensor, data, …)` | `set_tensor_async`, for the first weight |
+//! | the target's own code, in an eval callback | `ggml_backend_tensor_get(tensor, data, …)` | … returns from it |
 //! | CUDA's MUL_MAT_ID, to sort tokens by expert (`ggml_cuda_mul_mat_id`) | `cudaMemcpyAsync(host, ids->data, …)` | the next `cudaMemcpyAsync`, of the sorted rows |
 
 use aya_ebpf::{EbpfContext, macros::map, maps::LruHashMap};
@@ -15,7 +17,7 @@ use crate::{
     maps::count,
     rows::{Routed, emit_routed, is_first_sight},
     target::{Address, process_and_thread},
-    tensor::{DataAndName, Shape, ids_layer, source},
+    tensor::{DataAndName, Shape, copied_layer, ids_layer, source},
 };
 
 /// `cudaMemcpyKind` (driver_types.h).
@@ -24,6 +26,10 @@ const DEVICE_TO_HOST: u64 = 2;
 /// `cudaStreamPerThread` (driver_api_types.h), on which the backend copies when somebody asks it for a
 /// tensor. What it copies for itself goes through the streams it has made, which are pointers.
 const STREAM_PER_THREAD: u64 = 2;
+
+const FETCH: u16 = Route::Fetch as u16;
+const CALLBACK: u16 = Route::Callback as u16;
+const DEVICE_COPY: u16 = Route::DeviceCopy as u16;
 
 /// By thread: the ids it waits for.
 #[map]
@@ -44,7 +50,8 @@ struct Awaited {
     layer: u16,
     /// A [`Route`].
     route: u16,
-    padding: u32,
+    /// 1 when they are there as soon as the function returns which the thread is in.
+    within_call: u32,
 }
 
 /// `get_tensor_async(backend, tensor, data, offset, size)` is entered.
@@ -67,8 +74,8 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
         bytes: 0,
         stream: 0,
         layer,
-        route: Route::Fetch as u16,
-        padding: 0,
+        route: FETCH,
+        within_call: 0,
     });
 }
 
@@ -76,10 +83,63 @@ pub fn on_fetch(tensor: Address, data: u64, offset: u64) {
 #[inline(always)]
 pub fn on_weights_follow<C: EbpfContext>(ctx: &C, source: u32) {
     if let Some(awaited) = awaited()
-        && awaited.route == Route::Fetch as u16
+        && awaited.route == FETCH
     {
         arrived(ctx, source, &awaited);
     }
+}
+
+/// `ggml_backend_tensor_get(tensor, data, offset, bytes)` is entered, by the target's own code, or for
+/// a `get_tensor_async` of a device that has none of its own.
+#[inline(always)]
+pub fn on_tensor_get(tensor: Address, data: u64, offset: u64, bytes: u64) {
+    let Some((device, layer)) = asked_for(tensor) else {
+        return;
+    };
+    let Some(shape) = tensor.read::<Shape>() else {
+        return;
+    };
+    if offset != 0 || bytes < shape.bytes() {
+        return count(Counter::PartialIds, 1);
+    }
+    let next = Awaited {
+        tensor: tensor.0,
+        device,
+        host: data,
+        bytes: 0,
+        stream: 0,
+        layer,
+        route: CALLBACK,
+        within_call: 1,
+    };
+    match awaited() {
+        Some(last) if is_same_copy(&last, &next) => await_ids(Awaited {
+            within_call: 1,
+            ..last
+        }),
+        _ => await_ids(next),
+    }
+}
+
+/// `ggml_backend_tensor_get` returns.
+#[inline(always)]
+pub fn on_tensor_get_done<C: EbpfContext>(ctx: &C, source: u32) {
+    if let Some(awaited) = awaited()
+        && awaited.within_call != 0
+    {
+        arrived(ctx, source, &awaited);
+    }
+}
+
+/// Where a tensor of expert ids, or a copy of one on any device, has its data; and its layer.
+#[inline(always)]
+fn asked_for(tensor: Address) -> Option<(u64, u16)> {
+    let of = |layout| {
+        let read = DataAndName::read(tensor, layout)?;
+        let layer = ids_layer(&read.name).or_else(|| copied_layer(tensor, layout))?;
+        Some((read.data, layer))
+    };
+    of(&TENSOR_LAYOUTS[0]).or_else(|| of(&TENSOR_LAYOUTS[1]))
 }
 
 /// `ggml_cuda_mul_mat_id(context, dst)` is entered. It may go on without a copy.
@@ -98,8 +158,8 @@ pub fn on_device_mul_mat_id(dst: Address) {
         bytes: shape.bytes(),
         stream: 0,
         layer,
-        route: Route::DeviceCopy as u16,
-        padding: 0,
+        route: DEVICE_COPY,
+        within_call: 0,
     };
     remember(&awaited);
 }
@@ -123,7 +183,7 @@ pub fn on_device_memcpy<C: EbpfContext>(ctx: &C, source: u32, copy: Memcpy) {
     let Some(awaited) = awaited() else {
         return;
     };
-    if awaited.route != Route::DeviceCopy as u16 {
+    if awaited.route != DEVICE_COPY {
         return;
     }
     let kind = copy.kind & 0xffff_ffff;
@@ -211,13 +271,12 @@ fn is_same_copy(last: &Awaited, next: &Awaited) -> bool {
 #[inline(always)]
 fn arrived<C: EbpfContext>(ctx: &C, source: u32, awaited: &Awaited) {
     forget();
-    let route = if awaited.route == Route::Fetch as u16 {
-        count(Counter::FetchedIds, 1);
-        Route::Fetch
-    } else {
-        count(Counter::DeviceIds, 1);
-        Route::DeviceCopy
+    let (route, counter) = match awaited.route {
+        FETCH => (Route::Fetch, Counter::FetchedIds),
+        CALLBACK => (Route::Callback, Counter::CallbackIds),
+        _ => (Route::DeviceCopy, Counter::DeviceIds),
     };
+    count(counter, 1);
     let tensor = Address(awaited.tensor);
     if !is_first_sight(tensor) {
         return;

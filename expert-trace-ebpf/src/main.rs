@@ -8,6 +8,9 @@
 //! | `cpu_split_done` | the same, on return | router logits that the CPU has computed for a device |
 //! | `fetch` | `ggml_backend_tensor_get_async(backend, tensor, data, …)` | the scheduler wants ids |
 //! | `weights_follow` | `ggml_backend_tensor_set_async(…)` | … and has them |
+//! | `tensor_get` | `ggml_backend_tensor_get(tensor, data, …)` | the target's own code wants ids |
+//! | `tensor_get_done` | the same, on return | … and has them |
+//! | `eval_callback` | `ggml_backend_sched_set_eval_callback(sched, callback, …)` | … and who that is |
 //! | `device_mul_mat_id` | `ggml_cuda_mul_mat_id(context, dst)` | `dst->src[2]` holds the ids, on the device |
 //! | `device_memcpy` | `cudaMemcpyAsync(dst, src, count, kind, …)` | … and a copy of them on the host |
 //! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
@@ -98,6 +101,39 @@ fn fetch(ctx: ProbeContext) -> u32 {
 fn weights_follow(ctx: ProbeContext) -> u32 {
     if let Some(site) = hit(&ctx) {
         copies::on_weights_follow(&ctx, site.source);
+    }
+    0
+}
+
+#[uprobe]
+fn tensor_get(ctx: ProbeContext) -> u32 {
+    if hit(&ctx).is_some()
+        && let (Some(tensor), Some(data), Some(offset), Some(bytes)) = (
+            ctx.arg::<u64>(0),
+            ctx.arg::<u64>(1),
+            ctx.arg::<u64>(2),
+            ctx.arg::<u64>(3),
+        )
+    {
+        copies::on_tensor_get(Address(tensor), data, offset, bytes);
+    }
+    0
+}
+
+#[uretprobe]
+fn tensor_get_done(ctx: RetProbeContext) -> u32 {
+    if let Some(site) = hit(&ctx) {
+        copies::on_tensor_get_done(&ctx, site.source);
+    }
+    0
+}
+
+#[uprobe]
+fn eval_callback(ctx: ProbeContext) -> u32 {
+    if hit(&ctx).is_some()
+        && let Some(callback) = ctx.arg::<u64>(1)
+    {
+        pass::on_eval_callback(callback);
     }
     0
 }

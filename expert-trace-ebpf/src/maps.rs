@@ -54,6 +54,10 @@ pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entri
 #[map]
 pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
+/// Eval callbacks that were told of, by process.
+#[map]
+pub static CALLBACKS: LruHashMap<ContextKey, u8> = LruHashMap::with_max_entries(1024, 0);
+
 /// Pass that runs on a thread.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -73,14 +77,16 @@ pub struct ThreadState {
     pub last_layer: i32,
     pub phase: u8,
     pub pass_source: u8,
-    pub padding: [u8; 6],
+    /// Routes that have shown that layer, by their numbers' bits.
+    pub last_routes: u8,
+    pub padding: [u8; 5],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ContextKey {
     pub process: u64,
-    /// A `llama_context` or a `ggml_backend_sched`.
+    /// A `llama_context`, a `ggml_backend_sched`, or an eval callback.
     pub address: u64,
 }
 

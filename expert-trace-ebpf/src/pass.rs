@@ -8,8 +8,8 @@ use expert_trace_common::{
 
 use crate::{
     maps::{
-        CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS, ThreadState, count,
-        emit, emit_header,
+        CALLBACKS, CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS,
+        ThreadState, count, emit, emit_header,
     },
     rows::run_chunks,
     target::{Address, process, process_and_thread, thread},
@@ -44,7 +44,8 @@ pub const NEW_THREAD: ThreadState = ThreadState {
     last_layer: -1,
     phase: Phase::Unknown as u8,
     pass_source: 0,
-    padding: [0; 6],
+    last_routes: 0,
+    padding: [0; 5],
 };
 
 /// `set_inputs` is entered before the scheduler, on the same thread: the ubatch is remembered until
@@ -166,6 +167,25 @@ fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
             ..header(state)
         },
         sched,
+    );
+}
+
+/// The process is about to compute with this eval callback: told once for each.
+#[inline(always)]
+pub fn on_eval_callback(callback: u64) {
+    let key = context_key(callback);
+    if callback == 0 || CALLBACKS.get_ptr(key).is_some() {
+        return;
+    }
+    if CALLBACKS.insert(key, 1, 0).is_err() {
+        count(Counter::StateLost, 1);
+    }
+    emit(
+        Header {
+            kind: Kind::EvalCallback as u8,
+            ..header(&NEW_THREAD)
+        },
+        callback,
     );
 }
 

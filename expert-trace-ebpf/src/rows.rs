@@ -65,7 +65,7 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     let rows = rows as u32;
     count(Counter::RowsSeen, u64::from(rows));
 
-    let state = current_pass(layer);
+    let state = current_pass(layer, route);
     let mut walk = RowsWalk {
         header: Header {
             kind: kind as u8,
@@ -126,16 +126,19 @@ pub fn is_first_sight(ids: Address) -> bool {
     true
 }
 
-/// Pass of this thread; without a scheduler, a new one when the layer number has not increased.
+/// Pass of this thread; without a scheduler, a new one when the layer number has not increased, unless
+/// another route shows the same layer.
 #[inline(always)]
-fn current_pass(layer: u16) -> ThreadState {
+fn current_pass(layer: u16, route: Route) -> ThreadState {
     let key = process_and_thread();
+    let route = 1 << route as u8;
     let Some(state) = THREADS.get_ptr_mut(key) else {
         let state = ThreadState {
             // Two server threads are two contexts; addresses are never this small.
             context: 0,
             generation: thread(),
             last_layer: i32::from(layer),
+            last_routes: route,
             pass_source: PassSource::LayerOrder as u8,
             ..NEW_THREAD
         };
@@ -144,15 +147,23 @@ fn current_pass(layer: u16) -> ThreadState {
     };
     // SAFETY: the map's value is alive during the program, and belongs to this thread.
     let state = unsafe { &mut *state };
+    let layer = i32::from(layer);
+    let is_same_layer = layer == state.last_layer;
     if state.context == 0 {
         if state.pass_source != PassSource::LayerOrder as u8 {
             state.pass_source = PassSource::LayerOrder as u8;
             state.generation = thread();
-        } else if i32::from(layer) <= state.last_layer {
+        } else if layer < state.last_layer || (is_same_layer && state.last_routes & route != 0) {
             state.pass = state.pass.wrapping_add(1);
+            state.last_routes = 0;
         }
     }
-    state.last_layer = i32::from(layer);
+    state.last_routes = if is_same_layer {
+        state.last_routes | route
+    } else {
+        route
+    };
+    state.last_layer = layer;
     *state
 }
 

@@ -142,6 +142,31 @@ pub fn copied_ids_layer(name: &Name) -> Option<u16> {
     layer_behind(name, b"CPU#ffn_moe_topk-", b'#')
 }
 
+/// The layer in the name of a copy of an ids tensor that the scheduler has made for any backend. A
+/// backend's name can be long: an RPC server's has its address.
+#[inline(always)]
+pub fn copied_layer(tensor: Address, layout: &TensorLayout) -> Option<u16> {
+    const EVERY_BYTE: u64 = 0x0101_0101_0101_0101;
+    /// Byte `7 - i` is `i`.
+    const INDICES: u64 = 0x0001_0203_0405_0607;
+    let name = tensor.offset(u64::from(layout.data) + 8);
+    let Name(words) = name.read()?;
+    let mut i = 0;
+    while i < words.len() {
+        let difference = words[i] ^ (EVERY_BYTE * b'#' as u64);
+        // The highest bit of each byte that is zero, and perhaps of bytes above the lowest such one.
+        let zeros = difference.wrapping_sub(EVERY_BYTE) & !difference & (EVERY_BYTE << 7);
+        if zeros != 0 {
+            let lowest = (zeros & zeros.wrapping_neg()) >> 7;
+            let byte = lowest.wrapping_mul(INDICES) >> 56;
+            let behind = name.offset(8 * i as u64 + byte + 1).read()?;
+            return layer_behind(&behind, b"ffn_moe_topk-", b'#');
+        }
+        i += 1;
+    }
+    None
+}
+
 /// The number between `prefix` and `end`, when there is nothing else.
 #[inline(always)]
 pub fn layer_behind<const N: usize>(name: &Name, prefix: &[u8; N], end: u8) -> Option<u16> {

@@ -34,6 +34,8 @@ pub enum Body<'a> {
     ContextEnd,
     /// The context uses the scheduler at this address.
     Owner(u64),
+    /// The process computes graphs with an eval callback of its own, which is at this address.
+    EvalCallback(u64),
     /// The target's list of loaded libraries has changed.
     Libraries,
     /// A process that is followed has been forked.
@@ -170,12 +172,15 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
             let status = payload.first_chunk().ok_or(Malformed::Short)?;
             Body::ProcessEnd(u32::from_ne_bytes(*status))
         }
-        Kind::Owner => {
-            let address = payload.first_chunk().ok_or(Malformed::Short)?;
-            Body::Owner(u64::from_ne_bytes(*address))
-        }
+        Kind::Owner => Body::Owner(address(payload)?),
+        Kind::EvalCallback => Body::EvalCallback(address(payload)?),
     };
     Ok(Event { header, body })
+}
+
+fn address(payload: &[u8]) -> Result<u64, Malformed> {
+    let bytes = payload.first_chunk().ok_or(Malformed::Short)?;
+    Ok(u64::from_ne_bytes(*bytes))
 }
 
 /// Ids must be below this.

@@ -40,6 +40,7 @@ pub mod cli;
 pub mod decode;
 pub mod diagnosis;
 pub mod doctor;
+pub mod eval_callback;
 pub mod export;
 pub mod gate;
 pub mod gguf;

@@ -46,6 +46,12 @@ pub enum Hook {
     Fetch,
     /// … and has them, since the weights follow.
     WeightsFollow,
+    /// The target's own code asks for the data of a tensor, as eval callbacks do.
+    TensorGet,
+    /// … and has it.
+    TensorGetDone,
+    /// The target sets an eval callback.
+    EvalCallback,
     /// A device computes with expert ids.
     DeviceMulMatId,
     /// … and copies them to the host, or has them there, since more copies follow.
@@ -54,7 +60,7 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks. The one that makes a library worth probing comes first.
-    pub const ALL: [Hook; 13] = [
+    pub const ALL: [Hook; 16] = [
         Hook::ExpertIds,
         Hook::PassBegin,
         Hook::Ubatch,
@@ -66,6 +72,9 @@ impl Hook {
         Hook::SplitDone,
         Hook::Fetch,
         Hook::WeightsFollow,
+        Hook::TensorGet,
+        Hook::TensorGetDone,
+        Hook::EvalCallback,
         Hook::DeviceMulMatId,
         Hook::DeviceMemcpy,
     ];
@@ -102,6 +111,8 @@ impl Hook {
                 "_ZL34ggml_backend_cuda_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
                 "_ZL32ggml_backend_vk_set_tensor_asyncP12ggml_backendP11ggml_tensorPKvmm",
             ],
+            Hook::TensorGet | Hook::TensorGetDone => &["ggml_backend_tensor_get"],
+            Hook::EvalCallback => &["ggml_backend_sched_set_eval_callback"],
             Hook::DeviceMulMatId => {
                 &["_ZL20ggml_cuda_mul_mat_idR25ggml_backend_cuda_contextP11ggml_tensor"]
             }
@@ -111,7 +122,7 @@ impl Hook {
 
     /// Whether the probe is hit when the function returns, which costs about three times as much.
     pub const fn on_return(self) -> bool {
-        matches!(self, Hook::SplitDone)
+        matches!(self, Hook::SplitDone | Hook::TensorGetDone)
     }
 
     /// Another one without which this one shows nothing. Programs that have nothing to do with
@@ -136,6 +147,9 @@ impl Hook {
             Hook::SplitDone => "cpu_split_done",
             Hook::Fetch => "fetch",
             Hook::WeightsFollow => "weights_follow",
+            Hook::TensorGet => "tensor_get",
+            Hook::TensorGetDone => "tensor_get_done",
+            Hook::EvalCallback => "eval_callback",
             Hook::DeviceMulMatId => "device_mul_mat_id",
             Hook::DeviceMemcpy => "device_memcpy",
         }

@@ -66,6 +66,13 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
         )?;
     }
     logits(text, stats)?;
+    for callback in &stats.target.eval_callbacks {
+        writeln!(
+            text,
+            "Eval callback of the program: {}; llama.cpp computes graphs piece by piece for it.",
+            callback.shown()
+        )?;
+    }
     writeln!(text, "{}", integrity_line(stats))
 }
 

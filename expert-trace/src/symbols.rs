@@ -105,7 +105,8 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
         if symbols.is_empty() || names.is_empty() {
             continue;
         }
-        let strings = Strings::of(&file, symbols, names).ok_or(SymbolError::Names)?;
+        let longest = names.iter().map(|name| name.len()).max().unwrap_or(0);
+        let strings = Strings::of(&file, symbols, longest).ok_or(SymbolError::Names)?;
         for symbol in symbols.iter().filter(|of| defines_function(of, endian)) {
             let found = strings.name(symbol.st_name(endian))?;
             let Some(name) = names.iter().find(|name| Some(name.as_bytes()) == found) else {
@@ -141,6 +142,42 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
     Ok(elf)
 }
 
+/// Longest name of a function that is believed to be one, in bytes.
+pub const MAX_NAME: usize = 1024;
+
+/// Name of the function that has this offset of the file.
+///
+/// # Errors
+/// When the bytes are no ELF file for this machine. A function without a name is no error.
+pub fn function_at<'data, R: ReadRef<'data>>(
+    data: R,
+    file_offset: u64,
+) -> Result<Option<String>, SymbolError> {
+    let file = ElfFile64::<Endianness, R>::parse(data)?;
+    check_architecture(file.architecture())?;
+    let endian = file.endian();
+    let Some(address) = Code::of(&file).address(file_offset) else {
+        return Ok(None);
+    };
+    for symbols in [file.elf_symbol_table(), file.elf_dynamic_symbol_table()] {
+        let has_it = |symbol: &&Sym64<Endianness>| {
+            let start = symbol.st_value(endian);
+            // A function that was written in assembler need not tell its size.
+            let size = symbol.st_size(endian).max(1);
+            defines_function(symbol, endian)
+                && address.checked_sub(start).is_some_and(|into| into < size)
+        };
+        let Some(symbol) = symbols.iter().find(has_it) else {
+            continue;
+        };
+        let strings = Strings::of(&file, symbols, MAX_NAME).ok_or(SymbolError::Names)?;
+        if let Some(name) = strings.name(symbol.st_name(endian))? {
+            return Ok(Some(String::from_utf8_lossy(name).into_owned()));
+        }
+    }
+    Ok(None)
+}
+
 /// What `object` takes for a function that is defined here.
 pub fn defines_function(symbol: &Sym64<Endianness>, endian: Endianness) -> bool {
     let section = symbol.st_shndx(endian);
@@ -162,11 +199,11 @@ pub struct Strings<R> {
 const PIECE: u64 = 1 << 20;
 
 impl<'data, R: ReadRef<'data>> Strings<R> {
-    /// Those of a symbol table, in which only these names matter.
+    /// Those of a symbol table, in which no name matters that is longer than `longest` bytes.
     pub fn of(
         file: &ElfFile64<'data, Endianness, R>,
         symbols: &SymbolTable<'data, FileHeader64<Endianness>, R>,
-        names: &[&str],
+        longest: usize,
     ) -> Option<Self> {
         let sections = file.elf_section_table();
         let table = sections.section(symbols.string_section()).ok()?;
@@ -175,7 +212,7 @@ impl<'data, R: ReadRef<'data>> Strings<R> {
             data: file.data(),
             start,
             end: start.checked_add(size)?,
-            longest: names.iter().map(|name| name.len()).max()? as u64,
+            longest: longest as u64,
         })
     }
 
@@ -282,6 +319,15 @@ impl Code {
             size: segment.p_filesz(endian),
         });
         Self(segments.collect())
+    }
+
+    /// Virtual address, before relocation, of a byte of the file.
+    fn address(&self, file_offset: u64) -> Option<u64> {
+        let mut segments = self.0.iter();
+        segments.find_map(|segment| {
+            let into = file_offset.checked_sub(segment.file_offset)?;
+            (into < segment.size).then(|| segment.address.checked_add(into))?
+        })
     }
 
     /// File offset of the instruction to probe, and its distance from the function's entry.

@@ -87,6 +87,16 @@ impl MappedFile {
         })
     }
 
+    /// Which offset of the file the process has at an address, as code.
+    pub fn offset_of(&self, address: u64) -> Option<u64> {
+        self.code.iter().find_map(|code| {
+            let into = address.checked_sub(code.addresses.start)?;
+            code.addresses
+                .contains(&address)
+                .then(|| code.offset.checked_add(into))?
+        })
+    }
+
     /// Reads the path again where `/proc/PID/maps` has not told it for certain: it writes a line feed as
     /// `\012`, and a name can end as that of a deleted file does.
     fn make_certain(&mut self, pid: u32) {

@@ -165,15 +165,20 @@ impl Capture {
         } = self;
         let mut looked_at = Vec::new();
         let mut log_error = None;
-        let mut look = |model: &mut Model, process: u32, new_context: bool| {
-            let is_main = first_process.is_none_or(|first| first == process);
-            let known_by = if is_main {
+        let is_main = |process| first_process.is_none_or(|first| first == process);
+        let known_by = |process| {
+            if is_main(process) {
                 Some(pid.get())
             } else {
                 // The same numbers, unless we are in a PID namespace of our own.
                 (*first_process == Some(pid.get())).then_some(process)
-            };
-            if known_by.is_some_and(|pid| targets.computes(pid, process, is_main, new_context)) {
+            }
+        };
+        let look = |targets: &mut Targets, model: &mut Model, process: u32, new_context: bool| {
+            let is_main = is_main(process);
+            if known_by(process)
+                .is_some_and(|pid| targets.computes(pid, process, is_main, new_context))
+            {
                 model.set_facts(targets.models.facts());
             }
         };
@@ -189,11 +194,17 @@ impl Capture {
                     )
                 })
                 .map(|event| event.header.process);
+            if let Ok(event) = &event
+                && let Body::EvalCallback(address) = event.body
+                && let Some(pid) = known_by(event.header.process)
+            {
+                targets.sets_callback(pid, address);
+            }
             if let Some(process) = process
                 && !looked_at.contains(&process)
             {
                 looked_at.push(process);
-                look(model, process, false);
+                look(targets, model, process, false);
             }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log
@@ -208,7 +219,7 @@ impl Capture {
                 && new_context
             {
                 *contexts_known = model.contexts().len();
-                look(model, process, true);
+                look(targets, model, process, true);
             }
         });
         if let Some(log) = &mut sinks.log
@@ -367,6 +378,7 @@ impl Capture {
                 process: main_target,
                 hooks,
                 tensor_layouts,
+                eval_callbacks: std::mem::take(&mut self.targets.eval_callbacks),
             },
             capture: CaptureStats {
                 mode: if self.from_start { "run" } else { "attach" },

@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::{
+    eval_callback::EvalCallback,
     models::{self, KnownModels},
     probes::build_id,
     redact,
@@ -18,6 +19,9 @@ use crate::{
 /// A target that shows no model in so many looks has none that we can read.
 const MODEL_LOOKS: u32 = 20;
 
+/// Of more eval callbacks, no program of a kind that we know has use.
+const MAX_CALLBACKS: usize = 64;
+
 /// The processes, and the models they map.
 #[derive(Debug, Default)]
 pub struct Targets {
@@ -27,6 +31,8 @@ pub struct Targets {
     others: BTreeMap<u32, Target>,
     /// Model files.
     pub models: KnownModels,
+    /// Eval callbacks that processes have set.
+    pub eval_callbacks: Vec<EvalCallback>,
 }
 
 /// A process.
@@ -147,6 +153,17 @@ impl Targets {
         };
         self.models.add_process(key, command, found);
         true
+    }
+
+    /// A process has set an eval callback, which is at this address.
+    pub fn sets_callback(&mut self, pid: u32, address: u64) {
+        if self.eval_callbacks.len() == MAX_CALLBACKS {
+            return;
+        }
+        let callback = EvalCallback::at(pid, address);
+        if !self.eval_callbacks.contains(&callback) {
+            self.eval_callbacks.push(callback);
+        }
     }
 
     /// Processes that have shown events, for the document.

@@ -35,6 +35,7 @@ const fn needs(route: Route) -> &'static [Hook] {
         Route::Fetch => &[Hook::Fetch, Hook::WeightsFollow],
         Route::DeviceCopy => &[Hook::DeviceMulMatId, Hook::DeviceMemcpy],
         Route::Logits => &[Hook::Split, Hook::SplitDone],
+        Route::Callback => &[Hook::TensorGet, Hook::TensorGetDone],
     }
 }
 
@@ -46,6 +47,7 @@ const fn shows(route: Route) -> &'static str {
         Route::Fetch => "ids by which the scheduler streams experts to a device (prompts)",
         Route::DeviceCopy => "ids that CUDA copies to the host for itself",
         Route::Logits => "choices made from router logits on the CPU",
+        Route::Callback => "ids that the program's own eval callback asks for",
     }
 }
 

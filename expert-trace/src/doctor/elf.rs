@@ -11,7 +11,7 @@ use object::{
     read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _, Sym as _},
 };
 
-use crate::symbols::{self, Strings};
+use crate::symbols::{self, MAX_NAME, Strings};
 
 /// What the dynamic linker goes by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub struct Anatomy {
     /// Whether it has to do with the scheduler's eval callback: calls or defines
     /// `ggml_backend_sched_set_eval_callback`.
     pub eval_callback: bool,
+    /// Symbols of functions that have the type of one, as C++ writes it.
+    pub eval_callbacks: Vec<String>,
 }
 
 impl Anatomy {
@@ -82,6 +84,12 @@ const DEVICES: [(&str, &str); 12] = [
     ("ggml_backend_zdnn_reg", "zdnn"),
 ];
 
+/// End of the symbol of a function that takes what eval callbacks take (`ggml_tensor *`, `bool`,
+/// `void *`), and start of one that is nested, such as a class' own: those take an object before.
+const CALLBACK_TYPE: (&str, &str) = ("P11ggml_tensorbPv", "_ZN");
+/// Of more, no program of a kind that we know has use.
+const MAX_CALLBACKS: usize = 16;
+
 /// By which a program has itself called with what was computed (ggml-backend.cpp).
 const SET_EVAL_CALLBACK: &str = "ggml_backend_sched_set_eval_callback";
 
@@ -100,10 +108,8 @@ pub fn look<'data, R: ReadRef<'data>>(data: R) -> object::Result<Anatomy> {
         symtab: file.elf_symbol_table().iter().nth(1).is_some(),
         ..Anatomy::default()
     };
-    let names = DEVICES.map(|(function, _)| function);
-    let names: Vec<&str> = names.into_iter().chain([SET_EVAL_CALLBACK]).collect();
     for symbols in [file.elf_symbol_table(), file.elf_dynamic_symbol_table()] {
-        let Some(strings) = Strings::of(&file, symbols, &names) else {
+        let Some(strings) = Strings::of(&file, symbols, MAX_NAME) else {
             continue;
         };
         for symbol in symbols.iter() {
@@ -117,6 +123,16 @@ pub fn look<'data, R: ReadRef<'data>>(data: R) -> object::Result<Anatomy> {
                 && !anatomy.devices.contains(device)
             {
                 anatomy.devices.push(device);
+            }
+            if let Some(name) = name.and_then(|name| str::from_utf8(name).ok())
+                && name.ends_with(CALLBACK_TYPE.0)
+                && name.starts_with("_Z")
+                && !name.starts_with(CALLBACK_TYPE.1)
+                && symbols::defines_function(symbol, endian)
+                && anatomy.eval_callbacks.len() < MAX_CALLBACKS
+                && anatomy.eval_callbacks.iter().all(|known| known != name)
+            {
+                anatomy.eval_callbacks.push(name.to_owned());
             }
         }
     }

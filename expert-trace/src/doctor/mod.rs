@@ -5,6 +5,7 @@
 //! the `--dry-run` of `run` and `attach` are the same.
 
 mod age;
+mod callback;
 mod coverage;
 mod elf;
 mod linker;
@@ -211,10 +212,7 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         hooks,
         possible_hooks,
         routes,
-        eval_callback: match survey.eval_callback {
-            true => Answer::CouldNotTell,
-            false => Answer::No,
-        },
+        eval_callback: survey.callbacks,
         models: survey.models,
         coverage: expected,
     };

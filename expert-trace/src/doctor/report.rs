@@ -2,7 +2,10 @@
 
 use serde::{Serialize, ser::Serializer};
 
-use super::coverage::{Expectation, RouteReport};
+use super::{
+    callback::Callbacks,
+    coverage::{Expectation, RouteReport},
+};
 use crate::{
     layout::Layout,
     probes::Probe,
@@ -159,9 +162,9 @@ pub struct Target {
     pub tensor_layouts: Vec<Layout>,
     /// Which routes the hooks can serve.
     pub routes: Vec<RouteReport>,
-    /// Whether the program sets an eval callback of its own, which can have ids copied to the host and
-    /// nodes computed one by one: never to be seen from outside before it fires.
-    pub eval_callback: Answer,
+    /// Whether the program sets an eval callback of its own, which has nodes computed one by one, and
+    /// can have ids copied to the host; and which function that is.
+    pub eval_callback: Callbacks,
     /// Model files.
     pub models: Vec<ModelFile>,
     /// Which layers are expected to be seen.

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     age::{self, Age},
+    callback::Callbacks,
     elf::{self, Anatomy},
     linker::{Code, Linker, Search},
     placement::Options,
@@ -60,8 +61,8 @@ pub struct Survey {
     pub plan: Plan,
     /// So many of them are in files that the target certainly has.
     pub certain: usize,
-    /// Whether a file has to do with eval callbacks.
-    pub eval_callback: bool,
+    /// Whether it has an eval callback.
+    pub callbacks: Callbacks,
     /// Model files.
     pub models: Vec<ModelFile>,
     /// What its command line says.
@@ -80,7 +81,7 @@ impl Survey {
             files: Vec::new(),
             plan,
             certain: 0,
-            eval_callback: false,
+            callbacks: Callbacks::default(),
             models: Vec::new(),
             options,
             named_model: None,
@@ -91,7 +92,9 @@ impl Survey {
     /// left out, but for the first, which is the program.
     fn add(&mut self, path: &Path, anatomy: &Anatomy, build_id: Option<String>, loaded: Loaded) {
         let shown = path.to_string_lossy().into_owned();
-        self.eval_callback |= anatomy.eval_callback;
+        if anatomy.eval_callback || !anatomy.eval_callbacks.is_empty() {
+            self.callbacks.add(&shown, &anatomy.eval_callbacks);
+        }
         let matters = self.files.is_empty()
             || !anatomy.devices.is_empty()
             || self.plan.probes.iter().any(|probe| probe.file == shown);
@@ -264,6 +267,8 @@ fn hit_per(hook: Hook) -> &'static str {
         Hook::Split | Hook::SplitDone => "part of a graph on the CPU",
         Hook::Fetch => "copy that is asked of a device",
         Hook::WeightsFollow => "copy to a device",
+        Hook::TensorGet | Hook::TensorGetDone => "tensor that the program asks for",
+        Hook::EvalCallback => "graph that is allocated",
         Hook::DeviceMulMatId => "MUL_MAT_ID node on CUDA",
         Hook::DeviceMemcpy => "copy by CUDA",
         Hook::PassBegin | Hook::Ubatch | Hook::Context => "pass",
@@ -524,6 +529,7 @@ pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
             error => Check::no(FUNCTIONS, error.to_string(), fix(&error)),
         }
     });
+    survey.callbacks.watch(pid, &survey.plan);
     let reach = Reach::of(pid);
     let variable = environment.get("LLAMA_ARG_MODEL");
     let mut found = models::mapped(pid, &files, reach.as_ref(), &KnownModels::default());

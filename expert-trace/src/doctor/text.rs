@@ -102,12 +102,10 @@ fn write_target(out: &mut impl Write, target: &Target) -> fmt::Result {
         let answer = said(route.answer);
         writeln!(out, "  {answer:COLUMN$}{}: {}", route.route, route.finding)?;
     }
-    if target.eval_callback == Answer::CouldNotTell {
-        writeln!(
-            out,
-            "  {:COLUMN$}eval callback: one of the program's own shows when it fires",
-            said(Answer::CouldNotTell)
-        )?;
+    let callbacks = &target.eval_callback;
+    if callbacks.answer != Answer::No {
+        let answer = said(callbacks.answer);
+        writeln!(out, "  {answer:COLUMN$}eval callback: {}", callbacks.text())?;
     }
     if !target.coverage.is_empty() {
         writeln!(out, "Layers with experts:")?;

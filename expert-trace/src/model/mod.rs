@@ -432,6 +432,9 @@ impl Model {
             // Its number has come back, or it goes on without its main thread.
             self.ended.remove(&header.process);
         }
+        if let Body::EvalCallback(_) = body {
+            return;
+        }
         if let Body::Owner(sched) = body {
             self.adopt(&header, sched, on_pass);
         }
@@ -496,6 +499,7 @@ impl Model {
             Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
             Body::ContextEnd
             | Body::Owner(_)
+            | Body::EvalCallback(_)
             | Body::Libraries
             | Body::ProcessStart
             | Body::ProcessEnd(_) => {}

@@ -73,8 +73,12 @@ pub struct Routes {
     pub fetches: u64,
     /// Those of them that were read, for the device.
     pub device_copies: u64,
+    /// Those of them that were read, for the target's own code.
+    pub callback_copies: u64,
     /// Those of them whose arrival was not seen.
     pub copies_lost: u64,
+    /// Copies of a part of a layer's ids that the target's own code has asked for. They are not read.
+    pub partial: u64,
     /// Ids that were seen again in the same pass, for another weight of the layer.
     pub repeated: u64,
 }
@@ -150,7 +154,9 @@ impl Integrity {
                 ids_copies: get(Counter::IdsCopies),
                 fetches: get(Counter::FetchedIds),
                 device_copies: get(Counter::DeviceIds),
+                callback_copies: get(Counter::CallbackIds),
                 copies_lost: get(Counter::IdsCopiesLost),
+                partial: get(Counter::PartialIds),
                 repeated: get(Counter::RepeatedIds),
             },
             logits: Logits {
@@ -211,10 +217,12 @@ impl Integrity {
             ids_copies,
             fetches,
             device_copies,
+            callback_copies,
             copies_lost,
             ..
         } = self.routes;
-        let awaited = ids_copies.saturating_sub(fetches + device_copies + copies_lost);
+        let arrived = fetches + device_copies + callback_copies;
+        let awaited = ids_copies.saturating_sub(arrived + copies_lost);
         if awaited > 0 {
             self.routes.copies_lost += awaited;
             self.problems.push(format!(

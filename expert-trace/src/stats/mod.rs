@@ -11,6 +11,7 @@ use expert_trace_common::Route;
 use serde::Serialize;
 
 use crate::{
+    eval_callback::EvalCallback,
     gguf::ModelShape,
     layout::Layout,
     model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer},
@@ -119,6 +120,8 @@ pub struct Target {
     pub hooks: Vec<HookStats>,
     /// Layouts of each library that defines the function with expert ids.
     pub tensor_layouts: Vec<Layout>,
+    /// Eval callbacks that its processes have set.
+    pub eval_callbacks: Vec<EvalCallback>,
 }
 
 /// A probe that was set.
@@ -277,6 +280,7 @@ pub fn route_name(route: Route) -> &'static str {
         Route::Fetch => "fetch",
         Route::DeviceCopy => "device_copy",
         Route::Logits => "logits",
+        Route::Callback => "callback",
     }
 }
 

@@ -42,7 +42,7 @@ impl Device {
 const EXPERTS_ON_CPU: &str = "ffn_.*_exps=CPU";
 
 /// All of them but that of CUDA, which needs a GPU of NVIDIA's.
-pub const ROUTES: [Route; 6] = [
+pub const ROUTES: [Route; 8] = [
     Route {
         name: "router",
         device: Device::None,
@@ -85,5 +85,20 @@ pub const ROUTES: [Route; 6] = [
         options: &["-ngl", "99", "--op-offload", "0", "-ot", OVERRIDE],
         environment: &[(NO_FUSION_VARIABLE, "1")],
         routes: &["logits"],
+    },
+    // Everything is on the device, and a callback of the oracle asks for the ids.
+    Route {
+        name: "callback",
+        device: Device::Rpc,
+        options: &["-ngl", "99", "--op-offload", "0", "--count", "1"],
+        environment: &[],
+        routes: &["callback"],
+    },
+    Route {
+        name: "callback",
+        device: Device::Vulkan,
+        options: &["-ngl", "99", "--count", "1"],
+        environment: &[],
+        routes: &["callback"],
     },
 ];

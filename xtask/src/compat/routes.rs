@@ -15,13 +15,14 @@ const COLUMNS: [&str; 8] = [
     "by `attach`",
 ];
 
-/// Hooks that tell whose pass it is, and show no ids.
-const OF_PASSES: [&str; 6] = [
+/// Hooks that tell whose pass it is and how it is computed, and show no ids.
+const OF_PASSES: [&str; 7] = [
     "pass_begin",
     "ubatch",
     "context",
     "context_end",
     "scheduler_end",
+    "eval_callback",
     "libraries",
 ];
 

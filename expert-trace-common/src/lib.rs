@@ -366,9 +366,8 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 /// First process that the tracer has forked since it follows, as the initial PID namespace numbers
 /// it; index 6 of the map `CONTROL`.
 pub const CONTROL_FIRST_CHILD: u32 = 6;
-/// Whether router logits are read when the CPU's part of a graph returns; index 8 of the map
-/// `CONTROL`.
-pub const CONTROL_LOGITS: u32 = 8;
+/// Which routes are read, by the bits of a [`Route`]'s number; index 8 of the map `CONTROL`.
+pub const CONTROL_ROUTES: u32 = 8;
 /// Entries of the map `CONTROL`.
 pub const CONTROL_ENTRIES: u32 = 9;
 

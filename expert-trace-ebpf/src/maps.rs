@@ -9,8 +9,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, COUNTERS, Counter, DeclaredLayout, Follow,
-    Header, MAX_PROBES, MAX_SOURCES, Site, payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, COUNTERS, Counter,
+    DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
 };
 
 use crate::target::{process, site};
@@ -116,6 +116,12 @@ pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Site> {
         add(hits, 1);
     }
     Some(site)
+}
+
+/// Whether the capture takes this route.
+#[inline(always)]
+pub fn is_read(route: Route) -> bool {
+    control(CONTROL_ROUTES) & 1 << route as u32 != 0
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, Record, THREADS, ThreadState, count},
+    maps::{EVENTS, Record, THREADS, ThreadState, count, is_read},
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
@@ -37,6 +37,9 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
         tensor,
         data,
     } = *routed;
+    if !is_read(route) {
+        return;
+    }
     let Some(shape) = tensor.read::<Shape>() else {
         count(Counter::RoutedUnreadable, 1);
         return debug!(ctx, "layer {}: tensor {:x} is unreadable", layer, tensor.0);

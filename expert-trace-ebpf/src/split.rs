@@ -11,10 +11,10 @@ use core::ptr;
 use aya_ebpf::{
     EbpfContext, helpers::bpf_ktime_get_ns, macros::map, maps::LruHashMap, programs::ProbeContext,
 };
-use expert_trace_common::{CONTROL_LOGITS, Counter, Kind, Route, TENSOR_LAYOUTS, TensorLayout};
+use expert_trace_common::{Counter, Kind, Route, TENSOR_LAYOUTS, TensorLayout};
 
 use crate::{
-    maps::{control, count},
+    maps::{count, is_read},
     rows::{Routed, emit_routed, is_first_sight, run_chunks},
     target::{Address, process_and_thread},
     tensor::{DataAndName, Name, copied_ids_layer, is_view, layer_behind, source},
@@ -70,7 +70,7 @@ pub fn on_split(ctx: &ProbeContext, source: u32, cgraph: Address) {
         return;
     }
     let n_nodes = graph.n_nodes as u32;
-    if control(CONTROL_LOGITS) != 0 {
+    if is_read(Route::Logits) {
         // A return that was missed would pass for the next one. It fails only when there is no entry.
         let _ = AHEAD.remove(process_and_thread());
         look_ahead(Address(graph.nodes), n_nodes);

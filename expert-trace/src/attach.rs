@@ -25,9 +25,9 @@ use aya::{
 };
 use btf_rs::{Btf, Type};
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW, CONTROL_LOGITS,
-    CONTROL_NAMESPACE, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter, DeclaredLayout,
-    Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
+    CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
+    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
+    DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -36,6 +36,7 @@ use crate::{
     layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
+    routes::Routes,
     target::printable,
 };
 
@@ -324,12 +325,13 @@ impl Session {
             .map_err(map_error)
     }
 
-    /// Makes the CPU's parts of a graph remember router logits until they return.
+    /// Tells the BPF programs which routes to read: none before.
     ///
     /// # Errors
     /// When the map cannot be written.
-    pub fn read_logits(&mut self) -> Result<(), AttachError> {
-        self.control.set(CONTROL_LOGITS, 1, 0).map_err(map_error)
+    pub fn read(&mut self, routes: Routes) -> Result<(), AttachError> {
+        let bits = routes.bits();
+        self.control.set(CONTROL_ROUTES, bits, 0).map_err(map_error)
     }
 
     /// The kernel's counters, over all CPUs.

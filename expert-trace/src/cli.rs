@@ -9,11 +9,15 @@ use std::{
     time::Duration,
 };
 
+use anyhow::ensure;
 use clap::{
     Args, CommandFactory as _, Parser, Subcommand,
-    builder::{OsStringValueParser, TypedValueParser as _},
+    builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser as _},
 };
 use clap_complete::Shell;
+use expert_trace_common::Route;
+
+use crate::routes::{self, Routes};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -262,6 +266,15 @@ pub struct Recording {
     /// Count warm-up passes too
     #[arg(long)]
     pub include_warmup: bool,
+    /// Read routing in these ways alone, separated by commas (default: all that apply)
+    #[arg(
+        long = "routes",
+        value_name = "ROUTE",
+        value_delimiter = ',',
+        value_parser = PossibleValuesParser::new(Route::ALL.map(routes::name))
+            .try_map(|name| routes::of_name(&name).ok_or("no such route"))
+    )]
+    pub routes: Vec<Route>,
     /// Size of the kernel's ring buffer (K, M, G; rounded up to a power of two) [default: 8M, or 64M
     /// with routers on the CPU]
     #[arg(long, value_name = "BYTES", value_parser = ring_buffer_bytes)]
@@ -269,6 +282,25 @@ pub struct Recording {
 }
 
 impl Recording {
+    /// Ways to read routing; `logits` tells whether the target computes router logits on the CPU, and
+    /// `asked` whether it does so for us.
+    ///
+    /// # Errors
+    /// When nothing is left to read, or what the target does for us is not read.
+    pub fn routes(&self, logits: bool, asked: bool) -> anyhow::Result<Routes> {
+        ensure!(
+            !asked || self.routes.is_empty() || self.routes.contains(&Route::Logits),
+            "--routes leaves out what --router-on-cpu is for: add logits to it"
+        );
+        let routes = Routes::asked_for(&self.routes, logits);
+        ensure!(
+            routes.iter().next().is_some(),
+            "--routes=logits needs a program that computes router logits on the CPU: add \
+             --router-on-cpu"
+        );
+        Ok(routes)
+    }
+
     /// Size of the ring buffer, in bytes. Logits come in rows of all experts.
     pub fn ring_bytes(&self, reads_logits: bool) -> u32 {
         let default = if reads_logits { 64 << 20 } else { 8 << 20 };

@@ -52,6 +52,7 @@ pub mod probes;
 pub mod redact;
 pub mod requirements;
 pub mod router_on_cpu;
+pub mod routes;
 pub mod same_file;
 pub mod selection;
 pub mod signals;

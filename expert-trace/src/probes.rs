@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use expert_trace_common::Site;
+use expert_trace_common::{Route, Site};
 use serde::Serialize;
 
 use crate::{
     bounded::{self, Bounded},
     layout::{self, Declared},
+    routes::Routes,
     same_file::FirstPage,
     symbols::{self, Definition, SymbolError},
     target::{MappedFile, open_regular, printable},
@@ -120,6 +121,19 @@ impl Hook {
         }
     }
 
+    /// Routes that it serves; none when it serves them all. So does the one of routers on the CPU: it
+    /// sees tokens, and what a library's tensors are like.
+    pub const fn routes(self) -> &'static [Route] {
+        match self {
+            Hook::Split => &[Route::SplitInput, Route::Logits],
+            Hook::SplitDone => &[Route::Logits],
+            Hook::Fetch | Hook::WeightsFollow => &[Route::Fetch],
+            Hook::TensorGet | Hook::TensorGetDone => &[Route::Callback],
+            Hook::DeviceMulMatId | Hook::DeviceMemcpy => &[Route::DeviceCopy],
+            _ => &[],
+        }
+    }
+
     /// Whether the probe is hit when the function returns, which costs about three times as much.
     pub const fn on_return(self) -> bool {
         matches!(self, Hook::SplitDone | Hook::TensorGetDone)
@@ -197,8 +211,8 @@ pub struct Plan {
     numbered: u32,
     /// Something else than a probe tells when libraries are loaded.
     gated: bool,
-    /// Whether the choice is to be made from router logits, where those are all that the host has.
-    logits: bool,
+    /// Ways to read routing. Hooks of others alone are left out.
+    routes: Routes,
     /// Probes that show nothing without others, which have not been found yet.
     waiting: Vec<Probe>,
 }
@@ -298,14 +312,19 @@ impl Plan {
         }
     }
 
-    /// The same plan, with what reads router logits.
-    pub fn with_logits(self, logits: bool) -> Self {
-        Self { logits, ..self }
+    /// The same plan, for these ways to read routing.
+    pub fn with_routes(self, routes: Routes) -> Self {
+        Self { routes, ..self }
+    }
+
+    /// The ways to read routing.
+    pub fn routes(&self) -> Routes {
+        self.routes
     }
 
     /// Whether router logits are read.
     pub fn reads_logits(&self) -> bool {
-        self.logits
+        self.routes.has(Route::Logits)
     }
 
     /// Whether there is a function that shows expert ids.
@@ -459,13 +478,13 @@ impl Plan {
     }
 
     fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
-        let Self { gated, logits, .. } = *self;
-        let hooks = Hook::ALL.into_iter();
-        hooks.filter(move |hook| match hook {
-            Hook::Libraries => !gated,
-            Hook::SplitDone => logits,
-            _ => true,
-        })
+        let Self { gated, routes, .. } = *self;
+        let serves = move |hook: &Hook| {
+            let of = hook.routes();
+            of.is_empty() || of.iter().any(|route| routes.has(*route))
+        };
+        let hooks = Hook::ALL.into_iter().filter(serves);
+        hooks.filter(move |hook| *hook != Hook::Libraries || !gated)
     }
 
     fn add(

@@ -11,11 +11,14 @@
 //   ID_STRIDE    nb[0] of the ids, ROW_STRIDE nb[1], in bytes
 //   FAULT        none, type, planes, absurd (another number in each layer), data, tensor, meaning
 //                (the function takes something else), range, suffix, copy, long, endless (a name
-//                without its NUL); half: a second pass of one layer follows
+//                without its NUL), device (that of a copy for a server); part: see below; half: a second
+//                pass of one layer follows
 //
 // -DSCHEDULED has the pass begin as llama.cpp's do: with a ubatch of ROWS tokens, a scheduler and
 // the CPU's part of its graph. With -DINLINED the caller has a copy of the function, which is still there
-// for others, as link-time optimisation may leave it.
+// for others, as link-time optimisation may leave it. With -DCALLBACK everything is on a device, and the
+// ids of each layer are asked for three times (with the fault `part`, all but the last row's), as an eval
+// callback of llama.cpp's programs does, which forgets them at once.
 //
 // Three layers are computed. Id j of row r in layer l is (31 l + 7 r + j) mod 1024, or mod
 // ROW_STRIDE / 4 where the ids lie side by side.
@@ -136,6 +139,26 @@ static void begin_pass(uint32_t tokens) {
 }
 #endif
 
+#ifdef CALLBACK
+// Where a device would have the ids.
+static const char * device_data;
+
+__attribute__((noinline)) void ggml_backend_tensor_get(
+        const void * tensor, void * data, size_t offset, size_t size) {
+    __asm__ volatile("" : : "r"(tensor) : "memory");
+    memcpy(data, device_data + offset, size);
+}
+
+static void ask_for(const void * tensor, size_t size) {
+    for (int weight = 0; weight < 3; weight++) {
+        char * host = malloc(size);
+        ggml_backend_tensor_get(tensor, host, 0, size);
+        memset(host, 0xff, size);
+        free(host);
+    }
+}
+#endif
+
 static void put(char * tensor, size_t at, const void * value, size_t size) {
     memcpy(tensor + at, value, size);
 }
@@ -164,7 +187,7 @@ int main(int argc, char ** argv) {
 
     const size_t size = (size_t) (rows * row_stride + k * id_stride) + 64;
     char *       data = calloc(1, size);
-    char         ids[512], dst[512], name[80];
+    char         tensors[3][512], dst[512], name[80];
 
 #ifdef SCHEDULED
     begin_pass((uint32_t) rows);
@@ -172,7 +195,8 @@ int main(int argc, char ** argv) {
     const int steps = !strcmp(fault, "half") ? 4 : 3;
     for (int step = 0; step < steps; step++) {
         const int layer = step % 3;
-        memset(ids, 0, sizeof(ids));
+        char * ids = tensors[layer];
+        memset(ids, 0, sizeof(tensors[layer]));
         memset(dst, 0, sizeof(dst));
         for (int64_t r = 0; r < rows; r++) {
             for (int64_t j = 0; j < k; j++) {
@@ -198,13 +222,21 @@ int main(int argc, char ** argv) {
         put(ids, 16, ne, sizeof(ne));
         put(ids, 48, nb, sizeof(nb));
         put(ids, at.data, &where, sizeof(where));
-        snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s", !strcmp(fault, "copy") ? "CPU#" : "",
-                 layer, !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
+        const int is_copy = !strcmp(fault, "device");
+        snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s",
+                 is_copy ? "RPC0[127.0.0.1:50052]#" : !strcmp(fault, "copy") ? "CPU#" : "", layer,
+                 is_copy ? "#0" : !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
         put(ids, at.name, name, strlen(name) + 1);
         if (!strcmp(fault, "endless")) {
             memset(ids + at.name + strlen(name), '1', 64 - strlen(name));
         }
 
+#ifdef CALLBACK
+        device_data = data;
+        const int64_t asked_rows = rows - !strcmp(fault, "part");
+        ask_for(ids, (size_t) ((asked_rows - 1) * row_stride + k * id_stride));
+        continue;
+#endif
         const void * src1 = !strcmp(fault, "tensor") ? (void *) 64 : (void *) ids;
         put(dst, at.src + 8, &src1, sizeof(src1));
 

@@ -72,6 +72,7 @@ fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
         let subject = Subject::Process {
             pid: pid.get(),
             router_on_cpu: arguments.router_on_cpu,
+            routes: &recording.routes,
         };
         let refused = refused
             .clone()
@@ -123,7 +124,7 @@ impl Loaded {
         let start = Start {
             pid,
             first_process: None,
-            plan: Plan::default().with_logits(logits),
+            plan: Plan::default().with_routes(recording.routes(logits, arguments.router_on_cpu)?),
             from_start: false,
             recording: recording.clone(),
         };

@@ -30,6 +30,7 @@ use crate::{
     layout::Layout,
     model::{BlindTime, Context, End, Ends, Model, Options},
     probes::{Change, Hook, Plan, Probe},
+    routes,
     signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats},
@@ -83,9 +84,7 @@ impl Capture {
             recording,
         } = start;
         session.forward_log();
-        if plan.reads_logits() {
-            session.read_logits()?;
-        }
+        session.read(plan.routes())?;
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();
@@ -386,6 +385,7 @@ impl Capture {
                 duration_s: duration.as_secs_f64(),
                 ended: why,
                 include_warmup: self.recording.include_warmup,
+                routes: self.plan.routes().iter().map(routes::name).collect(),
                 late_libraries: self.late_libraries(),
             },
             processes,

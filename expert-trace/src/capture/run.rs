@@ -88,13 +88,14 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let override_variable = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let logits =
         arguments.router_on_cpu || router_on_cpu::is_asked_for(&command, override_variable);
+    let routes = recording.routes(logits, arguments.router_on_cpu)?;
     if recording.dry_run {
         say_what_is_added(inserted.as_ref(), &command);
         let subject = Subject::Command(doctor::Command {
             arguments: &command,
             environment: &environment,
             account: &account,
-            reads_logits: logits,
+            routes,
         });
         let refused = match decision {
             Decision::Untraced => Some(Refusal {
@@ -151,7 +152,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let start = Start {
         pid: main_process,
         first_process,
-        plan: Plan::gated().with_logits(logits),
+        plan: Plan::gated().with_routes(routes),
         from_start: true,
         recording: arguments.recording,
     };

@@ -10,7 +10,8 @@ use super::{
 use crate::{
     gguf::ModelShape,
     probes::{Hook, Probe},
-    stats::{ModelFile, route_name},
+    routes::{self, Routes},
+    stats::ModelFile,
     visibility::OFF_THE_DEVICE,
 };
 
@@ -52,13 +53,13 @@ const fn shows(route: Route) -> &'static str {
 }
 
 /// Whether each route can be served by these probes, in the order of [`Route::ALL`].
-pub fn routes(probes: &[&Probe], reads_logits: bool) -> Vec<RouteReport> {
+pub fn routes(probes: &[&Probe], read: Routes) -> Vec<RouteReport> {
     Route::ALL
         .into_iter()
         .map(|route| {
-            let (answer, finding) = judge(route, probes, reads_logits);
+            let (answer, finding) = judge(route, probes, read);
             RouteReport {
-                route: route_name(route),
+                route: routes::name(route),
                 answer,
                 hooks: needs(route),
                 finding: format!("{}: {finding}", shows(route)),
@@ -67,10 +68,15 @@ pub fn routes(probes: &[&Probe], reads_logits: bool) -> Vec<RouteReport> {
         .collect()
 }
 
-fn judge(route: Route, probes: &[&Probe], reads_logits: bool) -> (Answer, String) {
-    if route == Route::Logits && !reads_logits {
-        let text = "takes --router-on-cpu, and then one more probe, on the return of \
-                    ggml_graph_compute";
+fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
+    if !read.has(route) {
+        let text = match route {
+            Route::Logits => {
+                "takes --router-on-cpu, and then one more probe, on the return of \
+                 ggml_graph_compute"
+            }
+            _ => "left out by --routes",
+        };
         return (Answer::No, text.to_owned());
     }
     let found = |hook: Hook| probes.iter().any(|probe| probe.hook == hook);
@@ -170,7 +176,7 @@ impl Outlook {
             model,
             layers: vec![layer],
             answer: self.answer,
-            routes: self.routes.into_iter().map(route_name).collect(),
+            routes: self.routes.into_iter().map(routes::name).collect(),
             finding: self.finding,
             fix: self.fix,
             always_run,
@@ -381,7 +387,7 @@ mod tests {
         Route::ALL
             .into_iter()
             .map(|route| RouteReport {
-                route: route_name(route),
+                route: routes::name(route),
                 answer: match route {
                     Route::Logits if !reads_logits => No,
                     _ if lacking.contains(&route) => No,
@@ -549,14 +555,21 @@ mod tests {
 
     #[test]
     fn the_return_probe_is_for_logits_alone() {
-        let none = routes(&[], true);
+        let none = routes(&[], Routes::asked_for(&[], true));
         assert!(none.iter().all(|route| route.answer == No));
         let names: Vec<&str> = none.iter().map(|route| route.route).collect();
         assert_eq!(
             names,
-            ["router", "split_input", "fetch", "device_copy", "logits"]
+            [
+                "router",
+                "split_input",
+                "fetch",
+                "device_copy",
+                "logits",
+                "callback"
+            ]
         );
-        let without = &routes(&[], false)[Route::Logits as usize];
+        let without = &routes(&[], Routes::default())[Route::Logits as usize];
         assert!(without.finding.contains("--router-on-cpu"), "{without:?}");
     }
 }

@@ -23,6 +23,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use expert_trace_common::Route;
 use nix::unistd::geteuid;
 
 pub use self::{report::Answer, survey::Command};
@@ -35,6 +36,7 @@ use crate::{
     cli::Doctor,
     requirements::Purpose,
     router_on_cpu,
+    routes::Routes,
     stats::{Schema, Tool},
 };
 
@@ -49,6 +51,8 @@ pub enum Subject<'a> {
         pid: u32,
         /// Whether its router logits are to be read.
         router_on_cpu: bool,
+        /// Ways to read routing; all when there is none.
+        routes: &'a [Route],
     },
     /// A command, as `run` would start it.
     Command(Command<'a>),
@@ -73,6 +77,7 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
         Doctor { pid: Some(pid), .. } => Subject::Process {
             pid: pid.get(),
             router_on_cpu: false,
+            routes: &[],
         },
         Doctor {
             binary: Some(path), ..
@@ -85,7 +90,7 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
             arguments: command,
             environment: &environment,
             account: &account,
-            reads_logits: router_on_cpu::is_asked_for(command, override_tensor),
+            routes: Routes::asked_for(&[], router_on_cpu::is_asked_for(command, override_tensor)),
         }),
     };
     let form = if arguments.json {
@@ -151,7 +156,11 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
     }
     let survey = match subject {
         Subject::Machine => None,
-        Subject::Process { pid, router_on_cpu } => Some(survey::process(*pid, *router_on_cpu)),
+        Subject::Process {
+            pid,
+            router_on_cpu,
+            routes,
+        } => Some(survey::process(*pid, *router_on_cpu, routes)),
         Subject::Command(command) => Some(survey::command(command)),
         Subject::Binary { path, caller } => {
             Some(survey::binary(path, &caller.environment, &caller.account))
@@ -185,7 +194,7 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
 /// The checks of a target, and what it is, unless nothing of it was found.
 fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
     let probes: Vec<_> = survey.plan.probes.iter().collect();
-    let routes = coverage::routes(&probes, survey.plan.reads_logits());
+    let routes = coverage::routes(&probes, survey.plan.routes());
     let facts = coverage::Facts {
         options: &survey.options,
         devices: &survey.devices(),

@@ -9,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use expert_trace_common::Route;
+
 use super::{
     age::{self, Age},
     callback::Callbacks,
@@ -26,7 +28,9 @@ use crate::{
     layout::Layout,
     models::{self, KnownModels},
     probes::{Change, Hook, Plan, Probe},
-    redact, router_on_cpu, silence,
+    redact, router_on_cpu,
+    routes::Routes,
+    silence,
     stats::ModelFile,
     target::{self, Reach, is_gguf, open_regular, printable, script_interpreter},
 };
@@ -40,8 +44,8 @@ pub struct Command<'a> {
     pub environment: &'a Environment,
     /// Who would run it.
     pub account: &'a Account,
-    /// Whether router logits are read.
-    pub reads_logits: bool,
+    /// Ways to read routing.
+    pub routes: Routes,
 }
 
 /// What was found of a target.
@@ -283,10 +287,10 @@ pub fn command(command: &Command<'_>) -> Survey {
         arguments,
         environment,
         account,
-        reads_logits,
+        routes,
     } = *command;
     let options = Options::parse(arguments, |name| environment.get(name));
-    let plan = Plan::gated().with_logits(reads_logits);
+    let plan = Plan::gated().with_routes(routes);
     let mut survey = Survey::new(TargetKind::Command, plan, options);
     survey.command = redact::command(arguments);
     let program = arguments
@@ -477,13 +481,13 @@ fn without_functions(survey: &Survey, files: &[Code]) -> Check {
 }
 
 /// Looks at a process, as `attach` does.
-pub fn process(pid: u32, router_on_cpu: bool) -> Survey {
+pub fn process(pid: u32, router_on_cpu: bool, routes: &[Route]) -> Survey {
     let arguments = target::command_line(pid).unwrap_or_default();
     let environment = target::environment(pid);
     let override_tensor = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let logits = router_on_cpu || router_on_cpu::is_asked_for(&arguments, override_tensor);
     let options = Options::parse(&arguments, |name| environment.get(name));
-    let plan = Plan::default().with_logits(logits);
+    let plan = Plan::default().with_routes(Routes::asked_for(routes, logits));
     let mut survey = Survey::new(TargetKind::Process, plan, options);
     survey.pid = Some(pid);
     survey.command = redact::command(&arguments);

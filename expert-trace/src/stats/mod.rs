@@ -7,7 +7,6 @@ mod integrity;
 
 use std::collections::BTreeSet;
 
-use expert_trace_common::Route;
 use serde::Serialize;
 
 use crate::{
@@ -16,7 +15,7 @@ use crate::{
     layout::Layout,
     model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer},
     probes::Probe,
-    visibility,
+    routes, visibility,
 };
 
 pub use self::integrity::{Dropped, Flow, Hits, Integrity, Logits, Routes, UnknownRows};
@@ -161,6 +160,8 @@ pub struct Capture {
     pub ended: &'static str,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
+    /// Ways in which routing was to be read.
+    pub routes: Vec<&'static str>,
     /// Libraries that a process we attached to has loaded since.
     pub late_libraries: Vec<LateLibraries>,
 }
@@ -253,7 +254,7 @@ pub struct LayerStats {
     pub coverage: Coverage,
     /// Passes in which it was seen.
     pub passes: u64,
-    /// Where its routing was read: see [`route_name`].
+    /// Where its routing was read: see [`routes::name`](crate::routes::name).
     pub routes: Vec<&'static str>,
     /// Rows in which the choice was made from logits, and the target, rounding in its own way, may have
     /// chosen otherwise.
@@ -270,18 +271,6 @@ pub struct LayerStats {
     pub activations: u64,
     /// Activated experts, most activations first.
     pub experts: Vec<ExpertStats>,
-}
-
-/// Name of a route in the document.
-pub fn route_name(route: Route) -> &'static str {
-    match route {
-        Route::Router => "router",
-        Route::SplitInput => "split_input",
-        Route::Fetch => "fetch",
-        Route::DeviceCopy => "device_copy",
-        Route::Logits => "logits",
-        Route::Callback => "callback",
-    }
 }
 
 /// Counts of one expert.
@@ -455,7 +444,7 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
         coverage: Coverage::Observed,
         passes: layer.passes,
         close_calls: layer.close_calls.clone(),
-        routes: layer.routes.iter().copied().map(route_name).collect(),
+        routes: layer.routes.iter().copied().map(routes::name).collect(),
         experts_never_chosen: n_expert
             .map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64)),
         total_tokens,

@@ -7,9 +7,25 @@ use expert_trace_tests::{
     tracer::{self, Stats},
 };
 
-use crate::support::{llama_program, random_small, random_wide, scratch};
+use serde_json::json;
 
-fn compare(model: &Path) {
+use crate::{
+    rpc::Server,
+    support::{llama_program, random_small, random_wide, scratch},
+};
+
+/// How a run is traced, and what that has to show.
+struct Run<'a> {
+    /// Of the tracer.
+    options: &'a [&'a str],
+    /// Of the program: where its tensors are.
+    placement: &'a [&'a str],
+    /// Routes of every layer.
+    routes: &'a [&'a str],
+}
+
+/// Traces llama-imatrix, and fails unless our counts are those that it writes. Gives what was said.
+fn compare(model: &Path, run: &Run<'_>) -> String {
     let directory = scratch();
     let [stats, text, counts] =
         ["stats.json", "text", "imatrix.gguf"].map(|name| directory.path().join(name));
@@ -25,19 +41,17 @@ fn compare(model: &Path) {
         .collect();
     fs::write(&text, sentences.join("\n")).unwrap();
     let (text, counts) = (text.to_string_lossy(), counts.to_string_lossy());
+    let files = ["-f", &text, "-o", &counts];
+    let work = ["-c", "128", "--chunks", "12", "--no-ppl", "-t", "2"];
     let command = llama_program(
         "llama-imatrix",
         model,
-        &[
-            "-f", &text, "-o", &counts, "-c", "128", "--chunks", "12", "--no-ppl", "-t", "2",
-        ],
+        &[&files, &work[..], run.placement].concat(),
     );
-    let options = [
-        format!("--output={}", stats.display()),
-        "--top=0".to_owned(),
-    ];
+    let output = format!("--output={}", stats.display());
+    let options = [&[output.as_str(), "--top=0"], run.options].concat();
     let output = tracer::run(&options, &command).unwrap().output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{said}");
 
     let stats = Stats::read(&stats).unwrap();
@@ -58,14 +72,72 @@ fn compare(model: &Path) {
         rows > 12 * 128,
         "several chunks were counted, not {rows} activations"
     );
+    for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
+        let id = &layer["layer_id"];
+        assert_eq!(layer["routes"], json!(run.routes), "layer {id}: {said}");
+        assert_eq!(layer["coverage"], "observed", "layer {id}: {said}");
+    }
+    said
 }
 
 #[test]
 fn small() {
-    compare(random_small());
+    let said = compare(
+        random_small(),
+        &Run {
+            options: &[],
+            placement: &[],
+            routes: &["router"],
+        },
+    );
+    let names_it = said.contains("ik_collect_imatrix(ggml_tensor*, bool, void*) in ");
+    assert!(names_it, "{said}");
 }
 
+/// Its callback asks for the ids of every MUL_MAT_ID, also when they are on the host.
 #[test]
-fn wide() {
-    compare(random_wide());
+fn wide_by_one_route() {
+    for route in ["router", "callback"] {
+        compare(
+            random_wide(),
+            &Run {
+                options: &[&format!("--routes={route}")],
+                placement: &[],
+                routes: &[route],
+            },
+        );
+    }
+}
+
+/// Where nothing else crosses to the host, what the callback asks for does.
+#[test]
+fn all_on_a_device() {
+    let server = Server::start();
+    compare(
+        random_wide(),
+        &Run {
+            options: &[],
+            placement: &["--rpc", &server.endpoint(), "-ngl", "99"],
+            routes: &["callback"],
+        },
+    );
+}
+
+/// What MUL_MAT_ID gets is a copy of the ids then, which is named after the device it is for.
+#[test]
+fn copies_for_other_devices() {
+    let server = Server::start();
+    let endpoint = server.endpoint();
+    let experts_on = |device: &str| format!("ffn_.*_exps={device}");
+    let [on_cpu, on_server] = [experts_on("CPU"), experts_on(&format!("RPC0[{endpoint}]"))];
+    for (layers, experts) in [("99", on_cpu), ("0", on_server)] {
+        compare(
+            random_small(),
+            &Run {
+                options: &["--routes=callback"],
+                placement: &["--rpc", &endpoint, "-ngl", layers, "-ot", &experts],
+                routes: &["callback"],
+            },
+        );
+    }
 }

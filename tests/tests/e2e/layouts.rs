@@ -351,3 +351,33 @@ fn a_program_started_by_its_linker() {
     stats.assert_complete();
     assert_eq!(rows, expected(&shape));
 }
+
+/// Ids that the program's own code has asked a device for are read when they arrive, by either layout and
+/// whatever device a copy is for; they are gone a moment later.
+#[test]
+fn ids_that_the_program_asks_for() {
+    let (_directory, program) = compile("standin.c", &["-DCALLBACK"]);
+    let shape = argsort(8, 300, 128);
+    for (layout, fault) in [("new", "none"), ("old", "none"), ("new", "device")] {
+        let (stats, rows) = trace(Command::new(&program), layout, &shape, fault);
+        stats.assert_complete();
+        assert!(
+            rows == expected(&shape),
+            "{layout} {fault}: {} rows",
+            rows.len()
+        );
+        assert_eq!(stats.number("/integrity/routes/callback_copies"), 9);
+        assert_eq!(stats.number("/integrity/routes/repeated"), 6);
+    }
+    // A part of them is not taken for all, nor something else for ids.
+    for (fault, partial) in [("part", 9), ("suffix", 0), ("long", 0), ("copy", 0)] {
+        let (stats, rows) = trace(Command::new(&program), "new", &shape, fault);
+        stats.assert_complete();
+        assert_eq!(rows, [], "{fault}");
+        assert_eq!(
+            stats.number("/integrity/routes/partial"),
+            partial,
+            "{fault}"
+        );
+    }
+}

@@ -8,7 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use expert_trace::probes::{Hook, Plan, Probe};
+use expert_trace::{
+    probes::{Hook, Plan, Probe},
+    routes::Routes,
+};
 
 use crate::support::prebuilt;
 
@@ -37,7 +40,7 @@ fn add(plan: &mut Plan, library: &Path) -> Vec<Probe> {
 
 /// Fails unless these are the probes of a library, each at its symbol.
 fn assert_probes(library: &Path, expected: &[(Hook, &str)]) {
-    let mut plan = Plan::default().with_logits(true);
+    let mut plan = Plan::default().with_routes(Routes::asked_for(&[], true));
     let probes = add(&mut plan, library);
     let found: Vec<(Hook, &str)> = probes
         .iter()
@@ -86,6 +89,9 @@ fn libraries_without_cuda() {
             (Hook::SchedulerEnd, "ggml_backend_sched_free"),
             (Hook::Fetch, GET_ASYNC),
             (Hook::WeightsFollow, SET_ASYNC),
+            (Hook::TensorGet, "ggml_backend_tensor_get"),
+            (Hook::TensorGetDone, "ggml_backend_tensor_get"),
+            (Hook::EvalCallback, "ggml_backend_sched_set_eval_callback"),
         ],
     );
     assert_probes(

@@ -186,8 +186,8 @@ impl Pass {
     }
 
     /// Rows that the target's own code seemed to ask for, and that come by this route as well, are the
-    /// scheduler's: in shared builds it copies a split's inputs by `ggml_backend_tensor_get`, too
-    /// (`ggml_backend_tensor_copy` in ggml-backend.cpp).
+    /// scheduler's: it copies a split's inputs by `ggml_backend_tensor_get`, too, from devices that have
+    /// no copy of their own (`ggml_backend_tensor_copy` in ggml-backend.cpp).
     fn name_after(&mut self, route: Route, repeated: &[Block]) {
         if !matches!(route, Route::SplitInput | Route::Fetch) {
             return;

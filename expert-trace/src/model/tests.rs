@@ -520,7 +520,7 @@ fn a_layer_counts_once_whichever_route_comes_first() {
     assert_eq!(model.received().differing_rows, 1);
 }
 
-/// In shared builds the scheduler itself copies by the function that the target's own code uses.
+/// The scheduler copies by the function that the target's own code uses.
 #[test]
 fn what_the_scheduler_copies_is_not_called_the_targets_own() {
     let ids: [&[i32]; 4] = [&[0, 1], &[1, 2], &[2, 3], &[3, 0]];

@@ -1,17 +1,20 @@
 //! From a plan to running probes. The only module that names aya.
 
+mod multi;
+
 use std::{
-    ffi::c_void,
+    ffi::{CString, c_void},
     fs::File,
     io,
     num::{NonZeroU32, NonZeroUsize},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         linux::fs::MetadataExt as _,
-        unix::fs::FileExt as _,
+        unix::{ffi::OsStrExt as _, fs::FileExt as _},
     },
     path::Path,
     ptr::NonNull,
+    thread,
 };
 
 use aya::{
@@ -32,6 +35,7 @@ use expert_trace_common::{
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
+pub use self::multi::is_supported as has_uprobe_multi;
 use crate::{
     layout::Declared,
     probes::{FileId, Hook, Probe},
@@ -106,7 +110,8 @@ fn map_error(error: impl std::error::Error) -> AttachError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Those of one process, which must exist when a probe is attached. The kernel sets breakpoints in
-    /// its memory alone, and takes them away when its main thread ends.
+    /// its memory alone; when its main thread has ended it sets no more, and
+    /// [may take away](Session::outlives_main_thread) those that are there.
     Process(NonZeroU32),
     /// Those of the first process that we fork from now on, and perhaps of all that it forks.
     /// Breakpoints are in all processes that map the file; the BPF programs return at once in others.
@@ -124,16 +129,31 @@ struct Plain<T>(T);
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
 
+/// What keeps probes in their places.
+enum Uprobes {
+    /// By links of the kind `uprobe_multi`, and programs that are loaded for it.
+    Multi(multi::Programs),
+    /// By perf events, with the programs that aya has loaded.
+    PerfEvents,
+}
+
+/// A probe, until it is dropped.
+enum Link {
+    Multi { _link: OwnedFd },
+    PerfEvent { _link: UProbeLink },
+}
+
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
     ebpf: Ebpf,
+    uprobes: Uprobes,
     scope: Scope,
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
     declared: Array<MapData, Plain<DeclaredLayout>>,
     hits: PerCpuArray<MapData, u64>,
-    links: Vec<(FileId, UProbeLink)>,
+    links: Links,
     /// Keep the tracepoints' programs attached.
     tracepoints: Vec<RawTracePointLink>,
 }
@@ -152,13 +172,16 @@ impl Session {
         let mut programs = Hook::ALL.map(Hook::program).to_vec();
         programs.sort_unstable();
         programs.dedup();
-        for program in programs {
-            let loaded = uprobe(&mut ebpf, program)?;
-            loaded.load().map_err(load_error)?;
-            let verified = loaded.info().ok();
-            let verified = verified.and_then(|info| info.verified_instruction_count());
-            tracing::debug!("{program}: {} instructions verified", verified.unwrap_or(0));
-        }
+        let uprobes = if has_uprobe_multi() {
+            let programs = multi::Programs::load(&OBJECT.0, &ebpf, programs);
+            Uprobes::Multi(programs.map_err(load_error)?)
+        } else {
+            tracing::debug!("no uprobe_multi links: probes are set by perf events");
+            for program in programs {
+                uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
+            }
+            Uprobes::PerfEvents
+        };
         let mut take = |name: &str| {
             ebpf.take_map(name)
                 .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
@@ -171,13 +194,14 @@ impl Session {
         let hits = PerCpuArray::try_from(take("HITS")?).map_err(map_error)?;
         let mut session = Self {
             ebpf,
+            uprobes,
             scope,
             control,
             counts,
             layouts,
             declared,
             hits,
-            links: Vec::new(),
+            links: Links::default(),
             tracepoints: Vec::new(),
         };
         match scope {
@@ -252,13 +276,29 @@ impl Session {
         }
     }
 
+    /// What keeps the probes in their places, as the document has it.
+    pub fn attached_by(&self) -> &'static str {
+        match self.uprobes {
+            Uprobes::Multi(_) => "uprobe_multi",
+            Uprobes::PerfEvents => "perf_event",
+        }
+    }
+
+    /// Whether the probes of a process are still hit when its main thread has ended.
+    ///
+    /// Perf events end with it (`perf_event_exit_task` in kernel/events/core.c). For links,
+    /// `uprobe_prog_run` (kernel/trace/bpf_trace.c) has compared thread groups since late 2024; before, it
+    /// compared memory, of which that thread has none any more. Nothing but the version tells which.
+    pub fn outlives_main_thread(&self) -> bool {
+        matches!(self.uprobes, Uprobes::Multi(_)) && requirements::kernel_is_at_least((6, 13))
+    }
+
     /// Attaches a probe.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn attach(&mut self, probe: &Probe) -> Result<(), AttachError> {
         let Probe {
-            hook,
             symbol,
             definition,
             site,
@@ -279,40 +319,68 @@ impl Session {
         if let Some(declared) = declared {
             self.declare(site.source, *declared)?;
         }
-        let program = uprobe(&mut self.ebpf, hook.program())?;
-        let point = UProbeAttachPoint {
-            location: UProbeAttachLocation::AbsoluteOffset(definition.file_offset),
-            cookie: Some(site.cookie()),
-        };
-        let (scope, code) = match self.scope {
-            Scope::Process(pid) => (UProbeScope::OneProcess(pid), None),
+        let (process, code) = match self.scope {
+            Scope::Process(pid) => (Some(pid), None),
             Scope::FirstChild { .. } => {
                 // The kernel looks at the instruction when somebody maps it. If nobody did by now, a
                 // refusal would come later, and be silent.
                 let code = MappedCode::at(attach_path, definition.file_offset)
                     .map_err(|error| refused(error.to_string()))?;
-                (UProbeScope::AllProcesses, Some(code))
+                (None, Some(code))
             }
         };
-        let link = program
-            .attach(point, attach_path, scope)
-            .and_then(|link| program.take_link(link))
-            .map_err(|error| {
-                refused(match requirements::old_kernel() {
-                    Some(old) => format!("{}; {old}", chain(&error)),
-                    None => chain(&error),
-                })
-            })?;
+        let link = self.link(probe, process).map_err(|error| {
+            refused(match requirements::old_kernel() {
+                Some(old) => format!("{error}; {old}"),
+                None => error,
+            })
+        })?;
         if code.is_some_and(|code| !code.has_breakpoint()) {
             return Err(refused(OTHER_FILE.to_owned()));
         }
-        self.links.push((probe.file_id, link));
+        self.links.0.push((probe.file_id, link));
         Ok(())
+    }
+
+    /// Gives the kernel's answer when it refuses.
+    fn link(&mut self, probe: &Probe, process: Option<NonZeroU32>) -> Result<Link, String> {
+        let program = probe.hook.program();
+        let path = &probe.attach_path;
+        let offset = probe.definition.file_offset;
+        let cookie = probe.site.cookie();
+        match &self.uprobes {
+            Uprobes::Multi(programs) => {
+                let path = CString::new(path.as_os_str().as_bytes());
+                let place = multi::Place {
+                    path: &path.map_err(|error| error.to_string())?,
+                    offset,
+                    cookie,
+                    process: process.map_or(0, |pid| pid.get() as i32),
+                    on_return: probe.hook.on_return(),
+                };
+                let link = programs.attach(program, place);
+                let _link = link.map_err(|error| error.to_string())?;
+                Ok(Link::Multi { _link })
+            }
+            Uprobes::PerfEvents => {
+                let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
+                let point = UProbeAttachPoint {
+                    location: UProbeAttachLocation::AbsoluteOffset(offset),
+                    cookie: Some(cookie),
+                };
+                let scope = process.map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
+                let link = program.attach(point, path, scope);
+                let link = link.and_then(|link| program.take_link(link));
+                let _link = link.map_err(|error| chain(&error))?;
+                Ok(Link::PerfEvent { _link })
+            }
+        }
     }
 
     /// Detaches the probes of a file.
     pub fn detach_file(&mut self, file: FileId) {
-        self.links.retain(|(of, _)| *of != file);
+        let of_file = self.links.0.extract_if(.., |(of, _)| *of == file);
+        drop(Links(of_file.collect()));
     }
 
     /// Switches all probes at once.
@@ -385,9 +453,30 @@ impl Session {
         Ok(hits.iter().sum())
     }
 
-    /// Detaches all probes. The kernel waits for a grace period for each of them.
+    /// Detaches all probes. The kernel waits for grace periods.
     pub fn detach(self) {
         drop(self);
+    }
+}
+
+/// Probes that are set, with the files that they are in.
+#[derive(Default)]
+struct Links(Vec<(FileId, Link)>);
+
+impl Drop for Links {
+    /// Takes them away at once: with each the kernel waits for grace periods, and those of several can
+    /// be the same.
+    fn drop(&mut self) {
+        /// A capture has some dozens of probes; thousands take turns.
+        const THREADS: usize = 64;
+        let share = self.0.len().div_ceil(THREADS).max(1);
+        thread::scope(|scope| {
+            while !self.0.is_empty() {
+                let links = self.0.split_off(self.0.len().saturating_sub(share));
+                // Without a thread they are dropped with the closure, here.
+                let _ = thread::Builder::new().spawn_scoped(scope, || drop(links));
+            }
+        });
     }
 }
 
@@ -520,5 +609,24 @@ impl AsRawFd for Events {
 impl AsFd for Events {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aya_obj::{Object, ProgramSection};
+
+    use super::*;
+
+    /// `multi` goes by the hook, and aya by the section. `multi` relocates no kernel types.
+    #[test]
+    fn programs_are_what_links_are_made_for() {
+        let object = Object::parse(&OBJECT.0).unwrap();
+        for hook in Hook::ALL {
+            let section = &object.programs[hook.program()].section;
+            let on_return = matches!(section, ProgramSection::URetProbe { .. });
+            assert_eq!(on_return, hook.on_return(), "{hook:?}");
+        }
+        assert!(!object.has_btf_relocations());
     }
 }

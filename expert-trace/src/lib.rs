@@ -13,9 +13,11 @@
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
 //! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
-//! - [`attach`]: the only module that names aya. Plan to Session.
+//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
+//! - [`placement`] and [`remedy`]: where llama.cpp keeps routers and experts, and what options bring their
+//!   ids to the host.
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
@@ -34,6 +36,7 @@ macro_rules! say {
 
 pub mod attach;
 pub mod bounded;
+pub mod bpf;
 pub mod caller;
 pub mod capture;
 pub mod cli;
@@ -48,8 +51,10 @@ pub mod launch;
 pub mod layout;
 pub mod model;
 pub mod models;
+pub mod placement;
 pub mod probes;
 pub mod redact;
+pub mod remedy;
 pub mod requirements;
 pub mod router_on_cpu;
 pub mod routes;

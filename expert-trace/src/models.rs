@@ -280,6 +280,11 @@ impl KnownModels {
             .collect()
     }
 
+    /// The files.
+    pub fn files(&self) -> &[ModelFile] {
+        &self.files
+    }
+
     /// The files, for the document.
     pub fn into_files(self) -> Vec<ModelFile> {
         self.files

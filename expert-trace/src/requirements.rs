@@ -10,6 +10,11 @@ use std::{fmt, fs, io, path::Path};
 use nix::{errno::Errno, sys::utsname::uname};
 use thiserror::Error;
 
+use crate::{
+    attach,
+    bpf::{self, Command, ProgLoad},
+};
+
 /// A capability (include/uapi/linux/capability.h), by its bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capability {
@@ -19,7 +24,7 @@ pub enum Capability {
     SetUid = 7,
     /// Look at processes of other users.
     SysPtrace = 19,
-    /// Set uprobes; holds what the two below do, too.
+    /// Set uprobes by perf events, filter system calls; holds what the two below do, too.
     SysAdmin = 21,
     /// Load tracing programs.
     Perfmon = 38,
@@ -58,7 +63,13 @@ pub enum Unmet {
     #[error(
         "expert-trace needs {} to load BPF programs and set uprobes{}; run it with sudo",
         list(.missing),
-        if matches!(.purpose, Purpose::RunAsOther) { ", and to start a program as another user" } else { "" }
+        match .purpose {
+            Purpose::Attach => "",
+            Purpose::Run => " in whatever a program loads",
+            Purpose::RunAsOther => {
+                " in whatever a program loads, and to start it as another user"
+            }
+        }
     )]
     Capabilities {
         /// Those that are missing.
@@ -148,7 +159,9 @@ pub fn check(purpose: Purpose) -> Result<(), Unmet> {
 
 /// Capabilities that we lack.
 pub fn missing_capabilities(purpose: Purpose) -> Option<Unmet> {
-    let missing = missing(purpose, effective(), uprobe_is_permitted);
+    let missing = missing(purpose, effective(), || {
+        attach::has_uprobe_multi() || perf_event_is_permitted()
+    });
     (!missing.is_empty()).then_some(Unmet::Capabilities { missing, purpose })
 }
 
@@ -179,7 +192,8 @@ pub fn has(capability: Capability) -> bool {
 
 /// The least that is missing. CAP_SYS_ADMIN alone is enough for tracing, since the kernel takes it
 /// for the two finer ones (`bpf_capable` and `perfmon_capable` in include/linux/capability.h). Those
-/// two are enough where the kernel lets them set uprobes, which Linux 6.18 does not.
+/// two are enough to attach where the kernel lets them set uprobes; the filter of the
+/// [gate](crate::gate) takes CAP_SYS_ADMIN itself (`seccomp_prepare_filter` in kernel/seccomp.c).
 fn missing(
     purpose: Purpose,
     effective: u64,
@@ -188,7 +202,8 @@ fn missing(
     let has = |capability: &Capability| holds(effective, *capability);
     let fine = || [Capability::Bpf, Capability::Perfmon].iter().all(has);
     let mut missing = Vec::new();
-    let can_trace = has(&Capability::SysAdmin) || (fine() && uprobe_is_permitted());
+    let attaches = purpose == Purpose::Attach;
+    let can_trace = has(&Capability::SysAdmin) || (attaches && fine() && uprobe_is_permitted());
     if !can_trace {
         missing.push(Capability::SysAdmin);
     }
@@ -216,9 +231,9 @@ fn effective() -> u64 {
     u64::from_str_radix(line.trim(), 16).unwrap_or(0)
 }
 
-/// Asks for a uprobe that names no file. Who may not have one is told so before the file is looked
+/// Asks for a uprobe by a perf event that names no file. Linux 6.18 has nobody but CAP_SYS_ADMIN make one. Who may not have one is told so before the file is looked
 /// for (`perf_uprobe_event_init` in kernel/events/core.c).
-fn uprobe_is_permitted() -> bool {
+fn perf_event_is_permitted() -> bool {
     /// Start of `perf_event_attr`, as long as its third version (include/uapi/linux/perf_event.h),
     /// with the path in `config1`.
     #[repr(C)]
@@ -300,6 +315,11 @@ pub fn old_kernel() -> Option<Unmet> {
     (version(&release)? < OLDEST).then_some(Unmet::Kernel(release))
 }
 
+/// Whether our kernel's version is this one or a newer one; `false` when it does not tell.
+pub fn kernel_is_at_least(oldest: (u32, u32)) -> bool {
+    version(&release()).is_some_and(|version| version >= oldest)
+}
+
 /// Release of the running kernel.
 pub fn release() -> String {
     let name = uname();
@@ -358,11 +378,6 @@ fn version(release: &str) -> Option<(u32, u32)> {
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_RINGBUF: u32 = 27;
 
-const BPF_MAP_CREATE: libc::c_long = 0;
-const BPF_PROG_LOAD: libc::c_long = 5;
-/// The type of programs that uprobes run.
-const BPF_PROG_TYPE_KPROBE: u32 = 2;
-
 /// Tries to make a map, and gives the error.
 fn map_error(kind: u32) -> Option<Errno> {
     /// Start of `bpf_attr` for BPF_MAP_CREATE.
@@ -384,40 +399,14 @@ fn map_error(kind: u32) -> Option<Errno> {
         value_size,
         max_entries,
     };
-    bpf_error(BPF_MAP_CREATE, &attributes)
+    // SAFETY: the attributes are complete.
+    unsafe { bpf::descriptor(Command::MapCreate, &attributes) }.err()
 }
 
 /// Tries to load a program that does nothing, and gives the error.
 fn program_error() -> Option<Errno> {
-    /// Start of `bpf_attr` for BPF_PROG_LOAD.
-    #[repr(C)]
-    struct Attributes {
-        kind: u32,
-        instructions: u32,
-        code: *const u8,
-        license: *const libc::c_char,
-    }
-    // r0 = 0; exit
-    let code = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
-    let attributes = Attributes {
-        kind: BPF_PROG_TYPE_KPROBE,
-        instructions: 2,
-        code: code.as_ptr(),
-        license: c"GPL".as_ptr(),
-    };
-    bpf_error(BPF_PROG_LOAD, &attributes)
-}
-
-/// Calls bpf(2) for a new descriptor, closes it, and gives the error where there is none.
-fn bpf_error<T>(command: libc::c_long, attributes: &T) -> Option<Errno> {
-    // SAFETY: the attributes are as large as is said, and live during the call with all they point to.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    if fd < 0 {
-        return Some(Errno::last());
-    }
-    // SAFETY: the descriptor is new and ours.
-    unsafe { libc::close(fd as i32) };
-    None
+    // SAFETY: the attributes are complete.
+    unsafe { bpf::descriptor(Command::ProgLoad, &ProgLoad::nothing()) }.err()
 }
 
 #[cfg(test)]
@@ -435,6 +424,7 @@ mod tests {
             (Purpose::Attach, &[SysAdmin][..], false, &[][..]),
             (Purpose::Run, &[SysAdmin], false, &[]),
             (Purpose::Attach, &[Bpf, Perfmon], true, &[]),
+            (Purpose::Run, &[Bpf, Perfmon], true, &[SysAdmin]),
             (Purpose::Attach, &[Bpf, Perfmon], false, &[SysAdmin]),
             (Purpose::Attach, &[Bpf], true, &[SysAdmin]),
             (Purpose::Attach, &[], true, &[SysAdmin]),
@@ -473,8 +463,8 @@ mod tests {
                 Purpose::RunAsOther
             ),
             "expert-trace needs the capabilities CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID, which are \
-             missing, to load BPF programs and set uprobes, and to start a program as another user; \
-             run it with sudo"
+             missing, to load BPF programs and set uprobes in whatever a program loads, and to start \
+             it as another user; run it with sudo"
         );
     }
 

@@ -4,10 +4,18 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     diagnosis,
+    placement::Options,
     stats::{ModelFile, Stats},
     target::printable,
-    visibility::{self, NotVisible},
+    visibility::Evidence,
 };
+
+/// Why routing was not seen, and what to change.
+#[derive(Debug)]
+struct Why {
+    explanation: String,
+    remedy: String,
+}
 
 /// What the reason is picked from.
 #[derive(Debug, Default)]
@@ -33,12 +41,14 @@ struct Facts<'a> {
     /// Graphs that were computed.
     passes: u64,
     /// Why routing may have been out of sight.
-    why: Option<NotVisible>,
+    why: Option<Why>,
     models: &'a [ModelFile],
 }
 
 /// Says, in half a sentence, why a document counts nothing.
-pub fn reason(stats: &Stats) -> String {
+///
+/// `options` are those of the first process.
+pub fn reason(stats: &Stats, options: &Options) -> String {
     let hits = &stats.integrity.hits;
     let has_library = !stats.target.tensor_layouts.is_empty();
     let exe = stats.target.process.exe.as_deref().map(PathBuf::from);
@@ -53,10 +63,19 @@ pub fn reason(stats: &Stats) -> String {
         rows: stats.integrity.rows.seen,
         complete: stats.integrity.complete,
         passes: hits.passes,
-        why: Some(visibility::explain(stats)),
+        why: Some(why(stats, options)),
         models: &stats.models,
     }
     .reason()
+}
+
+fn why(stats: &Stats, options: &Options) -> Why {
+    let silence = || Evidence::of(stats).explain_silence(options);
+    let gap = stats.worst_gap().cloned().unwrap_or_else(silence);
+    Why {
+        remedy: gap.to_see(),
+        explanation: gap.explanation,
+    }
 }
 
 /// Says of a file that it has llama.cpp in it, and nothing to find its functions by.
@@ -113,11 +132,7 @@ impl Facts<'_> {
     }
 
     fn no_moe_layer_ran(&self) -> String {
-        let on_device = format!(
-            "{}, or run the program with -ngl 0; where an RPC server computes on its \
-             CPU, trace the server",
-            self.why.as_ref().map_or("", |why| &why.remedy)
-        );
+        let on_device = self.why.as_ref().map_or("", |why| &why.remedy);
         // The one with the most layers speaks for the others, such as a draft model's.
         let model = self
             .models
@@ -148,10 +163,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::{
-        gguf::{ExpertsUsed, ModelShape},
-        visibility::Reason,
-    };
+    use crate::gguf::{ExpertsUsed, ModelShape};
 
     fn model(path: &str, moe_layers: u32) -> ModelFile {
         ModelFile {
@@ -237,8 +249,7 @@ mod tests {
         };
         let never_entered = Facts {
             passes: 2,
-            why: Some(NotVisible {
-                reason: Reason::NeverEntered,
+            why: Some(Why {
                 explanation: "it was never entered".to_owned(),
                 remedy: "rebuild".to_owned(),
             }),

@@ -7,7 +7,9 @@ use std::{
 
 use crate::{
     model::{Coverage, Exclusion, Pass},
-    stats::Stats,
+    remedy,
+    stats::{ContextStats, LayerStats, Stats},
+    visibility::Gap,
 };
 
 /// Writes the summary of the context that `layers` shows.
@@ -76,63 +78,112 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
     writeln!(text, "{}", integrity_line(stats))
 }
 
-/// What was not seen of the context that is shown.
-fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
-    let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) else {
-        return Ok(());
+/// Experts that no token was routed to, in the layers of the context that is shown.
+fn never_activated(text: &mut String, context: &ContextStats) -> std::fmt::Result {
+    let idle = |layer: &LayerStats| {
+        let count = layer.experts_never_activated.as_ref()?.len();
+        Some((count, layer.n_expert?, u32::from(layer.layer_id)))
     };
-    let unseen = context.passes_not_visible;
-    let passes = context.passes + unseen.passes;
-    if unseen.passes > 0 {
-        writeln!(
-            text,
-            "Not visible: {} of {passes} passes, {} tokens.",
-            unseen.passes, unseen.tokens
-        )?;
-    }
-    if context.passes_not_known > 0 {
-        writeln!(
-            text,
-            "Perhaps not visible: {} passes showed no routing, and whether they computed tokens is not \
-             known.",
-            context.passes_not_known
-        )?;
-    }
-    let layers_not_visible = context.layers_not_visible.as_deref().unwrap_or_default();
-    if !layers_not_visible.is_empty() {
-        writeln!(text, "Not visible: layers {}.", ranges(layers_not_visible))?;
-    }
-    let partly: Vec<u32> = context
-        .layers
-        .iter()
-        .filter(|layer| layer.coverage == Coverage::PartlyObserved && layer.passes < context.passes)
-        .map(|layer| u32::from(layer.layer_id))
+    let idle: Vec<_> = context.layers.iter().filter_map(idle).collect();
+    let alike = idle.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1));
+    let groups: Vec<String> = alike
+        .filter(|group| group[0].0 > 0)
+        .map(|group| {
+            let layers: Vec<u32> = group.iter().map(|(.., layer)| *layer).collect();
+            let (count, n_expert, _) = group[0];
+            format!("{count} of {n_expert} in {}", named(&layers))
+        })
         .collect();
-    if !partly.is_empty() {
-        writeln!(
-            text,
-            "Seen in some of the {passes} passes only: layers {}.",
-            ranges(&partly)
-        )?;
+    if groups.is_empty() {
+        return Ok(());
     }
-    if !stats.not_visible.is_empty() {
-        let passes = stats.not_visible.iter();
-        let passes: u64 = passes.map(|of| of.count.passes + of.passes_not_known).sum();
-        writeln!(
-            text,
-            "Not visible: {passes} passes of other contexts ({}), unless their model is dense (a draft \
-             model, say).",
-            stats.not_visible.len()
-        )?;
+    writeln!(text, "Experts never activated: {}.", groups.join("; "))
+}
+
+/// What was not seen of the context that is shown, and of those of which nothing was.
+fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
+    if let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) {
+        never_activated(text, context)?;
+        let unseen = context.passes_not_visible;
+        let passes = context.passes + unseen.passes;
+        if unseen.passes > 0 {
+            writeln!(
+                text,
+                "Not visible: {} of {passes} passes, {} tokens.",
+                unseen.passes, unseen.tokens
+            )?;
+        }
+        if context.passes_not_known > 0 {
+            writeln!(
+                text,
+                "Perhaps not visible: {} passes.",
+                context.passes_not_known
+            )?;
+        }
+        for gap in &context.gaps {
+            write_gap(text, gap)?;
+        }
     }
-    if let Some(why) = &stats.why_not_visible {
+    for context in &stats.not_visible {
+        if context.model.is_some() && context.gaps.is_empty() {
+            // Its model is dense.
+            continue;
+        }
+        let tokens = match context.count.passes {
+            0 => String::new(),
+            _ => format!(", {} tokens", context.count.tokens),
+        };
+        let passes = context.count.passes + context.passes_not_known;
+        let doubt = match context.gaps.iter().any(|gap| gap.layers.is_some()) {
+            true => "",
+            false => ", unless its model is dense (a draft model, say)",
+        };
         writeln!(
             text,
-            "  Why: {}.\n  To see all: {}.",
-            why.explanation, why.remedy
+            "Not visible: {passes} passes{tokens} of another context{doubt}."
         )?;
+        for gap in &context.gaps {
+            write_gap(text, gap)?;
+        }
     }
     Ok(())
+}
+
+/// Layers that were not seen for one reason, why, and what to change: the best of it; the document has
+/// all.
+fn write_gap(text: &mut String, gap: &Gap) -> std::fmt::Result {
+    const SHOWN: usize = 2;
+    let layers = match &gap.layers {
+        Some(layers) => named(layers),
+        None => "all layers with experts".to_owned(),
+    };
+    let phases: Vec<&str> = gap
+        .phases
+        .iter()
+        .map(|phase| match *phase {
+            "prefill" => "prompts",
+            other => other,
+        })
+        .collect();
+    let what = match gap.coverage {
+        Coverage::PartlyObserved => {
+            format!("Seen in part: {layers}, not all {}", phases.join(" and "))
+        }
+        Coverage::NotKnown => format!("Perhaps not visible: {layers}"),
+        Coverage::NotVisible | Coverage::Observed => format!("Not visible: {layers}"),
+    };
+    writeln!(text, "{what}: {}.", gap.explanation)?;
+    let shown = gap.remedies.get(..SHOWN).unwrap_or(&gap.remedies);
+    let shown = match shown {
+        [] => gap.to_see(),
+        shown => remedy::sentence(shown),
+    };
+    writeln!(text, "  To see them: {shown}.")
+}
+
+fn named(layers: &[u32]) -> String {
+    let plural = if layers.len() == 1 { "" } else { "s" };
+    format!("layer{plural} {}", ranges(layers))
 }
 
 /// What choices made from router logits rest on, and cost.
@@ -155,8 +206,8 @@ fn logits(text: &mut String, stats: &Stats) -> std::fmt::Result {
     )
 }
 
-/// Ascending numbers, those that follow each other as one range.
-fn ranges(numbers: &[u32]) -> String {
+/// Ascending numbers, those that follow each other as one range: `0-3, 7`.
+pub fn ranges(numbers: &[u32]) -> String {
     let mut text = String::new();
     for run in numbers.chunk_by(|a, b| a + 1 == *b) {
         let separator = if text.is_empty() { "" } else { ", " };

@@ -6,8 +6,12 @@
 use serde::Serialize;
 
 use crate::{
-    probes::Hook,
-    stats::{Hits, HookStats, Stats},
+    gguf::ModelShape,
+    model::{Coverage, PhasePasses},
+    placement::Options,
+    probes::{Hook, Probe},
+    remedy::{self, Layers, Need, Program, Remedy, remedies},
+    stats::{Hits, HookStats, LayerStats, Stats},
 };
 
 /// Why routing was not seen.
@@ -16,43 +20,294 @@ use crate::{
 pub enum Reason {
     /// The probes that would have shown it on the host were hit, for other things.
     OnADevice,
+    /// The same in prompts only, which llama.cpp can compute on a device with weights that it streams
+    /// there.
+    Streamed,
     /// A function through which the CPU's work goes was never entered.
     NeverEntered,
     /// The function with expert ids was entered, and nothing in it could be read.
     NotUnderstood,
     /// It was there, as router logits from which no experts could be chosen.
     LogitsRefused,
+    /// Passes showed none, and whether they computed tokens is not known.
+    UbatchNotRead,
 }
 
-/// Why routing was not seen, and what to do.
+/// Layers of a context that were not seen, or not always, for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct NotVisible {
+pub struct Gap {
+    /// The layers, ascending; `null` where it is not known which layers there are.
+    pub layers: Option<Vec<u32>>,
+    /// Whether they were seen at all.
+    pub coverage: Coverage,
+    /// In which phases they were not seen: `prefill`, `decode`; empty where that is not known.
+    pub phases: Vec<&'static str>,
     /// Why.
     pub reason: Reason,
-    /// The same in words, which follow "not visible: ".
+    /// The same in words.
     pub explanation: String,
-    /// What a user can change, which follows "to see all: ".
-    pub remedy: String,
+    /// What a user can change, best first; each is enough.
+    pub remedies: Vec<Remedy>,
 }
 
-/// What brings routing from a device to the host.
-pub const OFF_THE_DEVICE: &str =
-    "trace with --router-on-cpu, or keep the experts on the CPU (--cpu-moe)";
-
-/// Why something was not seen, in a capture in which something was not.
-pub fn explain(stats: &Stats) -> NotVisible {
-    if is_not_understood(&stats.integrity.hits) {
-        return NotVisible {
-            reason: Reason::NotUnderstood,
-            explanation:
-                "the function with expert ids was entered, and nothing in it was understood"
-                    .to_owned(),
-            remedy: "use a build of llama.cpp that docs/compatibility.md lists, or one with debug \
-                     information (-g)"
-                .to_owned(),
-        };
+impl Gap {
+    /// What to change, in words.
+    pub fn to_see(&self) -> String {
+        match self.remedies.as_slice() {
+            // Only options of the user's own are in the way of all.
+            [] => OWN_OVERRIDE.to_owned(),
+            remedies => remedy::sentence(remedies),
+        }
     }
-    of_hooks(&stats.target.hooks, stats.integrity.logits.refused > 0)
+}
+
+/// What to do where a program's own options are in the way of all others.
+pub const OWN_OVERRIDE: &str = "take away the --override-tensor (or LLAMA_ARG_OVERRIDE_TENSOR) that \
+                                puts these experts on a device";
+
+/// What a capture knows of why something was not seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Evidence {
+    /// The function with expert ids was entered, and nothing in it was understood.
+    not_understood: bool,
+    /// Functions that have probes and were never entered.
+    never_entered: Vec<&'static str>,
+    /// Router logits told no experts.
+    logits_refused: bool,
+    /// Routers were asked to be on the CPU.
+    router_on_cpu: bool,
+    /// Ids by which weights are streamed to a device are certain to be seen.
+    sees_streams: bool,
+    /// The target was running before.
+    attached: bool,
+}
+
+impl Evidence {
+    /// That of a document.
+    pub fn of(stats: &Stats) -> Self {
+        let hooks = &stats.target.hooks;
+        let fetched = stats.integrity.routes.fetches > 0;
+        Self {
+            not_understood: is_not_understood(&stats.integrity.hits),
+            sees_streams: fetched || sees_streams(hooks.iter().map(|of| &of.probe)),
+            attached: stats.capture.mode == "attach",
+            ..Self::of_hooks(hooks, stats.integrity.logits.refused > 0)
+        }
+    }
+
+    fn of_hooks(hooks: &[HookStats], logits_refused: bool) -> Self {
+        let never_entered = [Hook::ExpertIds, Hook::Split].into_iter();
+        Self {
+            not_understood: false,
+            never_entered: never_entered
+                .filter_map(|hook| never_hit(hooks, hook))
+                .collect(),
+            logits_refused,
+            router_on_cpu: of(hooks, Hook::SplitDone).next().is_some(),
+            sees_streams: false,
+            attached: false,
+        }
+    }
+
+    /// Why something was not seen that a device may have kept.
+    fn reason(&self) -> Reason {
+        if self.not_understood {
+            Reason::NotUnderstood
+        } else if self.logits_refused {
+            Reason::LogitsRefused
+        } else if !self.never_entered.is_empty() {
+            Reason::NeverEntered
+        } else {
+            Reason::OnADevice
+        }
+    }
+
+    fn reason_of(&self, layer: &LayerStats, options: &Options) -> Option<Reason> {
+        let prompts_only = layer.passes_not_seen.decode == 0;
+        let by_a_copy = layer.routes.contains(&"device_copy");
+        match (layer.coverage, self.reason()) {
+            (Coverage::Observed, _) => None,
+            (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
+            (Coverage::PartlyObserved, Reason::OnADevice)
+                if prompts_only && options.op_offload && !by_a_copy =>
+            {
+                Some(Reason::Streamed)
+            }
+            (_, reason) => Some(reason),
+        }
+    }
+
+    /// Sets the reason of each layer of a context that was not always seen; gives those that have the
+    /// same one together.
+    pub fn explain(
+        &self,
+        layers: &mut [LayerStats],
+        shape: Option<&ModelShape>,
+        options: &Options,
+        is_draft: bool,
+    ) -> Vec<Gap> {
+        let mut gaps: Vec<Gap> = Vec::new();
+        for layer in layers {
+            layer.reason = self.reason_of(layer, options);
+            let Some(reason) = layer.reason else { continue };
+            let phases = phases(layer.passes_not_seen);
+            let id = u32::from(layer.layer_id);
+            let known = gaps.iter_mut().find(|gap| {
+                (gap.coverage, gap.reason, &gap.phases) == (layer.coverage, reason, &phases)
+            });
+            match known.and_then(|gap| gap.layers.as_mut()) {
+                Some(layers) => layers.push(id),
+                None => gaps.push(Gap {
+                    layers: Some(vec![id]),
+                    coverage: layer.coverage,
+                    phases,
+                    reason,
+                    explanation: String::new(),
+                    remedies: Vec::new(),
+                }),
+            }
+        }
+        for gap in &mut gaps {
+            let wanted = gap.layers.as_deref().unwrap_or_default();
+            let layers = shape.map(|shape| Layers { wanted, shape });
+            let program = self.program(options, is_draft);
+            gap.explanation = self.explanation(gap.reason, gap.coverage, layers, &program);
+            gap.remedies = self.remedies(gap.reason, layers, &program);
+        }
+        gaps
+    }
+
+    /// Of a context of which nothing was seen, and not even the layers are known. `passes` are those that
+    /// computed tokens; of others that is not known.
+    pub fn explain_unknown(&self, passes: PhasePasses, options: &Options) -> Gap {
+        let (coverage, reason) = match passes.sum() {
+            0 => (Coverage::NotKnown, Reason::UbatchNotRead),
+            _ => (Coverage::NotVisible, self.reason()),
+        };
+        self.unknown(coverage, reason, phases(passes), options)
+    }
+
+    /// Of a target of which nothing at all was seen.
+    pub fn explain_silence(&self, options: &Options) -> Gap {
+        self.unknown(Coverage::NotVisible, self.reason(), Vec::new(), options)
+    }
+
+    fn unknown(
+        &self,
+        coverage: Coverage,
+        reason: Reason,
+        phases: Vec<&'static str>,
+        options: &Options,
+    ) -> Gap {
+        let program = self.program(options, false);
+        Gap {
+            layers: None,
+            coverage,
+            phases,
+            reason,
+            explanation: self.explanation(reason, coverage, None, &program),
+            remedies: self.remedies(reason, None, &program),
+        }
+    }
+
+    fn program<'a>(&self, options: &'a Options, is_draft: bool) -> Program<'a> {
+        Program {
+            options,
+            is_draft,
+            sees_streams: self.sees_streams,
+            router_on_cpu: self.router_on_cpu,
+            attached: self.attached,
+        }
+    }
+
+    fn explanation(
+        &self,
+        reason: Reason,
+        coverage: Coverage,
+        layers: Option<Layers<'_>>,
+        program: &Program<'_>,
+    ) -> String {
+        match reason {
+            Reason::OnADevice => {
+                let asked = match remedy::has_router_on_cpu(layers, program) {
+                    true => {
+                        ", although routers were asked to be on the CPU: an override of the \
+                         program's own comes before, or they are a draft model's"
+                    }
+                    false => "",
+                };
+                match coverage {
+                    Coverage::NotVisible => {
+                        format!("routers and experts stayed on a device, and so their ids{asked}")
+                    }
+                    _ => format!("their routing stayed on a device{asked}"),
+                }
+            }
+            Reason::Streamed => {
+                "a device computed longer prompts, with weights streamed to it (op \
+                                 offload), and no copy of the ids to the host was seen"
+                    .to_owned()
+            }
+            Reason::NeverEntered => format!(
+                "{} was never entered: nothing was computed on the CPU, or a compiler has put the \
+                 function into its callers",
+                self.never_entered.join(" and ")
+            ),
+            Reason::NotUnderstood => {
+                "the function with expert ids was entered, and nothing in it was understood"
+                    .to_owned()
+            }
+            Reason::LogitsRefused => "router logits were there, and told no experts".to_owned(),
+            Reason::UbatchNotRead => {
+                "passes showed no routing, and whether they computed tokens is \
+                                      not known"
+                    .to_owned()
+            }
+        }
+    }
+
+    fn remedies(
+        &self,
+        reason: Reason,
+        layers: Option<Layers<'_>>,
+        program: &Program<'_>,
+    ) -> Vec<Remedy> {
+        let off_the_device = || remedies(Need::OffTheDevice, layers, program);
+        match reason {
+            Reason::OnADevice => off_the_device(),
+            Reason::Streamed => remedies(Need::NotStreamed, layers, program),
+            Reason::NeverEntered => {
+                let build = "if it ran on the CPU, use a build without link-time optimisation";
+                let build = Remedy::other(build);
+                [off_the_device(), vec![build]].concat()
+            }
+            Reason::NotUnderstood => vec![Remedy::other(
+                "use a build of llama.cpp that docs/compatibility.md lists, or one with debug \
+                 information (-g)",
+            )],
+            Reason::LogitsRefused => vec![Remedy::other("mend what INCOMPLETE names")],
+            Reason::UbatchNotRead => {
+                let build = "to know it, use a build of b5922 or newer, with its symbols";
+                [off_the_device(), vec![Remedy::other(build)]].concat()
+            }
+        }
+    }
+}
+
+/// Whether the probes see for certain the ids by which the scheduler streams weights to a device.
+/// ggml-backend's own functions can be part of their callers, where a device's are called by pointer.
+pub fn sees_streams<'a>(probes: impl Iterator<Item = &'a Probe> + Clone) -> bool {
+    [Hook::Fetch, Hook::WeightsFollow].into_iter().all(|hook| {
+        let mut of_hook = probes.clone().filter(|probe| probe.hook == hook);
+        of_hook.any(|probe| probe.symbol != hook.symbols()[0])
+    })
+}
+
+fn phases(passes: PhasePasses) -> Vec<&'static str> {
+    let PhasePasses { prefill, decode } = passes;
+    let names = [("prefill", prefill), ("decode", decode)];
+    let names = names.into_iter().filter(|(_, passes)| *passes > 0);
+    names.map(|(name, _)| name).collect()
 }
 
 /// Every thread pool has a first thread, and every graph of a model something with a name.
@@ -67,45 +322,6 @@ fn is_not_understood(hits: &Hits) -> bool {
     entered > 0 && entered == filtered_thread + unreadable + layout_unknown
 }
 
-fn of_hooks(hooks: &[HookStats], logits_refused: bool) -> NotVisible {
-    if logits_refused {
-        return NotVisible {
-            reason: Reason::LogitsRefused,
-            explanation: "router logits were there, and told no experts".to_owned(),
-            remedy: "mend what INCOMPLETE names".to_owned(),
-        };
-    }
-    let device = if of(hooks, Hook::SplitDone).next().is_some() {
-        // It was asked for already.
-        "get the routers' weights onto the CPU: look for an --override-tensor of your own, or for a \
-         draft model, which has options of its own (--override-tensor-draft)"
-    } else {
-        OFF_THE_DEVICE
-    };
-    let never_entered: Vec<&str> = [Hook::ExpertIds, Hook::Split]
-        .into_iter()
-        .filter_map(|hook| never_hit(hooks, hook))
-        .collect();
-    if never_entered.is_empty() {
-        return NotVisible {
-            reason: Reason::OnADevice,
-            explanation: "their routing stayed on a device".to_owned(),
-            remedy: device.to_owned(),
-        };
-    }
-    let functions = never_entered.join(" and ");
-    NotVisible {
-        reason: Reason::NeverEntered,
-        explanation: format!(
-            "{functions} was never entered: nothing was computed on the CPU, or a compiler has put the \
-             function into its callers"
-        ),
-        remedy: format!(
-            "{device}; if it ran on the CPU, use a build without link-time optimisation"
-        ),
-    }
-}
-
 fn of(hooks: &[HookStats], hook: Hook) -> impl Iterator<Item = &HookStats> {
     hooks.iter().filter(move |of| of.probe.hook == hook)
 }
@@ -118,7 +334,7 @@ fn never_hit(hooks: &[HookStats], hook: Hook) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::{ffi::OsString, path::PathBuf};
 
     use expert_trace_common::Site;
 
@@ -156,9 +372,10 @@ mod tests {
     #[test]
     fn a_probe_that_was_never_hit_is_named() {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
-        let why = of_hooks(&hooks, false);
-        assert_eq!(why.reason, Reason::NeverEntered);
-        assert!(why.explanation.starts_with("ggml_graph_compute was never"));
+        let why = Evidence::of_hooks(&hooks, false);
+        assert_eq!(why.reason(), Reason::NeverEntered);
+        let words = why.explain_silence(&options("llama-cli")).explanation;
+        assert!(words.starts_with("ggml_graph_compute was never"));
 
         // One of two libraries is enough.
         let hooks = [
@@ -166,7 +383,8 @@ mod tests {
             hook(Hook::ExpertIds, 9),
             hook(Hook::Split, 1),
         ];
-        assert_eq!(of_hooks(&hooks, false).reason, Reason::OnADevice);
+        let why = Evidence::of_hooks(&hooks, false);
+        assert_eq!(why.reason(), Reason::OnADevice);
     }
 
     #[test]
@@ -184,12 +402,70 @@ mod tests {
         assert!(!is_not_understood(&Hits::default()));
     }
 
+    fn options(text: &str) -> Options {
+        let words: Vec<OsString> = text.split(' ').map(OsString::from).collect();
+        Options::parse(&words, |_| None)
+    }
+
     #[test]
     fn what_was_asked_for_already_is_not_advised() {
-        let plain = [hook(Hook::ExpertIds, 1)];
-        assert!(of_hooks(&plain, false).remedy.contains("--router-on-cpu"));
+        let options = options("llama-cli -ngl 99");
+        let passes = PhasePasses {
+            prefill: 1,
+            decode: 0,
+        };
+        let gap = |hooks: &[HookStats], refused| {
+            Evidence::of_hooks(hooks, refused).explain_unknown(passes, &options)
+        };
+        let plain = gap(&[hook(Hook::ExpertIds, 1)], false);
+        assert_eq!((plain.layers, plain.phases), (None, vec!["prefill"]));
+        assert_eq!(plain.remedies[0].options, ["--router-on-cpu"]);
         let asked = [hook(Hook::ExpertIds, 1), hook(Hook::SplitDone, 0)];
-        assert!(!of_hooks(&asked, false).remedy.contains("--router-on-cpu"));
-        assert_eq!(of_hooks(&asked, true).reason, Reason::LogitsRefused);
+        let again = gap(&asked, false);
+        assert!(again.explanation.contains("were asked to be on the CPU"));
+        assert!(!again.to_see().contains("--router-on-cpu"));
+        assert_eq!(gap(&asked, true).reason, Reason::LogitsRefused);
+    }
+
+    fn layer(layer_id: u16, coverage: Coverage, prefill: u64, decode: u64) -> LayerStats {
+        LayerStats {
+            coverage,
+            passes_not_seen: PhasePasses { prefill, decode },
+            ..LayerStats::unseen(layer_id)
+        }
+    }
+
+    /// Layers alike in why and when they were not seen are one gap.
+    #[test]
+    fn layers_are_told_together() {
+        use Coverage::{NotKnown, NotVisible, Observed, PartlyObserved};
+        let mut layers = [
+            layer(0, Observed, 0, 0),
+            layer(1, PartlyObserved, 2, 0),
+            layer(2, NotVisible, 2, 9),
+            layer(3, NotVisible, 1, 9),
+            layer(4, PartlyObserved, 2, 9),
+            layer(5, NotKnown, 0, 0),
+        ];
+        let options = options("llama-cli -ngl 99 --cpu-moe");
+        let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
+        let gaps = why.explain(&mut layers, None, &options, false);
+        let told: Vec<_> = gaps
+            .iter()
+            .map(|gap| (gap.layers.clone().unwrap(), gap.reason, gap.phases.clone()))
+            .collect();
+        let both = vec!["prefill", "decode"];
+        assert_eq!(
+            told,
+            [
+                (vec![1], Reason::Streamed, vec!["prefill"]),
+                (vec![2, 3], Reason::OnADevice, both.clone()),
+                (vec![4], Reason::OnADevice, both),
+                (vec![5], Reason::UbatchNotRead, vec![]),
+            ]
+        );
+        assert_eq!(layers[0].reason, None);
+        assert_eq!(layers[1].reason, Some(Reason::Streamed));
+        assert_eq!(gaps[0].remedies[0].options, ["--no-op-offload"]);
     }
 }

@@ -1,5 +1,5 @@
 // A program whose main thread ends when the first byte comes from standard input, while another thread
-// goes on until standard input is closed. Its one function of llama.cpp's makes it worth tracing.
+// goes on until standard input is closed, and calls the one function of llama.cpp's for each further byte.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -7,8 +7,8 @@
 
 static pthread_t main_thread;
 
-void llama_free(void * ctx) {
-    (void) ctx;
+__attribute__((noinline)) void llama_free(void * ctx) {
+    __asm__ volatile("" : : "r"(ctx));
 }
 
 static void * go_on(void * unused) {
@@ -16,6 +16,7 @@ static void * go_on(void * unused) {
     char byte;
     pthread_join(main_thread, NULL);
     while (read(0, &byte, 1) > 0) {
+        llama_free(&byte);
     }
     exit(0);
 }

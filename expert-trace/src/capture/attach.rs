@@ -259,7 +259,9 @@ impl Signals {
 impl Capture {
     /// The main thread has ended: with the process, or before it.
     fn look_at_main_thread(&mut self) {
-        if target::goes_on_without_its_main_thread(self.pid.get()) {
+        if !self.session.outlives_main_thread()
+            && target::goes_on_without_its_main_thread(self.pid.get())
+        {
             self.problem(
                 "the target's main thread has ended, and the kernel has removed the probes with it: \
                  what other threads did since is missing"
@@ -315,7 +317,7 @@ fn warn_of_fusion(pid: NonZeroU32, files: &[MappedFile]) {
     }
 }
 
-/// The target's main thread, with which the kernel removes the probes of the process.
+/// The target's main thread, with which the kernel may remove the probes of the process.
 struct MainThread(Option<AsyncFd<ThreadExit>>);
 
 impl MainThread {

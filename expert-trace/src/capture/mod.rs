@@ -28,7 +28,7 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
-    model::{BlindTime, Context, End, Ends, Model, Options},
+    model::{BlindTime, Context, End, Model, Options},
     probes::{Change, Hook, Plan, Probe},
     routes,
     signals::OwnSignal,
@@ -305,10 +305,11 @@ impl Capture {
         if wants_summary {
             let _ = summary::write(&mut text, &stats, self.recording.top);
             if stats.layers_context.is_none() {
+                let pid = self.pid.get();
                 let _ = writeln!(
                     text,
                     "No expert routing was seen: {}.",
-                    silence::reason(&stats)
+                    silence::reason(&stats, &self.targets.options(pid, pid))
                 );
             }
         } else if !complete {
@@ -357,12 +358,16 @@ impl Capture {
             .collect::<Result<Vec<_>, AttachError>>()?;
         let (started, _) = self.started.context("the capture has not started")?;
         let processes = self.targets.describe(self.pid.get());
-        let of_process: Vec<Vec<usize>> = contexts
-            .iter()
-            .map(|context| self.targets.models.indices_of(context.process))
-            .collect();
+        let models_of = |context: &Context| self.targets.models.indices_of(context.process);
+        let of_process: Vec<Vec<usize>> = contexts.iter().map(|of| models_of(of)).collect();
+        let seen: BTreeSet<u32> = contexts.iter().map(|context| context.process).collect();
+        // Beside a context that was seen, another one is more likely that of another model.
+        let of_unseen = |context: &Context| match seen.contains(&context.process) {
+            true => Vec::new(),
+            false => models_of(context),
+        };
+        let not_visible = self.not_visible(self.targets.models.files(), &of_unseen);
         let models = std::mem::take(&mut self.targets.models).into_files();
-        let not_visible = self.not_visible();
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
@@ -385,6 +390,7 @@ impl Capture {
                 duration_s: duration.as_secs_f64(),
                 ended: why,
                 include_warmup: self.recording.include_warmup,
+                attached_by: self.session.attached_by(),
                 routes: self.plan.routes().iter().map(routes::name).collect(),
                 late_libraries: self.late_libraries(),
             },
@@ -400,16 +406,19 @@ impl Capture {
                 })
                 .collect(),
             not_visible,
-            why_not_visible: None,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
         }
-        .explained())
+        .explained(&|pid| self.targets.options(pid, self.pid.get())))
     }
 
     /// Contexts that computed something, or may have, and of which nothing is counted.
-    fn not_visible(&self) -> Vec<stats::NotVisible> {
+    fn not_visible(
+        &self,
+        models: &[stats::ModelFile],
+        models_of: &dyn Fn(&Context) -> Vec<usize>,
+    ) -> Vec<stats::NotVisible> {
         let contexts = self.model.contexts().iter();
         let readable: BTreeSet<u32> = contexts
             .clone()
@@ -418,13 +427,13 @@ impl Capture {
             .collect();
         contexts
             .filter(|context| context.passes == 0)
-            .map(|context| stats::NotVisible {
-                pid: self.pid_of(context),
-                count: context.not_visible(Ends::default()),
-                passes_not_known: match readable.contains(&context.process) {
+            .map(|context| {
+                let not_known = match readable.contains(&context.process) {
                     true => context.passes_unread(),
                     false => context.passes_not_known(),
-                },
+                };
+                let pid = self.pid_of(context);
+                stats::unseen_context(context, not_known, models, &models_of(context), pid)
             })
             .filter(|context| context.count.passes + context.passes_not_known > 0)
             .collect()

@@ -9,6 +9,7 @@ use std::{
 use crate::{
     eval_callback::EvalCallback,
     models::{self, KnownModels},
+    placement::{self, Options},
     probes::build_id,
     redact,
     router_on_cpu::OVERRIDE_VARIABLE,
@@ -51,6 +52,8 @@ pub struct Target {
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
+    /// Arguments that it computes with: a script can have become another program.
+    computes_with: Vec<OsString>,
 }
 
 /// Variables that stand for options of llama.cpp's programs (common/arg.cpp).
@@ -60,6 +63,8 @@ pub struct Variables {
     pub model: Option<OsString>,
     /// `LLAMA_ARG_OVERRIDE_TENSOR`: where tensors go.
     pub override_tensor: Option<OsString>,
+    /// All that decide about places, by name.
+    placing: BTreeMap<&'static str, OsString>,
 }
 
 impl Variables {
@@ -68,6 +73,10 @@ impl Variables {
         Self {
             model: get("LLAMA_ARG_MODEL"),
             override_tensor: get(OVERRIDE_VARIABLE),
+            placing: placement::VARIABLES
+                .iter()
+                .filter_map(|(name, _)| Some((*name, get(name)?)))
+                .collect(),
         }
     }
 }
@@ -146,13 +155,28 @@ impl Targets {
         if !found.is_empty() {
             target.looks = MODEL_LOOKS;
         }
-        let command = if now.is_empty() {
-            &target.command
-        } else {
-            &now
+        target.computes_with = match now.is_empty() {
+            true => target.command.clone(),
+            false => now,
         };
-        self.models.add_process(key, command, found);
+        self.models.add_process(key, &target.computes_with, found);
         true
+    }
+
+    /// Options that decide where a process has its tensors; `main` is the first process.
+    pub fn options(&self, pid: u32, main: u32) -> Options {
+        let target = match pid == main {
+            true => Some(&self.main),
+            false => self.others.get(&pid),
+        };
+        target.map_or_else(
+            || Options::parse(&[], |_| None),
+            |target| {
+                let variables = &target.variables.placing;
+                let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
+                Options::parse(&target.computes_with, variable)
+            },
+        )
     }
 
     /// A process has set an eval callback, which is at this address.

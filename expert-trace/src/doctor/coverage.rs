@@ -3,16 +3,15 @@
 use expert_trace_common::Route;
 use serde::Serialize;
 
-use super::{
-    placement::{Options, Place},
-    report::Answer,
-};
+use super::report::Answer;
 use crate::{
     gguf::ModelShape,
+    placement::{Options, Place},
     probes::{Hook, Probe},
+    remedy::{self, Layers, Need, Program, Remedy},
     routes::{self, Routes},
     stats::ModelFile,
-    visibility::OFF_THE_DEVICE,
+    visibility::{self, OWN_OVERRIDE},
 };
 
 /// Whether a route can be served.
@@ -88,13 +87,7 @@ fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
     if !missing.is_empty() {
         return (Answer::No, format!("no {} was found", missing.join(", ")));
     }
-    // ggml-backend's own functions can be part of their callers, where a device's are called by
-    // pointer.
-    let of_api = |hook: Hook| {
-        let mut of_hook = probes.iter().filter(|probe| probe.hook == hook);
-        of_hook.all(|probe| probe.symbol == hook.symbols()[0])
-    };
-    if route == Route::Fetch && needs(route).iter().any(|hook| of_api(*hook)) {
+    if route == Route::Fetch && !visibility::sees_streams(probes.iter().copied()) {
         let text = "compilers can put ggml_backend_tensor_get_async and …_set_async into their \
                     callers, where nothing hits the probes";
         return (Answer::CouldNotTell, text.to_owned());
@@ -115,8 +108,10 @@ pub struct Expectation {
     pub routes: Vec<&'static str>,
     /// Why.
     pub finding: String,
-    /// What to change; none where all is seen.
+    /// What to change, in words; none where all is seen.
     pub fix: Option<String>,
+    /// Options for it, best first; each is enough.
+    pub remedies: Vec<Remedy>,
     /// Whether the layers run without being asked for; those for multi-token prediction do not.
     pub always_run: bool,
 }
@@ -132,86 +127,122 @@ pub struct Facts<'a> {
     pub routes: &'a [RouteReport],
     /// Index of the model that the options are about; others, such as a draft model, have their own.
     pub main_model: Option<usize>,
+    /// Whether ids by which weights are streamed to a device are certain to be seen.
+    pub sees_streams: bool,
+    /// Whether router logits are read.
+    pub router_on_cpu: bool,
+    /// Whether the program runs already.
+    pub attached: bool,
 }
 
 /// What is expected of the layers with experts of each model, those alike together.
 pub fn expectations(models: &[ModelFile], facts: &Facts<'_>) -> Vec<Expectation> {
-    let mut expectations: Vec<Expectation> = Vec::new();
+    let mut all = Vec::new();
     for (model, ModelFile { shape, .. }) in models.iter().enumerate() {
+        let mut alike: Vec<(Outlook, bool, Vec<u32>)> = Vec::new();
         for layer in &shape.moe_layers {
             let outlook = if facts.main_model == Some(model) {
                 facts.outlook(*layer, shape)
             } else {
                 facts.outlook_of_another()
             };
-            let of_layer = outlook.of(model, *layer, *layer < shape.main_layers());
-            let alike = expectations.iter_mut().find(|known| {
-                let layers = known.layers.clone();
-                **known
-                    == Expectation {
-                        layers,
-                        ..of_layer.clone()
-                    }
-            });
-            match alike {
-                Some(known) => known.layers.push(*layer),
-                None => expectations.push(of_layer),
+            let always_run = *layer < shape.main_layers();
+            match alike
+                .iter_mut()
+                .find(|of| (&of.0, of.1) == (&outlook, always_run))
+            {
+                Some((.., layers)) => layers.push(*layer),
+                None => alike.push((outlook, always_run, vec![*layer])),
             }
         }
+        let expected = alike.into_iter().map(|(outlook, always_run, layers)| {
+            let wanted = &layers;
+            let (fix, remedies) = facts.fix(outlook.fix, Layers { wanted, shape });
+            Expectation {
+                model,
+                layers,
+                answer: outlook.answer,
+                routes: outlook.routes.into_iter().map(routes::name).collect(),
+                finding: outlook.finding,
+                fix,
+                remedies,
+                always_run,
+            }
+        });
+        all.extend(expected);
     }
-    expectations
+    all
 }
 
 /// What is expected of one layer.
+#[derive(Debug, PartialEq)]
 struct Outlook {
     answer: Answer,
     routes: Vec<Route>,
     finding: String,
-    fix: Option<String>,
+    fix: Option<Fix>,
+}
+
+/// What to change.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fix {
+    /// Options, by what keeps the layer out of sight.
+    Options(Need),
+    Text(&'static str),
 }
 
 impl Outlook {
-    fn of(self, model: usize, layer: u32, always_run: bool) -> Expectation {
-        Expectation {
-            model,
-            layers: vec![layer],
-            answer: self.answer,
-            routes: self.routes.into_iter().map(routes::name).collect(),
-            finding: self.finding,
-            fix: self.fix,
-            always_run,
-        }
-    }
-
-    fn unknown(finding: &str, fix: &str) -> Self {
+    fn unknown(finding: &str, fix: Fix) -> Self {
         Self {
             answer: Answer::CouldNotTell,
             routes: Vec::new(),
             finding: finding.to_owned(),
-            fix: Some(fix.to_owned()),
+            fix: Some(fix),
         }
     }
 
-    fn hidden(finding: String, fix: &str) -> Self {
+    fn hidden(finding: String, fix: Fix) -> Self {
         Self {
             answer: Answer::No,
             routes: Vec::new(),
             finding,
-            fix: Some(fix.to_owned()),
+            fix: Some(fix),
         }
     }
 }
 
-const SAY_WHERE: &str =
-    "say where layers go (-ngl 0; or -ngl 99 --cpu-moe), or trace with --router-on-cpu";
+const BUILD: Fix = Fix::Text("use a build with shared libraries, or one that is not stripped");
+const TRACE_IT: Fix = Fix::Text("trace it: the summary names what is not visible");
+const OFF_THE_DEVICE: Fix = Fix::Options(Need::OffTheDevice);
 
 impl Facts<'_> {
     fn answer(&self, route: Route) -> Answer {
         self.routes[route as usize].answer
     }
 
+    /// In words, and as options.
+    fn fix(&self, fix: Option<Fix>, layers: Layers<'_>) -> (Option<String>, Vec<Remedy>) {
+        let program = Program {
+            options: self.options,
+            is_draft: false,
+            sees_streams: self.sees_streams || !self.streams(),
+            router_on_cpu: self.router_on_cpu,
+            attached: self.attached,
+        };
+        let remedies = match fix {
+            Some(Fix::Options(need)) => remedy::remedies(need, Some(layers), &program),
+            Some(Fix::Text(_)) | None => Vec::new(),
+        };
+        let text = fix.map(|fix| match (fix, remedies.as_slice()) {
+            (Fix::Text(text), _) => text.to_owned(),
+            (Fix::Options(_), []) => OWN_OVERRIDE.to_owned(),
+            (Fix::Options(_), remedies) => remedy::sentence(remedies),
+        });
+        (text, remedies)
+    }
+
     /// Seen by all of these routes together, as far as their hooks go.
-    fn seen(&self, routes: &[Route], finding: &str, fix: &str) -> Outlook {
+    fn seen(&self, routes: &[Route], finding: &str, fix: Fix) -> Outlook {
         let answer = Answer::worst(routes.iter().map(|route| self.answer(*route)));
         let lacking = routes
             .iter()
@@ -227,7 +258,7 @@ impl Facts<'_> {
             answer,
             routes: routes.to_vec(),
             finding,
-            fix: (answer != Answer::Yes).then(|| fix.to_owned()),
+            fix: (answer != Answer::Yes).then_some(fix),
         }
     }
 
@@ -239,15 +270,19 @@ impl Facts<'_> {
         !self.devices.is_empty() && !self.options.uses_no_device()
     }
 
+    /// Whether weights are streamed to a device. RPC servers take none (ggml-rpc.cpp, `offload_op`).
+    fn streams(&self) -> bool {
+        self.options.op_offload && self.devices.iter().any(|device| device != "rpc")
+    }
+
     /// Experts in the host's memory: prompts that are long have them streamed.
     fn and_streamed(&self, routes: &[Route]) -> Vec<Route> {
-        let streamed = self.options.op_offload.then_some(Route::Fetch);
+        let streamed = self.streams().then_some(Route::Fetch);
         routes.iter().copied().chain(streamed).collect()
     }
 
     fn outlook(&self, layer: u32, shape: &ModelShape) -> Outlook {
-        const BUILD: &str = "use a build with shared libraries, or one that is not stripped";
-        const NO_OFFLOAD: &str = "start the program with --no-op-offload";
+        const NO_OFFLOAD: Fix = Fix::Options(Need::NotStreamed);
         if !self.has_device() {
             return self.seen(&[Route::Router], "computed on the CPU", BUILD);
         }
@@ -264,9 +299,16 @@ impl Facts<'_> {
         match on {
             _ if router.is_some_and(|router| router != on) => Outlook::unknown(
                 "an --override-tensor puts the router where it cannot be told who chooses",
-                "leave ffn_gate_inp to --router-on-cpu",
+                Fix::Text("leave ffn_gate_inp to --router-on-cpu"),
             ),
-            Place::Host => self.seen(&[Route::Router], "the layer is on the CPU", BUILD),
+            Place::Host => {
+                let fix = match self.answer(Route::Router) {
+                    Answer::Yes => NO_OFFLOAD,
+                    _ => BUILD,
+                };
+                let routes = self.and_streamed(&[Route::Router]);
+                self.seen(&routes, "the layer is on the CPU", fix)
+            }
             Place::Device if experts_on_host => self.seen(
                 &self.and_streamed(&[Route::SplitInput]),
                 "router on a device, experts on the CPU",
@@ -290,11 +332,11 @@ impl Facts<'_> {
             }
             _ if !self.options.understood => Outlook::unknown(
                 "the program has device backends, and is not known to take llama.cpp's options",
-                "trace it: the summary names what is not visible",
+                TRACE_IT,
             ),
             _ => Outlook::unknown(
                 "llama.cpp decides by the device's free memory where the layer goes",
-                SAY_WHERE,
+                OFF_THE_DEVICE,
             ),
         }
     }
@@ -306,10 +348,10 @@ impl Facts<'_> {
         shape: &ModelShape,
         place: &dyn Fn(&str) -> Option<Place>,
     ) -> Outlook {
-        const ADD_BIAS: &str = "let --router-on-cpu choose the --override-tensor";
+        const ADD_BIAS: Fix = Fix::Text("let --router-on-cpu choose the --override-tensor");
         if shape.chosen_by_token.contains(&layer) {
             let finding = "the layer chooses by token, not by logits".to_owned();
-            return Outlook::hidden(finding, "keep its experts on the CPU (--cpu-moe)");
+            return Outlook::hidden(finding, OFF_THE_DEVICE);
         }
         for (layers, tensor) in [
             (&shape.router_bias, "ffn_gate_inp.bias"),
@@ -324,12 +366,12 @@ impl Facts<'_> {
         let mut outlook = self.seen(
             &[Route::Logits],
             "router logits on the CPU, from which the choice is made",
-            "trace with --router-on-cpu",
+            Fix::Text("trace with --router-on-cpu"),
         );
-        if self.options.op_offload && outlook.answer == Answer::Yes {
+        if self.streams() && outlook.answer == Answer::Yes {
             outlook.answer = Answer::CouldNotTell;
             outlook.finding += "; a device may compute those of prompts";
-            outlook.fix = Some("start the program with --no-op-offload".to_owned());
+            outlook.fix = Some(Fix::Options(Need::NotStreamed));
         }
         outlook
     }
@@ -338,10 +380,10 @@ impl Facts<'_> {
         if self.has_device() {
             Outlook::unknown(
                 "a further model, whose place other options decide",
-                "trace it: the summary names what is not visible",
+                TRACE_IT,
             )
         } else {
-            self.seen(&[Route::Router], "computed on the CPU", SAY_WHERE)
+            self.seen(&[Route::Router], "computed on the CPU", BUILD)
         }
     }
 }
@@ -427,6 +469,9 @@ mod tests {
                 devices: &self.devices,
                 routes: &routes,
                 main_model: self.main_model,
+                sees_streams: !self.lacking.contains(&Route::Fetch),
+                router_on_cpu: self.reads_logits,
+                attached: false,
             };
             expectations(&[model(self.shape.clone())], &facts)
                 .into_iter()
@@ -450,7 +495,8 @@ mod tests {
         assert_eq!(setup.expect("python3 serve.py"), by_router);
         assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         assert_eq!(Setup::gpu().expect("llama-cli -dev none"), by_router);
-        assert_eq!(Setup::gpu().expect("llama-cli -ngl 0"), by_router);
+        let no_offload = "llama-cli -ngl 0 --no-op-offload";
+        assert_eq!(Setup::gpu().expect(no_offload), by_router);
         setup.main_model = None;
         assert_eq!(setup.expect("llama-cli -ngl 99"), by_router);
         setup.lacking = vec![Route::Router];
@@ -492,7 +538,7 @@ mod tests {
         assert_eq!(
             setup.expect("llama-cli -ngl 2"),
             [
-                (vec![0, 1], Yes, vec!["router"]),
+                (vec![0, 1], Yes, vec!["router", "fetch"]),
                 (vec![2], CouldNotTell, vec![]),
                 (vec![3], No, vec![])
             ]

@@ -1,7 +1,7 @@
 //! Would it work, and how: the machine, what we may do on it, and what would be probed in a target.
 //!
 //! Facts are gathered at the edges (`machine`, `trial`, `survey`), judged by plain functions
-//! (`coverage`, `placement`), and told by one writer each for people and for programs. `doctor` and
+//! (`coverage`), and told by one writer each for people and for programs. `doctor` and
 //! the `--dry-run` of `run` and `attach` are the same.
 
 mod age;
@@ -10,7 +10,6 @@ mod coverage;
 mod elf;
 mod linker;
 mod machine;
-mod placement;
 mod report;
 mod survey;
 mod text;
@@ -38,6 +37,7 @@ use crate::{
     router_on_cpu,
     routes::Routes,
     stats::{Schema, Tool},
+    visibility,
 };
 
 /// What is asked about.
@@ -200,6 +200,9 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         devices: &survey.devices(),
         routes: &routes,
         main_model: survey.main_model(),
+        sees_streams: visibility::sees_streams(probes.iter().copied()),
+        router_on_cpu: survey.plan.reads_logits(),
+        attached: survey.pid.is_some(),
     };
     // Where the functions are not found yet, or not to be found, nothing can be expected.
     let expected = match survey.plan.can_see_experts() {

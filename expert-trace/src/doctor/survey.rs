@@ -16,7 +16,6 @@ use super::{
     callback::Callbacks,
     elf::{self, Anatomy},
     linker::{Code, Linker, Search},
-    placement::Options,
     report::{Answer, Build, Check, Loaded, Planned, TargetKind},
 };
 use crate::{
@@ -27,11 +26,13 @@ use crate::{
     launch,
     layout::Layout,
     models::{self, KnownModels},
+    placement::Options,
     probes::{Change, Hook, Plan, Probe},
     redact, router_on_cpu,
     routes::Routes,
     silence,
     stats::ModelFile,
+    summary::ranges,
     target::{self, Reach, is_gguf, open_regular, printable, script_interpreter},
 };
 
@@ -611,22 +612,6 @@ impl Survey {
 }
 
 const COVERAGE: &str = "coverage";
-
-/// Numbers as people write them: `0-3, 7`.
-pub fn ranges(numbers: &[u32]) -> String {
-    let mut ranges: Vec<(u32, u32)> = Vec::new();
-    for number in numbers {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == *number => *last = *number,
-            _ => ranges.push((*number, *number)),
-        }
-    }
-    let text = ranges.iter().map(|(first, last)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
-    });
-    text.collect::<Vec<_>>().join(", ")
-}
 
 fn describe(model: &ModelFile) -> String {
     let shape = &model.shape;

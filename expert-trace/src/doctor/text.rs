@@ -8,9 +8,8 @@ use std::{
 use super::{
     coverage::Expectation,
     report::{Answer, Build, Check, Loaded, Planned, Report, Target, TargetKind},
-    survey::ranges,
 };
-use crate::target::printable;
+use crate::{summary::ranges, target::printable};
 
 /// Width of the column of answers.
 const COLUMN: usize = "could not tell".len() + 2;
@@ -175,6 +174,7 @@ fn write_expectation(
         routes,
         finding,
         fix,
+        remedies: _,
         always_run,
     } = expectation;
     let routes = match routes.as_slice() {

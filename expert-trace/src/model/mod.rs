@@ -5,7 +5,10 @@
 
 mod pass;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::{Add, Sub},
+};
 
 use expert_trace_common::{Header, PassSource, Phase, Route};
 use serde::Serialize;
@@ -145,12 +148,89 @@ impl Ends {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Coverage {
-    /// In every pass.
+    /// In every pass in which it had something to do.
     Observed,
-    /// In some passes: it stayed on a device in others.
+    /// In some passes, and not in others.
     PartlyObserved,
-    /// In some passes; whether others computed tokens is not known.
+    /// In no pass.
+    NotVisible,
+    /// In all passes that are known to have computed tokens; others may have.
     NotKnown,
+}
+
+/// Passes by phase. A pass that works on any token of a prompt is one of prefill.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PhasePasses {
+    /// Passes with tokens of prompts.
+    pub prefill: u64,
+    /// All others.
+    pub decode: u64,
+}
+
+impl PhasePasses {
+    /// Of both phases.
+    pub fn sum(self) -> u64 {
+        self.prefill + self.decode
+    }
+
+    fn note(&mut self, phase: Phase) {
+        match phase {
+            Phase::Prefill => self.prefill += 1,
+            Phase::Decode | Phase::Unknown => self.decode += 1,
+        }
+    }
+}
+
+impl Add for PhasePasses {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            prefill: self.prefill + other.prefill,
+            decode: self.decode + other.decode,
+        }
+    }
+}
+
+impl Sub for PhasePasses {
+    type Output = Self;
+
+    /// Passes that `other`, a part of these, has not.
+    fn sub(self, other: Self) -> Self {
+        Self {
+            prefill: self.prefill - other.prefill,
+            decode: self.decode - other.decode,
+        }
+    }
+}
+
+/// Passes, those in which no output was wanted apart: the last layers had nothing to do in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passes {
+    /// Passes with an output, and such of which that is not known.
+    pub with_output: PhasePasses,
+    /// Passes without.
+    pub without_output: PhasePasses,
+}
+
+impl Passes {
+    /// All of them.
+    pub fn sum(self) -> u64 {
+        self.all().sum()
+    }
+
+    /// The same by phase alone.
+    pub fn all(self) -> PhasePasses {
+        self.with_output + self.without_output
+    }
+
+    fn note(&mut self, pass: &Pass, phase: Phase) {
+        if pass.has_no_output() {
+            self.without_output.note(phase);
+        } else {
+            self.with_output.note(phase);
+        }
+    }
 }
 
 /// A row whose last chosen value lies less than [`CLOSE_CALL`] above the next.
@@ -170,9 +250,7 @@ pub struct Layer {
     /// Experts to choose from, when the target's tensors show it; else 0.
     pub n_expert: u32,
     /// Passes in which it was seen.
-    pub passes: u64,
-    /// Those of them in which no output was wanted.
-    pub passes_without_output: u64,
+    pub passes: Passes,
     /// Where it was read.
     pub routes: BTreeSet<Route>,
     /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
@@ -206,14 +284,16 @@ pub struct Context {
     pub source: u32,
     /// Passes counted.
     pub passes: u64,
+    /// The same by phase.
+    pub by_phase: Passes,
     /// Those of them whose ubatch was read, so that prefill and decode are known row by row.
     pub passes_with_ubatch: u64,
-    /// Those of them in which no output was wanted, so that the last layer had nothing to do.
-    pub passes_without_output: u64,
     /// Passes that computed tokens for an output, and of which no routing was seen.
     pub unseen: Excluded,
     /// Passes that computed tokens, none of them for an output, and of which no routing was seen.
     pub unseen_without_output: Excluded,
+    /// Both by phase.
+    pub unseen_by_phase: Passes,
     /// Passes without a ubatch, of which no routing was seen.
     silent: u64,
     /// Passes whose ubatch could not be read, and of which no routing was seen.
@@ -255,40 +335,41 @@ impl Context {
         }
     }
 
-    /// Whether the routing of a layer was seen in all passes in which it ran. Of a model that is not
-    /// known, the last layer that was seen stands for the last one with experts.
+    /// Whether the routing of a layer was seen in all passes in which it ran.
     pub fn coverage(&self, layer: u16, ends: Ends) -> Coverage {
-        let last_seen = self.layers.keys().next_back().copied();
-        let ends = Ends {
-            last: if ends.known { ends.last } else { last_seen },
-            ..ends
-        };
-        // Empty nodes are not computed.
-        let mut idle = 0;
-        if ends.may_idle(layer) {
-            idle += self.unseen_without_output.passes;
-        }
-        let (seen, seen_without_output) = self
-            .layers
-            .get(&layer)
-            .map_or((0, 0), |layer| (layer.passes, layer.passes_without_output));
-        let seen = if ends.is_nextn(layer) {
-            // Passes that were seen without it are those of other blocks.
-            self.passes
-        } else {
-            if ends.may_idle(layer) {
-                idle += self.passes_without_output - seen_without_output;
+        let seen = self.layers.contains_key(&layer);
+        if self.passes_not_seen(layer, ends).sum() > 0 {
+            match seen {
+                true => Coverage::PartlyObserved,
+                false => Coverage::NotVisible,
             }
-            seen
-        };
-        let unseen = self.unseen.passes + self.unseen_without_output.passes;
-        if seen + idle < self.passes + unseen {
-            Coverage::PartlyObserved
         } else if self.passes_not_known() > 0 {
             Coverage::NotKnown
         } else {
             Coverage::Observed
         }
+    }
+
+    /// Passes in which a layer had something to do, and was not seen. Of a model that is not known, the
+    /// last layer that was seen stands for the last one with experts.
+    pub fn passes_not_seen(&self, layer: u16, ends: Ends) -> PhasePasses {
+        let last_seen = self.layers.keys().next_back().copied();
+        let ends = Ends {
+            last: if ends.known { ends.last } else { last_seen },
+            ..ends
+        };
+        let unseen = self.unseen_by_phase;
+        if ends.is_nextn(layer) {
+            // Passes that were seen without it are those of other blocks.
+            return unseen.with_output;
+        }
+        let seen = self.layers.get(&layer);
+        let seen = seen.map_or(Passes::default(), |layer| layer.passes);
+        if ends.may_idle(layer) {
+            // Empty nodes are not computed.
+            return self.by_phase.with_output - seen.with_output + unseen.with_output;
+        }
+        self.by_phase.all() - seen.all() + unseen.all()
     }
 
     /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
@@ -676,9 +757,11 @@ impl Model {
     fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &mut self.contexts[index];
         let phases = pass.row_phases(&context.in_prompt);
+        let phase = phases.of_pass();
         pass.note_outputs(&mut context.in_prompt);
         if !pass.has_rows() {
             if pass.has_ubatch() {
+                context.unseen_by_phase.note(&pass, phase);
                 let unseen = if pass.has_no_output() {
                     &mut context.unseen_without_output
                 } else {
@@ -694,12 +777,11 @@ impl Model {
             return;
         }
         context.passes += 1;
-        context.passes_without_output += u64::from(pass.has_no_output());
+        context.by_phase.note(&pass, phase);
         context.knows_layers |= !pass.has_no_output();
         for layer in pass.layers() {
             let layer = context.layers.entry(layer).or_default();
-            layer.passes += 1;
-            layer.passes_without_output += u64::from(pass.has_no_output());
+            layer.passes.note(&pass, phase);
         }
         context.passes_with_ubatch += u64::from(pass.has_ubatch());
         for (number, call) in &pass.close_calls {

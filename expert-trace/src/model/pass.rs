@@ -359,6 +359,15 @@ pub(super) struct RowPhases {
 }
 
 impl RowPhases {
+    /// Phase of the pass: decode when all of its tokens are decoded.
+    pub(super) fn of_pass(&self) -> Phase {
+        match self.tokens.as_slice() {
+            [] => self.otherwise,
+            tokens if tokens.contains(&Phase::Prefill) => Phase::Prefill,
+            _ => Phase::Decode,
+        }
+    }
+
     /// Phase of a row of a layer that has `total_rows` rows.
     pub(super) fn of(&self, row: usize, total_rows: u32) -> Phase {
         let total = total_rows as usize;

@@ -647,7 +647,16 @@ fn passes_of_which_nothing_was_seen_are_counted() {
     assert_eq!(context.not_visible(last(3)), of(1, 1));
     assert_eq!(context.not_visible(last(5)), of(2, 3));
     assert_eq!(context.coverage(3, last(3)), Coverage::PartlyObserved);
-    assert_eq!(context.coverage(4, last(5)), Coverage::PartlyObserved);
+    assert_eq!(context.coverage(4, last(5)), Coverage::NotVisible);
+    let missed = |layer, ends| {
+        let PhasePasses { prefill, decode } = context.passes_not_seen(layer, ends);
+        (prefill, decode)
+    };
+    assert_eq!(missed(3, last(3)), (0, 1));
+    assert_eq!(missed(3, last(5)), (1, 1));
+    assert_eq!(missed(4, last(5)), (2, 1));
+    // A last layer that was never seen had nothing to do but where there was an output.
+    assert_eq!(missed(5, last(5)), (1, 1));
 }
 
 /// Two blocks that predict further tokens after four layers: each has passes of its own, and nothing to

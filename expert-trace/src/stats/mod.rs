@@ -7,45 +7,62 @@ mod integrity;
 
 use std::collections::BTreeSet;
 
+use expert_trace_common::Route;
 use serde::Serialize;
 
 use crate::{
     eval_callback::EvalCallback,
     gguf::ModelShape,
     layout::Layout,
-    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer},
+    model::{CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, PhasePasses},
+    placement::Options,
     probes::Probe,
-    routes, visibility,
+    routes,
+    visibility::{Evidence, Gap, Reason},
 };
 
 pub use self::integrity::{Dropped, Flow, Hits, Integrity, Logits, Routes, UnknownRows};
 
 impl Stats {
-    /// The same, with the reason why routing was not seen, where that was so.
-    pub fn explained(mut self) -> Self {
-        let unseen = |context: &ContextStats| {
-            context.passes_not_visible.passes > 0
-                || context.passes_not_known > 0
-                || context
-                    .layers_not_visible
-                    .as_ref()
-                    .is_some_and(|layers| !layers.is_empty())
-                || context
-                    .layers
-                    .iter()
-                    .any(|layer| layer.coverage != Coverage::Observed)
+    /// The same, with the reason why routing was not seen, where that was so, and what to change.
+    /// `options` gives those of a process.
+    pub fn explained(mut self, options: &dyn Fn(u32) -> Options) -> Self {
+        let why = Evidence::of(&self);
+        let models = &self.models;
+        let of_model = |index: Option<usize>, options: &Options| {
+            let model = index.map(|index| &models[index]);
+            let is_draft = model.is_some_and(|model| options.is_draft(&model.path));
+            (model.map(|model| &model.shape), is_draft)
         };
-        if self.contexts.iter().any(unseen) || !self.not_visible.is_empty() {
-            self.why_not_visible = Some(visibility::explain(&self));
+        for context in &mut self.contexts {
+            let options = options(context.pid);
+            let (shape, is_draft) = of_model(context.model, &options);
+            context.gaps = why.explain(&mut context.layers, shape, &options, is_draft);
+        }
+        for context in &mut self.not_visible {
+            let options = options(context.pid);
+            let (shape, is_draft) = of_model(context.model, &options);
+            context.gaps = match shape {
+                Some(shape) => why.explain(&mut context.layers, Some(shape), &options, is_draft),
+                None => vec![why.explain_unknown(context.by_phase, &options)],
+            };
         }
         self
+    }
+
+    /// Why routing was not seen, of the context of which least was seen.
+    pub fn worst_gap(&self) -> Option<&Gap> {
+        let unseen = self.not_visible.iter().flat_map(|context| &context.gaps);
+        unseen
+            .chain(self.contexts.iter().flat_map(|context| &context.gaps))
+            .next()
     }
 }
 
 /// Name of the document's schema.
 pub const SCHEMA_NAME: &str = "expert-trace-stats";
 /// Its version: raised when a key changes its meaning or goes.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// The whole document.
 #[derive(Debug, Serialize)]
@@ -70,8 +87,6 @@ pub struct Stats {
     pub contexts: Vec<ContextStats>,
     /// Contexts that computed tokens, and of which no routing was seen at all.
     pub not_visible: Vec<NotVisible>,
-    /// Why routing was not seen, and what to change; `null` when all was.
-    pub why_not_visible: Option<visibility::NotVisible>,
     /// Passes that are in no count.
     pub excluded: Vec<ExcludedPasses>,
     /// Proof that nothing was lost, or what was.
@@ -160,6 +175,8 @@ pub struct Capture {
     pub ended: &'static str,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
+    /// What keeps the probes in their places: `uprobe_multi`, `perf_event`.
+    pub attached_by: &'static str,
     /// Ways in which routing was to be read.
     pub routes: Vec<&'static str>,
     /// Libraries that a process we attached to has loaded since.
@@ -225,7 +242,9 @@ pub struct ContextStats {
     /// model fits, or several that differ in their layers. NextN blocks
     /// that did not run are not among them.
     pub layers_not_visible: Option<Vec<u32>>,
-    /// Counts by layer.
+    /// Why layers were not seen, or not always, and what to change.
+    pub gaps: Vec<Gap>,
+    /// Counts by layer; also of layers that were not seen, by the model file.
     pub layers: Vec<LayerStats>,
 }
 
@@ -239,28 +258,56 @@ pub struct NotVisible {
     pub count: Excluded,
     /// Its passes of which it is not known whether they did.
     pub passes_not_known: u64,
+    /// Index in `models`; `null` when its process has several, or none.
+    pub model: Option<usize>,
+    /// Why nothing was seen, and what to change; empty when its model is dense.
+    pub gaps: Vec<Gap>,
+    /// Its layers, by the model file.
+    pub layers: Vec<LayerStats>,
+    /// Passes that computed tokens.
+    #[serde(skip)]
+    pub by_phase: PhasePasses,
+}
+
+/// Where a number of a layer comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// What was read of the target shows it.
+    Target,
+    /// The model file says it.
+    ModelFile,
 }
 
 /// Counts of one layer of one context.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LayerStats {
     /// Layer of the model.
     pub layer_id: u16,
-    /// Experts to choose from; `null` when neither the tensors nor the model file show it.
-    pub n_expert: Option<u32>,
-    /// Experts chosen per token (the largest seen).
-    pub k: u16,
     /// Whether its routing was seen in every pass.
     pub coverage: Coverage,
+    /// Why not; `null` where it was. The context's `gaps` have it in words.
+    pub reason: Option<Reason>,
+    /// Experts to choose from; `null` when neither the tensors nor the model file show it.
+    pub n_expert: Option<u32>,
+    /// Where that comes from.
+    pub n_expert_source: Option<Source>,
+    /// Experts chosen per token (the largest seen); `null` when nothing shows it.
+    pub k: Option<u32>,
+    /// Where that comes from.
+    pub k_source: Option<Source>,
     /// Passes in which it was seen.
     pub passes: u64,
+    /// Passes in which it had something to do, and was not seen.
+    pub passes_not_seen: PhasePasses,
     /// Where its routing was read: see [`routes::name`](crate::routes::name).
     pub routes: Vec<&'static str>,
     /// Rows in which the choice was made from logits, and the target, rounding in its own way, may have
     /// chosen otherwise.
     pub close_calls: Vec<CloseCall>,
-    /// Experts never chosen; `null` when their number is not known.
-    pub experts_never_chosen: Option<u64>,
+    /// Experts without activation in what was seen, ascending; `null` when the layer was not seen, or
+    /// the number of its experts is not known.
+    pub experts_never_activated: Option<Vec<u32>>,
     /// Tokens routed.
     pub total_tokens: u64,
     /// Those of prompts.
@@ -273,8 +320,33 @@ pub struct LayerStats {
     pub experts: Vec<ExpertStats>,
 }
 
+impl LayerStats {
+    /// One of which nothing is known.
+    pub fn unseen(layer_id: u16) -> Self {
+        Self {
+            layer_id,
+            coverage: Coverage::NotVisible,
+            reason: None,
+            n_expert: None,
+            n_expert_source: None,
+            k: None,
+            k_source: None,
+            passes: 0,
+            passes_not_seen: PhasePasses::default(),
+            routes: Vec::new(),
+            close_calls: Vec::new(),
+            experts_never_activated: None,
+            total_tokens: 0,
+            prefill_tokens: 0,
+            decode_tokens: 0,
+            activations: 0,
+            experts: Vec::new(),
+        }
+    }
+}
+
 /// Counts of one expert.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ExpertStats {
     /// Expert.
     pub expert_id: usize,
@@ -336,8 +408,8 @@ pub fn context_stats(
         _ => None,
     };
     let shape = common_shape(fitting.iter().map(|index| &models[*index].shape));
-    let n_expert = shape.map(|shape| shape.n_expert);
     let ends = shape.map_or_else(Ends::default, ends);
+    let layers = layers(context, shape, ends);
     ContextStats {
         id,
         pid,
@@ -356,15 +428,38 @@ pub fn context_stats(
         excluded: excluded_list(&context.excluded),
         passes_not_visible: context.not_visible(ends),
         passes_not_known: context.passes_not_known(),
-        layers_not_visible: shape.map(|shape| layers_not_visible(context, shape)),
-        layers: context
-            .layers
-            .iter()
-            .map(|(layer_id, layer)| LayerStats {
-                coverage: context.coverage(*layer_id, ends),
-                ..layer_stats(*layer_id, layer, n_expert)
-            })
-            .collect(),
+        layers_not_visible: shape.map(|_| not_visible(&layers)),
+        gaps: Vec::new(),
+        layers,
+    }
+}
+
+/// A context of which nothing was seen, with the model it runs where that is certain: the only one of its
+/// process, of which no other context was seen.
+///
+/// `of_process` are the indices of those that its process has.
+pub fn unseen_context(
+    context: &Context,
+    passes_not_known: u64,
+    models: &[ModelFile],
+    of_process: &[usize],
+    pid: u32,
+) -> NotVisible {
+    let model = match of_process {
+        // A context that runs NextN blocks runs no other layer.
+        [only] if models[*only].shape.nextn_predict_layers == 0 => Some(*only),
+        _ => None,
+    };
+    let shape = model.map(|index| &models[index].shape);
+    let ends = shape.map_or_else(Ends::default, ends);
+    NotVisible {
+        pid,
+        count: context.not_visible(Ends::default()),
+        passes_not_known,
+        model,
+        gaps: Vec::new(),
+        layers: layers(context, shape, ends),
+        by_phase: context.unseen_by_phase.all(),
     }
 }
 
@@ -379,17 +474,38 @@ fn ends(shape: &ModelShape) -> Ends {
     }
 }
 
-/// Layers with experts that have run, and of which no routing was seen. NextN blocks run when llama.cpp
-/// is asked to speculate with them, in a context of their own, where no other layer does.
-fn layers_not_visible(context: &Context, shape: &ModelShape) -> Vec<u32> {
-    let seen: BTreeSet<u32> = context.layers.keys().map(|id| u32::from(*id)).collect();
-    let main = shape.main_layers();
-    if seen.first().is_some_and(|first| *first >= main) {
-        return Vec::new();
+/// Layers that were seen, and those that have run without being seen: all with experts, but NextN blocks,
+/// which run when llama.cpp is asked to speculate with them, in a context of their own, where no other
+/// layer does.
+fn layers(context: &Context, shape: Option<&ModelShape>, ends: Ends) -> Vec<LayerStats> {
+    let mut ids: BTreeSet<u16> = context.layers.keys().copied().collect();
+    if let Some(shape) = shape {
+        let main = shape.main_layers();
+        let is_main = |id: &u32| *id < main;
+        let runs_main = ids.first().is_none_or(|first| is_main(&u32::from(*first)));
+        let expected = shape
+            .moe_layers
+            .iter()
+            .filter(|id| runs_main && is_main(id));
+        ids.extend(expected.filter_map(|id| u16::try_from(*id).ok()));
     }
-    let expected = shape.moe_layers.iter().copied();
-    expected
-        .filter(|id| *id < main && !seen.contains(id))
+    let layers = ids.into_iter().map(|id| {
+        let seen = context.layers.get(&id);
+        let stats = seen.map_or_else(|| LayerStats::unseen(id), |layer| layer_stats(id, layer));
+        LayerStats {
+            coverage: context.coverage(id, ends),
+            passes_not_seen: context.passes_not_seen(id, ends),
+            ..stats.with_model(shape)
+        }
+    });
+    layers.collect()
+}
+
+fn not_visible(layers: &[LayerStats]) -> Vec<u32> {
+    let layers = layers.iter();
+    layers
+        .filter(|layer| layer.coverage == Coverage::NotVisible)
+        .map(|layer| u32::from(layer.layer_id))
         .collect()
 }
 
@@ -399,7 +515,7 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
         .layers
         .iter()
         .map(|(layer_id, layer)| {
-            let stats = layer_stats(*layer_id, layer, None);
+            let stats = layer_stats(*layer_id, layer);
             SpecifiedLayer {
                 layer_id: *layer_id,
                 total_tokens: stats.total_tokens,
@@ -417,7 +533,7 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
         .collect()
 }
 
-fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> LayerStats {
+fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
     let total_tokens = layer.total_tokens();
     let activations = layer.activations();
     let mut experts: Vec<ExpertStats> = layer
@@ -435,23 +551,53 @@ fn layer_stats(layer_id: u16, layer: &Layer, model_experts: Option<u32>) -> Laye
         .filter(|expert| expert.activations > 0)
         .collect();
     experts.sort_by_key(|expert| (std::cmp::Reverse(expert.activations), expert.expert_id));
-    let seen = (layer.n_expert > 0).then_some(layer.n_expert);
-    let n_expert = seen.or(model_experts);
+    let n_expert = (layer.n_expert > 0).then_some(layer.n_expert);
+    // A choice from logits is as wide as the model file says.
+    let chosen = layer.routes.iter().all(|route| *route == Route::Logits);
     LayerStats {
         layer_id,
-        n_expert,
-        k: layer.k,
         coverage: Coverage::Observed,
-        passes: layer.passes,
+        reason: None,
+        n_expert,
+        n_expert_source: n_expert.map(|_| Source::Target),
+        k: Some(layer.k.into()),
+        k_source: Some(match chosen {
+            true => Source::ModelFile,
+            false => Source::Target,
+        }),
+        passes: layer.passes.sum(),
+        passes_not_seen: PhasePasses::default(),
         close_calls: layer.close_calls.clone(),
         routes: layer.routes.iter().copied().map(routes::name).collect(),
-        experts_never_chosen: n_expert
-            .map(|n_expert| u64::from(n_expert).saturating_sub(experts.len() as u64)),
+        experts_never_activated: None,
         total_tokens,
         prefill_tokens: layer.tokens[0],
         decode_tokens: layer.tokens[1],
         activations,
         experts,
+    }
+}
+
+impl LayerStats {
+    /// What the target did not show, as the model file says it.
+    fn with_model(mut self, shape: Option<&ModelShape>) -> Self {
+        if let (None, Some(shape)) = (self.n_expert, shape) {
+            self.n_expert = Some(shape.n_expert);
+            self.n_expert_source = Some(Source::ModelFile);
+        }
+        if let (None, Some(shape)) = (self.k, shape) {
+            self.k = Some(shape.n_expert_used.of(self.layer_id.into()));
+            self.k_source = Some(Source::ModelFile);
+        }
+        if self.passes > 0 {
+            let mut activated: Vec<usize> = self.experts.iter().map(|of| of.expert_id).collect();
+            activated.sort_unstable();
+            let is_idle = |expert: &u32| activated.binary_search(&(*expert as usize)).is_err();
+            self.experts_never_activated = self
+                .n_expert
+                .map(|n_expert| (0..n_expert).filter(is_idle).collect());
+        }
+        self
     }
 }
 

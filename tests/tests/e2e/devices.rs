@@ -3,7 +3,7 @@
 //! the ids that the server shows are what our choice from the logits is compared with.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -16,12 +16,13 @@ use expert_trace_tests::{
     oracle::Oracle,
     tracer::{self, Attached, Stats, read_log},
 };
+use serde_json::{Value, json};
 
 use crate::{
     rpc::Server,
     support::{
-        Known, Traced, assert_same_choice, assert_tokens_of, compare_with_tokens, driver,
-        known_small, known_wide, llama, llama_program, scratch, shape,
+        Known, Traced, assert_same_choice, assert_schema, assert_tokens_of, compare_with_tokens,
+        driver, known_small, known_wide, llama, llama_program, scratch, shape,
     },
 };
 
@@ -430,7 +431,7 @@ fn stages_of_a_choice_are_no_losses() {
     assert!(output.status.success(), "{said}");
 }
 
-/// Layers whose experts are on the device are not visible, and said to be so.
+/// Every layer of the model is told of, also one whose experts are on the device.
 #[test]
 fn part_of_the_layers_on_the_device() {
     let known = known_small();
@@ -439,6 +440,7 @@ fn part_of_the_layers_on_the_device() {
     let mut traced = Traced::start(&known.path, &options(&server.endpoint(), on_cpu));
     traced.command("prompt 0 9 500");
     let (stats, log) = traced.finish();
+    assert_schema(&stats);
 
     let expected: Vec<(u32, Vec<u32>)> = [1, 2]
         .into_iter()
@@ -449,7 +451,102 @@ fn part_of_the_layers_on_the_device() {
     assert_eq!(log, expected);
     let context = &stats.0["contexts"][0];
     assert_eq!(context["layers_not_visible"].to_string(), "[0,3]");
-    assert_eq!(context["layers"][0]["coverage"], "observed");
+    let layers = context["layers"].as_array().unwrap();
+    for (layer, id) in layers.iter().zip(0..) {
+        let of_layer = expected.iter().filter(|(layer, _)| *layer == id);
+        let chosen: BTreeSet<u32> = of_layer.flat_map(|(_, ids)| ids).copied().collect();
+        let (coverage, reason, source, never) = if chosen.is_empty() {
+            (
+                "not_visible",
+                json!("on_a_device"),
+                "model_file",
+                json!(null),
+            )
+        } else {
+            let never: Vec<u32> = (0..32).filter(|id| !chosen.contains(id)).collect();
+            ("observed", json!(null), "target", json!(never))
+        };
+        assert_eq!(layer["layer_id"], id);
+        assert_eq!(layer["coverage"], coverage, "layer {id}");
+        assert_eq!(layer["reason"], reason, "layer {id}");
+        assert_eq!(layer["experts_never_activated"], never, "layer {id}");
+        for (number, of) in [("n_expert", 32), ("k", 4)] {
+            assert_eq!(layer[number], of, "layer {id}");
+            assert_eq!(layer[format!("{number}_source")], source, "layer {id}");
+        }
+        let missed = json!({ "prefill": u32::from(chosen.is_empty()), "decode": 0 });
+        assert_eq!(layer["passes_not_seen"], missed, "layer {id}");
+    }
+    assert_eq!(layers.len(), 4);
+}
+
+/// Applies a remedy's options to a program's own.
+fn remedied(options: &[&str], remedy: &Value) -> Vec<String> {
+    let further = remedy["options"].as_array().unwrap().iter();
+    let further = further.map(|word| word.as_str().unwrap().to_owned());
+    let own = options.iter().map(|word| (*word).to_owned());
+    match remedy["position"].as_str().unwrap() {
+        "before_others" => further.chain(own).collect(),
+        "after_others" => own.chain(further).collect(),
+        other => panic!("{other}"),
+    }
+}
+
+/// What the document advises for a program's options does it: with each of the remedies that are options
+/// of the program, all layers are observed.
+#[test]
+fn remedies_bring_all_layers_to_the_host() {
+    let known = known_small();
+    let server = Server::start();
+    let rpc = ["--rpc", &server.endpoint()];
+    let device = format!("exps=RPC0[{}]", server.endpoint());
+    for (placing, hidden, expected) in [
+        (
+            &["-ngl", "99", "-ncmoe", "2"][..],
+            "[2,3]",
+            &["--n-cpu-moe", "-ngl"][..],
+        ),
+        (&["-ngl", "2"], "[3]", &["-ot"]),
+        (&["-ngl", "99", "-ot", &device], "[0,1,2,3]", &["--cpu-moe"]),
+    ] {
+        let options = [&rpc[..], placing].concat();
+        let before = complete(&[], &known.path, &options);
+        assert_schema(&before.stats);
+        let context = match before.stats.0["contexts"].as_array().unwrap().as_slice() {
+            [context] => context,
+            _ => &before.stats.0["not_visible"][0],
+        };
+        let gaps = context["gaps"].as_array().unwrap();
+        assert_eq!(gaps.len(), 1, "{placing:?}: {gaps:#?}");
+        assert_eq!(gaps[0]["layers"].to_string(), hidden, "{placing:?}");
+        let remedies = gaps[0]["remedies"].as_array().unwrap();
+        assert_eq!(remedies[0]["options"], json!(["--router-on-cpu"]));
+        for option in expected {
+            let mut remedies = remedies.iter();
+            let remedy = remedies.find(|remedy| remedy["options"][0] == *option);
+            let remedy = remedy.unwrap_or_else(|| panic!("{option} is not in {gaps:#?}"));
+            let options = remedied(&options, remedy);
+            let options: Vec<&str> = options.iter().map(String::as_str).collect();
+            let after = complete(&["--strict"], &known.path, &options);
+            let context = &after.stats.0["contexts"][0];
+            assert_eq!(context["gaps"], json!([]), "{options:?}");
+            let layers = context["layers"].as_array().unwrap();
+            let observed = layers
+                .iter()
+                .filter(|layer| layer["coverage"] == "observed");
+            assert_eq!(observed.count(), 4, "{options:?}");
+            assert_tokens_of(known, &after.rows);
+        }
+        // The terminal has the layers, and the best of it.
+        let text = remedies[0]["text"].as_str().unwrap();
+        assert!(before.said.contains(text), "{}", before.said);
+        let layers = if hidden.len() > 3 {
+            "Not visible: layers "
+        } else {
+            "Not visible: layer "
+        };
+        assert!(before.said.contains(layers), "{}", before.said);
+    }
 }
 
 /// Where nothing crosses to the host, nothing is counted, and the user is told what to change.
@@ -468,5 +565,13 @@ fn everything_on_the_device() {
     assert!(said.contains("--router-on-cpu"), "{said}");
     assert!(target.quit().unwrap().success());
     let stats = Stats::read(&path).unwrap();
+    assert_schema(&stats);
     assert_eq!(stats.counts(), BTreeMap::new());
+    let context = &stats.0["not_visible"][0];
+    assert_eq!(context["model"], 0);
+    assert_eq!(context["gaps"][0]["layers"], json!([0, 1, 2, 3]));
+    assert_eq!(context["gaps"][0]["phases"], json!(["prefill"]));
+    for layer in context["layers"].as_array().unwrap() {
+        assert_eq!(layer["coverage"], "not_visible");
+    }
 }

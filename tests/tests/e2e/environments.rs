@@ -20,6 +20,7 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
+    errors::{with_capabilities, without_uprobe_multi},
     layouts::compile_to,
     support::{Files, Waiting, driver, known_small, llama, scratch},
 };
@@ -277,6 +278,63 @@ fn all_containers_of_an_image() {
         assert_eq!(stats.number("/target/pid"), u64::from(pid));
         assert_eq!(stats.tokens(), (0..3).map(|layer| (layer, 6)).collect());
     }
+}
+
+/// Has a tracer attach to a `waiter`, which computes twice.
+#[track_caller]
+fn attach_by(mut tracer: Command, target: Command) -> Stats {
+    let files = Files::new();
+    let mut target = Waiting::start(target);
+    target.until_it_waits();
+    tracer.args(["attach", "--pid", &target.pid().to_string()]);
+    let attached = Attached::by(tracer.args(files.options())).unwrap();
+    compute_twice(&mut target);
+    let said = attached.interrupt().unwrap();
+    assert!(target.end().1.success());
+    let (stats, seen) = (files.stats(), files.log());
+    stats.assert_complete();
+    assert_eq!(seen, rows(2), "{said}");
+    stats
+}
+
+/// Probes are perf events then.
+#[test]
+fn a_kernel_without_uprobe_multi() {
+    let directory = files();
+    let at = |name: &str| directory.path().join(name);
+    let by_perf_events =
+        |stats: &Stats| assert_eq!(stats.0["capture"]["attached_by"], "perf_event");
+
+    let files = Files::new();
+    let mut tracer = without_uprobe_multi();
+    tracer.arg("run").args(files.options()).arg("--");
+    let output = tracer.arg(at("standin")).args(COMPUTE).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let (stats, seen) = (files.stats(), files.log());
+    stats.assert_complete();
+    assert_eq!(seen, rows(1), "{}", said(&output));
+    by_perf_events(&stats);
+
+    let mut target = Command::new(at("waiter"));
+    target.arg(at("lib.so")).args(COMPUTE);
+    by_perf_events(&attach_by(without_uprobe_multi(), target));
+
+    // It hits a return probe, too.
+    let doctor = without_uprobe_multi().arg("doctor").output().unwrap();
+    let said = String::from_utf8(doctor.stdout).unwrap();
+    assert!(said.contains("every hit arrived"), "{said}");
+}
+
+/// Perf events would take CAP_SYS_ADMIN.
+#[test]
+fn attach_with_two_capabilities() {
+    let directory = files();
+    let at = |name: &str| directory.path().join(name);
+    // Nobody may look at a process that can do more.
+    let mut target = command("setpriv", &["--bounding-set=-all", "--inh-caps=-all"]);
+    target.arg(at("waiter")).arg(at("lib.so")).args(COMPUTE);
+    let stats = attach_by(with_capabilities(",+bpf,+perfmon"), target);
+    assert_eq!(stats.0["capture"]["attached_by"], "uprobe_multi");
 }
 
 /// Process numbers of its own, for the target or for the tracer.

@@ -93,6 +93,13 @@ pub fn nobpf() -> &'static Path {
     program
 }
 
+/// The tracer on a kernel without uprobe_multi links, as it was before Linux 6.6: it knows their attach
+/// type not. They are told by the length of what asks for them, which is not that of aya's requests.
+pub fn without_uprobe_multi() -> Command {
+    const LINK_CREATE_OF_64_BYTES: &str = "28/64";
+    under(nobpf(), &[LINK_CREATE_OF_64_BYTES, errno("EINVAL")])
+}
+
 fn expert_trace() -> Command {
     Command::new(tracer::program().unwrap())
 }

@@ -324,7 +324,7 @@ fn a_function_that_is_never_entered_is_no_silence() {
     assert_eq!(stats.number("/integrity/hits/entered"), 0);
     assert_eq!(stats.number("/not_visible/0/passes"), 1);
     assert_eq!(stats.number("/not_visible/0/tokens"), 10);
-    let why = &stats.0["why_not_visible"];
+    let why = &stats.0["not_visible"][0]["gaps"][0];
     assert_eq!(why["reason"], "never_entered");
     let words = "ggml_compute_forward_get_rows was never entered";
     assert!(

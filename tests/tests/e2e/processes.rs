@@ -21,6 +21,7 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
+    errors::without_uprobe_multi,
     layouts::compile,
     support::{Waiting, driver, ids, known_small, llama, scratch},
 };
@@ -311,29 +312,63 @@ fn processes_that_are_not_ours_are_left_out() {
     assert_eq!(stats.0["processes"].as_array().map(Vec::len), Some(1));
 }
 
-/// The kernel ties probes of one process to its main thread; those of `run` to none.
+/// Where probes are perf events, those of one process end with its main thread.
 #[test]
 fn a_process_that_goes_on_without_its_main_thread() {
     let directory = scratch();
     let path = directory.path().join("stats.json");
     let options = ["-o", path.to_str().unwrap(), "--strict"];
     let (_directory, program) = compile("mainexit.c", &["-pthread"]);
-    let mut target = Command::new(&program)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let start = || {
+        let mut target = Command::new(&program);
+        target.stdin(Stdio::piped()).spawn().unwrap()
+    };
+    // It calls the function once for each byte after the first.
+    let calls = |stats: &Stats| {
+        let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
+        let of_function = hooks.filter(|hook| hook["symbol"] == "llama_free");
+        let hits = of_function.map(|hook| hook["hits"].as_u64().unwrap());
+        hits.sum::<u64>()
+    };
+    let has_no_main_thread = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.contains(") Z ")
+    };
+
+    let mut target = start();
     let mut stdin = target.stdin.take().unwrap();
-    let mut attached = Attached::to(target.id(), &options).unwrap();
+    let attached = Attached::to(target.id(), &options).unwrap();
+    stdin.write_all(b"x").unwrap();
+    while !has_no_main_thread(target.id()) {
+        thread::yield_now();
+    }
+    stdin.write_all(b"123").unwrap();
+    drop(stdin);
+    let (status, said) = attached.wait().unwrap();
+    assert_eq!(status.code(), Some(0), "{said}");
+    assert!(target.wait().unwrap().success());
+    let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.0["capture"]["attached_by"], "uprobe_multi");
+    assert_eq!(calls(&stats), 3);
+
+    let mut target = start();
+    let mut stdin = target.stdin.take().unwrap();
+    let mut tracer = without_uprobe_multi();
+    tracer.args(["attach", "--pid", &target.id().to_string()]);
+    let mut attached = Attached::by(tracer.args(options)).unwrap();
     stdin.write_all(b"x").unwrap();
     attached
         .wait_for("the target's main thread has ended")
         .unwrap();
+    stdin.write_all(b"123").unwrap();
     drop(stdin);
     let (status, said) = attached.wait().unwrap();
     assert_eq!(status.code(), Some(3), "{said}");
     assert!(target.wait().unwrap().success());
     let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.0["capture"]["attached_by"], "perf_event");
     assert_eq!(stats.0["integrity"]["complete"], false);
+    assert_eq!(calls(&stats), 0);
     let problems = stats.0["integrity"]["problems"].to_string();
     assert!(
         problems.contains("the target's main thread has ended"),
@@ -342,9 +377,11 @@ fn a_process_that_goes_on_without_its_main_thread() {
 
     let mut command = tracer::run(&options, &Command::new(&program)).unwrap();
     let mut run = command.stdin(Stdio::piped()).spawn().unwrap();
-    run.stdin.take().unwrap().write_all(b"x").unwrap();
+    run.stdin.take().unwrap().write_all(b"x123").unwrap();
     assert_eq!(run.wait().unwrap().code(), Some(0));
-    assert_eq!(Stats::read(&path).unwrap().0["integrity"]["complete"], true);
+    let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.0["integrity"]["complete"], true);
+    assert_eq!(calls(&stats), 3);
 }
 
 fn waiting_late() -> Command {

@@ -197,6 +197,22 @@ pub fn assert_tokens_of(known: &Known, rows: &[(u32, Vec<u32>)]) {
     }
 }
 
+/// Fails unless a document is as its schema says, and the schema strict enough to notice another key.
+#[track_caller]
+pub fn assert_schema(stats: &Stats) {
+    let schema = include_str!("../../../docs/stats.schema.json");
+    let schema = serde_json::from_str(schema).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let problems: Vec<String> = validator
+        .iter_errors(&stats.0)
+        .map(|error| format!("{error} at {}", error.instance_path()))
+        .collect();
+    assert_eq!(problems, Vec::<String>::new());
+    let mut changed = stats.0.clone();
+    changed["integrity"]["surprise"] = 1.into();
+    assert!(!validator.is_valid(&changed));
+}
+
 /// A command line of the driver, with options.
 pub fn driver(model: &Path, options: &[&str]) -> Command {
     let mut command = Oracle::command_line(&llama().oracle, model);

@@ -13,7 +13,7 @@ use expert_trace_tests::{
     server::Server,
     tracer::{self, Attached, Counts, Stats, count},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Files, Known, known_small, known_wide, prebuilt, shape};
 
@@ -307,7 +307,15 @@ fn router_on_the_cpu_with_streaming() {
         assert_eq!(rows[&layer], expected, "layer {layer}");
         let layer = &stats.0["contexts"][0]["layers"][layer as usize];
         assert_eq!(layer["coverage"], "partly_observed");
+        assert_eq!(layer["reason"], "streamed");
+        let missed = json!({ "prefill": 1, "decode": 0 });
+        assert_eq!(layer["passes_not_seen"], missed, "layer {layer}");
     }
+    let gap = &stats.0["contexts"][0]["gaps"][0];
+    assert_eq!(gap["layers"], json!([0, 1, 2]));
+    assert_eq!(gap["phases"], json!(["prefill"]));
+    let remedy = &gap["remedies"][0];
+    assert_eq!(remedy["options"], json!(["--no-op-offload"]));
 }
 
 /// Our choice from a router's logits is the device's own, which is seen on its way to a part of the

@@ -3,10 +3,12 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    path::Path,
     sync::LazyLock,
 };
 
 use regex_lite::{Regex, RegexBuilder};
+use serde::Serialize;
 
 use crate::router_on_cpu;
 
@@ -72,6 +74,19 @@ pub struct Options {
     no_device: bool,
     offloaded: Offloaded,
     overrides: Vec<Override>,
+    /// What it was read from: variables that are set, and the words of the command line.
+    variables: Vec<(&'static str, String)>,
+    words: Vec<String>,
+}
+
+/// Where further options go among those of a command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Position {
+    /// Before all others: the first override that matches a tensor counts.
+    BeforeOthers,
+    /// Behind all others: of what is given again, the last counts.
+    AfterOthers,
 }
 
 /// common/common.h, `LLM_FFN_EXPS_REGEX`, behind the layer.
@@ -92,7 +107,18 @@ impl Options {
         command: &[OsString],
         variable: impl Fn(&str) -> Option<&'a OsStr>,
     ) -> Options {
-        let program = command.first().map(OsString::as_os_str).unwrap_or_default();
+        let set = VARIABLES.iter().filter_map(|(name, option)| {
+            let value = variable(name)?.to_string_lossy().into_owned();
+            let is_flag = *option == "--cpu-moe";
+            let is_on = ["1", "on", "true", "enabled"].contains(&&*value);
+            (!is_flag || is_on).then_some((*option, value))
+        });
+        let words = command.iter().map(|word| word.to_string_lossy().into());
+        Self::of(set.collect(), words.collect())
+    }
+
+    fn of(variables: Vec<(&'static str, String)>, words: Vec<String>) -> Options {
+        let program = words.first().map(OsStr::new).unwrap_or_default();
         let mut options = Options {
             understood: router_on_cpu::takes_common_options(program),
             rpc: false,
@@ -100,23 +126,42 @@ impl Options {
             no_device: false,
             offloaded: Offloaded::Fitting,
             overrides: Vec::new(),
+            variables: Vec::new(),
+            words: Vec::new(),
         };
-        for (name, option) in VARIABLES {
-            let Some(value) = variable(name) else {
-                continue;
-            };
-            let value = value.to_string_lossy();
-            let is_flag = *option == "--cpu-moe";
-            if !is_flag || ["1", "on", "true", "enabled"].contains(&&*value) {
-                options.take(option, &value);
-            }
+        for (option, value) in &variables {
+            options.take(option, value);
         }
-        let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
         for (index, word) in words.iter().enumerate().skip(1) {
             let value = words.get(index + 1).map(AsRef::as_ref).unwrap_or_default();
             options.take(word, value);
         }
-        options
+        Options {
+            variables,
+            words,
+            ..options
+        }
+    }
+
+    /// What they would be with further options.
+    pub fn with(&self, further: &[String], position: Position) -> Options {
+        let mut words = self.words.clone();
+        let at = match position {
+            Position::BeforeOthers => words.len().min(1),
+            Position::AfterOthers => words.len(),
+        };
+        words.splice(at..at, further.iter().cloned());
+        Self::of(self.variables.clone(), words)
+    }
+
+    /// Whether the command line names this file as its draft model, which has options of its own.
+    pub fn is_draft(&self, model: &str) -> bool {
+        let named = self.words.windows(2).filter_map(|of| match of {
+            [option, value] if DRAFT_MODEL.contains(&&**option) => Path::new(value).file_name(),
+            _ => None,
+        });
+        let model = Path::new(model).file_name();
+        named.into_iter().any(|named| model == Some(named))
     }
 
     fn take(&mut self, option: &str, value: &str) {
@@ -218,8 +263,11 @@ impl Options {
     }
 }
 
+/// common/arg.cpp
+const DRAFT_MODEL: [&str; 3] = ["-md", "--model-draft", "--spec-draft-model"];
+
 /// Variables that stand for options, in the order in which they are taken.
-const VARIABLES: &[(&str, &str)] = &[
+pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_RPC", "--rpc"),
     ("LLAMA_ARG_DEVICE", "--device"),
     (router_on_cpu::OVERRIDE_VARIABLE, "--override-tensor"),

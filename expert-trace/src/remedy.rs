@@ -1,0 +1,471 @@
+//! What a user can change so that layers are seen: options of llama.cpp's programs and of ours, for
+//! exactly the layers that are not. Pure.
+//!
+//! An option is named only when, by the program's command line and environment, it would do what it is
+//! named for: an override of the user's own can stand before it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::{
+    gguf::ModelShape,
+    placement::{Options, Place, Position},
+};
+
+/// Who has to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Whose {
+    /// `expert-trace run`.
+    ExpertTrace,
+    /// The program that is traced, if it takes the options of llama.cpp's common/arg.cpp.
+    Program,
+    /// Neither: no option does it.
+    Other,
+}
+
+/// One thing that a user can change. It is enough by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Remedy {
+    /// Whose options they are.
+    pub whose: Whose,
+    /// Options and their values, word by word; none where no option does it.
+    pub options: Vec<String>,
+    /// Where the program's options go among those that it has.
+    pub position: Option<Position>,
+    /// The same in words.
+    pub text: String,
+    /// What it costs.
+    pub cost: Option<&'static str>,
+}
+
+impl Remedy {
+    /// One that is no option.
+    pub fn other(text: &str) -> Self {
+        Self {
+            whose: Whose::Other,
+            options: Vec::new(),
+            position: None,
+            text: text.to_owned(),
+            cost: None,
+        }
+    }
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)?;
+        match self.cost {
+            Some(cost) => write!(f, " ({cost})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Remedies as one sentence.
+pub fn sentence(remedies: &[Remedy]) -> String {
+    let texts: Vec<String> = remedies.iter().map(Remedy::to_string).collect();
+    texts.join("; or ")
+}
+
+/// What keeps layers out of sight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Router and experts are on a device.
+    OffTheDevice,
+    /// Longer prompts are computed on a device, with weights that are streamed to it.
+    NotStreamed,
+}
+
+/// How the program was started, and with what it is traced.
+#[derive(Clone, Copy, Debug)]
+pub struct Program<'a> {
+    /// Its options.
+    pub options: &'a Options,
+    /// Whether the layers are those of its draft model, which has options of its own.
+    pub is_draft: bool,
+    /// Whether ids by which weights are streamed to a device are certain to be seen.
+    pub sees_streams: bool,
+    /// Whether it was started with routers on the CPU already.
+    pub router_on_cpu: bool,
+    /// Whether it was running before it was traced.
+    pub attached: bool,
+}
+
+/// Layers with experts; none where it is not known which there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Layers<'a> {
+    /// Those that are to be seen, ascending.
+    pub wanted: &'a [u32],
+    /// Their model.
+    pub shape: &'a ModelShape,
+}
+
+/// What brings the ids of layers to the host, best first. Empty when the program's own options are in
+/// the way of all.
+pub fn remedies(need: Need, layers: Option<Layers<'_>>, program: &Program<'_>) -> Vec<Remedy> {
+    let changes: &[Change] = match need {
+        Need::OffTheDevice => &[
+            Change::RouterOnCpu,
+            Change::ExpertsOnCpu,
+            Change::NoLayersOnDevice,
+        ],
+        Need::NotStreamed => &[Change::NoOpOffload],
+    };
+    let changes = changes.iter();
+    let options = changes.filter_map(|change| match change {
+        Change::RouterOnCpu => router_on_cpu(layers, program),
+        change => change.for_program(layers, program),
+    });
+    let by_server = need == Need::OffTheDevice && program.options.rpc;
+    let by_server = by_server.then(|| Remedy::other(TRACE_SERVER));
+    options.chain(by_server).collect()
+}
+
+/// An RPC server can be a CPU llama.cpp itself.
+const TRACE_SERVER: &str = "attach to the RPC server's process, if it computes on its CPU";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    RouterOnCpu,
+    ExpertsOnCpu,
+    NoLayersOnDevice,
+    NoOpOffload,
+}
+
+/// Whether routers of these layers were asked to be on the CPU.
+pub fn has_router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> bool {
+    let Program { options, .. } = program;
+    let asked_for = |Layers { wanted, .. }: Layers<'_>| {
+        let mut routers = wanted.iter().map(|layer| router_tensor(*layer));
+        !options.understood || routers.any(|of| options.overridden(&of) == Some(Place::Host))
+    };
+    program.router_on_cpu && layers.is_none_or(asked_for)
+}
+
+fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
+    const OPTION: &str = "--router-on-cpu";
+    let by_token = layers.is_some_and(|Layers { wanted, shape }| {
+        let mut wanted = wanted.iter();
+        wanted.any(|layer| shape.chosen_by_token.contains(layer))
+    });
+    if has_router_on_cpu(layers, program) || program.is_draft || by_token {
+        return None;
+    }
+    let text = match program.attached {
+        true => format!("start it with expert-trace run {OPTION}"),
+        false => format!("trace with {OPTION}"),
+    };
+    Some(Remedy {
+        whose: Whose::ExpertTrace,
+        options: vec![OPTION.to_owned()],
+        position: None,
+        text,
+        cost: Some("slower: the device waits for the host in every layer with experts"),
+    })
+}
+
+impl Change {
+    fn for_program(self, layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
+        let Program {
+            options,
+            is_draft,
+            sees_streams,
+            ..
+        } = *program;
+        let mut words = match self {
+            Change::ExpertsOnCpu => experts_on_cpu(layers, options),
+            Change::NoLayersOnDevice => vec!["-ngl".to_owned(), "0".to_owned()],
+            Change::NoOpOffload | Change::RouterOnCpu => Vec::new(),
+        };
+        let streams = options.op_offload && !sees_streams;
+        if is_draft {
+            let words = words.iter_mut();
+            words.for_each(|word| word.push_str(draft_suffix(word)));
+        }
+        if streams || self == Change::NoOpOffload {
+            words.push("--no-op-offload".to_owned());
+        }
+        let works = |position| {
+            let options = options.with(&words, position);
+            self.is_done_by(&options, layers, sees_streams)
+        };
+        let certain = options.understood && !is_draft;
+        let [before, after] =
+            [Position::BeforeOthers, Position::AfterOthers].map(|at| !certain || works(at));
+        let (position, place) = match (before, after) {
+            (true, true) => (Position::BeforeOthers, ""),
+            (true, false) => (Position::BeforeOthers, " before its other options"),
+            (false, true) => (Position::AfterOthers, " behind its other options"),
+            (false, false) => return None,
+        };
+        let shown: Vec<String> = words.iter().map(|word| quoted(word)).collect();
+        let shown = shown.join(" ");
+        let text = match options.understood {
+            true => format!("start the program with {shown}{place}"),
+            false => format!("have the program do what {shown} does in llama.cpp's programs"),
+        };
+        Some(Remedy {
+            whose: Whose::Program,
+            options: words,
+            position: Some(position),
+            text,
+            cost: Some(self.cost(streams)),
+        })
+    }
+
+    /// What it costs; `streams` says that op offload is switched off with it.
+    fn cost(self, streams: bool) -> &'static str {
+        match (self, streams) {
+            (Change::ExpertsOnCpu, false) => "slower: the CPU computes these experts",
+            (Change::ExpertsOnCpu, true) => {
+                "slower, prompts most: the CPU computes these experts always"
+            }
+            (Change::NoLayersOnDevice, false) => "slowest: the CPU computes all but longer prompts",
+            (Change::NoLayersOnDevice, true) => "slowest: the CPU computes everything",
+            (Change::NoOpOffload | Change::RouterOnCpu, _) => {
+                "slower prompts: the CPU computes what is in its memory"
+            }
+        }
+    }
+
+    /// Whether a program with these options does it.
+    fn is_done_by(self, options: &Options, layers: Option<Layers<'_>>, sees_streams: bool) -> bool {
+        if options.op_offload && (!sees_streams || self == Change::NoOpOffload) {
+            return false;
+        }
+        let Some(Layers { wanted, shape }) = layers else {
+            return true;
+        };
+        wanted.iter().all(|layer| match self {
+            Change::ExpertsOnCpu => has_experts_on_cpu(*layer, shape, options),
+            Change::NoLayersOnDevice => {
+                let router = options.overridden(&router_tensor(*layer));
+                options.layer(*layer, shape.layers) == Place::Host
+                    && router.is_none_or(|place| place == Place::Host)
+                    && has_experts_on_cpu(*layer, shape, options)
+            }
+            Change::NoOpOffload | Change::RouterOnCpu => true,
+        })
+    }
+}
+
+fn router_tensor(layer: u32) -> String {
+    format!("blk.{layer}.ffn_gate_inp.weight")
+}
+
+fn has_experts_on_cpu(layer: u32, shape: &ModelShape, options: &Options) -> bool {
+    let on = options.layer(layer, shape.layers);
+    ["up", "gate", "down"].into_iter().all(|part| {
+        let place = options.overridden(&format!("blk.{layer}.ffn_{part}_exps.weight"));
+        place.unwrap_or(on) == Place::Host
+    })
+}
+
+/// The shortest option that keeps the experts of these layers, and of no others, in the host's memory.
+fn experts_on_cpu(layers: Option<Layers<'_>>, options: &Options) -> Vec<String> {
+    let all = || vec!["--cpu-moe".to_owned()];
+    let Some(Layers { wanted, shape }) = layers else {
+        return all();
+    };
+    let main = shape.main_layers();
+    let mut with_experts = shape.moe_layers.iter().filter(|layer| **layer < main);
+    let are_there =
+        |layer: &u32| wanted.contains(layer) || has_experts_on_cpu(*layer, shape, options);
+    if with_experts.clone().all(|layer| wanted.contains(layer)) {
+        return all();
+    }
+    let end = wanted.last().map_or(0, |last| last + 1);
+    if with_experts.all(|layer| *layer >= end || are_there(layer)) {
+        return vec!["--n-cpu-moe".to_owned(), end.to_string()];
+    }
+    let numbers: Vec<String> = wanted.iter().map(u32::to_string).collect();
+    let numbers = match numbers.as_slice() {
+        [one] => one.clone(),
+        several => format!("({})", several.join("|")),
+    };
+    vec![
+        "-ot".to_owned(),
+        format!(r"blk\.{numbers}\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"),
+    ]
+}
+
+/// What makes an option one of the draft model (common/arg.cpp).
+fn draft_suffix(word: &str) -> &'static str {
+    match word {
+        "-ot" | "-ngl" => "d",
+        "--cpu-moe" | "--n-cpu-moe" => "-draft",
+        _ => "",
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=".contains(c);
+    match word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{word}'"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        ffi::{OsStr, OsString},
+    };
+
+    use super::*;
+    use crate::gguf::ExpertsUsed;
+
+    /// Six layers, of which the first is dense.
+    fn shape() -> ModelShape {
+        ModelShape {
+            arch: "deepseek2".to_owned(),
+            name: None,
+            layers: 6,
+            n_expert: 8,
+            n_expert_used: ExpertsUsed::Uniform(2),
+            nextn_predict_layers: 0,
+            moe_layers: vec![1, 2, 3, 4, 5],
+            expert_gating_func: None,
+            expert_group_count: 0,
+            expert_group_used_count: 0,
+            router_bias: BTreeSet::new(),
+            selection_bias: BTreeSet::new(),
+            chosen_by_token: BTreeSet::new(),
+        }
+    }
+
+    fn program(options: &Options) -> Program<'_> {
+        Program {
+            options,
+            is_draft: false,
+            sees_streams: true,
+            router_on_cpu: false,
+            attached: false,
+        }
+    }
+
+    fn options(command: &str) -> Options {
+        let words: Vec<OsString> = command.split(' ').map(OsString::from).collect();
+        Options::parse(&words, |_| None)
+    }
+
+    /// Options of all remedies for layers, with blanks between them.
+    fn told(program: &Program<'_>, shape: &ModelShape, wanted: &[u32]) -> Vec<String> {
+        let layers = Layers { wanted, shape };
+        let remedies = remedies(Need::OffTheDevice, Some(layers), program);
+        let remedies = remedies.iter().map(|remedy| remedy.options.join(" "));
+        remedies.collect()
+    }
+
+    fn of_command(command: &str, wanted: &[u32]) -> Vec<String> {
+        told(&program(&options(command)), &shape(), wanted)
+    }
+
+    #[test]
+    fn options_name_exactly_the_layers() {
+        let none = "-ngl 0";
+        let router = "--router-on-cpu";
+        let expect = |command, wanted: &[u32], experts| {
+            assert_eq!(of_command(command, wanted), [router, experts, none]);
+        };
+        let all = [1, 2, 3, 4, 5];
+        expect("llama-cli -ngl 99", &all, "--cpu-moe");
+        expect("llama-cli", &all, "--cpu-moe");
+        // The dense layer has no experts to move.
+        expect("llama-cli -ngl 99", &[1, 2], "--n-cpu-moe 3");
+        expect("llama-cli -ngl 99 -ncmoe 3", &[3, 4], "--n-cpu-moe 5");
+        expect("llama-cli -ngl 2", &[4], "--n-cpu-moe 5");
+        expect(
+            "llama-cli -ngl 99",
+            &[3, 5],
+            r"-ot blk\.(3|5)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU",
+        );
+        expect("./serve.py -ngl 99", &all, "--cpu-moe");
+    }
+
+    #[test]
+    fn streams_that_may_be_out_of_sight_are_switched_off() {
+        let options = options("llama-cli -ngl 99");
+        let blind = Program {
+            sees_streams: false,
+            ..program(&options)
+        };
+        let told = told(&blind, &shape(), &[1, 2, 3, 4, 5]);
+        let expected = [
+            "--router-on-cpu",
+            "--cpu-moe --no-op-offload",
+            "-ngl 0 --no-op-offload",
+        ];
+        assert_eq!(told, expected);
+        let streamed = remedies(Need::NotStreamed, None, &blind);
+        assert_eq!(streamed[0].options, ["--no-op-offload"]);
+        assert_eq!(streamed[0].text, "start the program with --no-op-offload");
+    }
+
+    /// Of overrides the first that matches counts, of other options the last, and variables come before
+    /// both.
+    #[test]
+    fn options_of_the_users_own_can_be_in_the_way() {
+        let wanted = [3, 5];
+        let own = options("llama-cli -ngl 99 -ot exps=CUDA0");
+        let shape = shape();
+        let layers = Some(Layers {
+            wanted: &wanted,
+            shape: &shape,
+        });
+        let [router, experts] = &remedies(Need::OffTheDevice, layers, &program(&own))[..] else {
+            panic!("-ngl 0 leaves experts on the device");
+        };
+        assert_eq!(router.position, None);
+        assert_eq!(experts.position, Some(Position::BeforeOthers));
+        assert!(experts.text.ends_with(" before its other options"));
+        assert!(experts.text.contains(" -ot 'blk"), "{experts}");
+
+        let plain = options("llama-cli -ngl 99");
+        let none = remedies(Need::OffTheDevice, layers, &program(&plain)).pop();
+        assert_eq!(none.unwrap().position, Some(Position::AfterOthers));
+
+        let variable = |name: &str| {
+            let is_override = name == "LLAMA_ARG_OVERRIDE_TENSOR";
+            is_override.then_some(OsStr::new("exps=CUDA0"))
+        };
+        let command = ["llama-cli", "-ot", r"blk\.[2-5]\.ffn_gate_inp=CPU"].map(OsString::from);
+        let own = Options::parse(&command, variable);
+        let asked = Program {
+            router_on_cpu: true,
+            ..program(&own)
+        };
+        assert_eq!(remedies(Need::OffTheDevice, layers, &asked), []);
+        // The router of another layer was asked for.
+        let router = &told(&asked, &shape, &[1])[..];
+        assert_eq!(router, ["--router-on-cpu"]);
+    }
+
+    #[test]
+    fn what_cannot_work_is_not_told() {
+        let mut shape = shape();
+        shape.chosen_by_token.insert(1);
+        let rpc = options("llama-server -ngl 99 --rpc localhost:1 -md /m/draft.gguf");
+        let all = [1, 2, 3, 4, 5];
+        // Logits choose nothing in the first; what an RPC server computes can be seen there.
+        assert_eq!(
+            told(&program(&rpc), &shape, &all),
+            ["--cpu-moe", "-ngl 0", ""]
+        );
+        assert_eq!(
+            told(&program(&rpc), &shape, &all[1..])[0],
+            "--router-on-cpu"
+        );
+        assert!(rpc.is_draft("/else/where/draft.gguf") && !rpc.is_draft("/m/main.gguf"));
+        let draft = Program {
+            is_draft: true,
+            ..program(&rpc)
+        };
+        let told = told(&draft, &shape, &all);
+        assert_eq!(told, ["--cpu-moe-draft", "-ngld 0", ""]);
+    }
+}

@@ -89,7 +89,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     if arguments.filter.is_none() {
         let mut document = results::header(root, &results::COMPAT, None)?;
         document["processor"] = processor()?.into();
-        document["tests"] = found.sum.clone().into();
+        document["tests"] = found.sum.into();
         document[results::COMPAT.rows] = of_builds.into();
         document["routes"] = of_routes.into();
         results::write(&root.join(results::COMPAT.path), &document)?;

@@ -4,7 +4,7 @@
 //! (`ggml_backend_sched_compute_splits` in ggml-backend.cpp); what it asks a device for is then on the
 //! host.
 
-use std::path::Path;
+use std::{ffi::OsStr, path::Path};
 
 use cpp_demangle::{DemangleOptions, Symbol};
 use serde::Serialize;
@@ -61,6 +61,13 @@ fn function_name(pid: u32, file: &MappedFile, offset: u64) -> Option<String> {
     let cache = bounded::cache(&open);
     let name = symbols::function_at(bounded::Bounded(&cache), offset).ok()??;
     Some(as_written(&name))
+}
+
+/// Whether a program is one of llama.cpp's whose eval callback asks for the expert ids of every layer
+/// (tools/imatrix/imatrix.cpp; common/debug.cpp, which prints all tensors).
+pub fn asks_for_ids(program: &OsStr) -> bool {
+    let name = Path::new(program).file_name().and_then(OsStr::to_str);
+    name.is_some_and(|name| ["llama-imatrix", "llama-eval-callback"].contains(&name))
 }
 
 /// Longest name that is shown, in bytes: a mangled one can stand for any length.

@@ -10,7 +10,7 @@ use std::{
 use regex_lite::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use crate::router_on_cpu;
+use crate::{eval_callback, router_on_cpu};
 
 /// Where a layer's part is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,8 @@ const MAX_REGEX: usize = 64 << 10;
 pub struct Options {
     /// Whether the program is known to take llama.cpp's common options.
     pub understood: bool,
+    /// Whether it is known to have an eval callback that asks for all expert ids.
+    pub asks_for_ids: bool,
     /// Whether RPC servers are named, which are devices.
     pub rpc: bool,
     /// Whether long prompts are computed on a device with weights streamed to it.
@@ -121,6 +123,7 @@ impl Options {
         let program = words.first().map(OsStr::new).unwrap_or_default();
         let mut options = Options {
             understood: router_on_cpu::takes_common_options(program),
+            asks_for_ids: eval_callback::asks_for_ids(program),
             rpc: false,
             op_offload: true,
             no_device: false,

@@ -11,6 +11,7 @@ use crate::{
     placement::Options,
     probes::{Hook, Probe},
     remedy::{self, Layers, Need, Program, Remedy, remedies},
+    routes::{self, Routes},
     stats::{Hits, HookStats, LayerStats, Stats},
 };
 
@@ -29,6 +30,8 @@ pub enum Reason {
     NotUnderstood,
     /// It was there, as router logits from which no experts could be chosen.
     LogitsRefused,
+    /// The user has left out ways to read it (`--routes`).
+    RouteLeftOut,
     /// Passes showed none, and whether they computed tokens is not known.
     UbatchNotRead,
 }
@@ -74,6 +77,8 @@ pub struct Evidence {
     never_entered: Vec<&'static str>,
     /// Router logits told no experts.
     logits_refused: bool,
+    /// Ways to read routing that the user has left out.
+    left_out: Vec<&'static str>,
     /// Routers were asked to be on the CPU.
     router_on_cpu: bool,
     /// Ids by which weights are streamed to a device are certain to be seen.
@@ -91,6 +96,11 @@ impl Evidence {
             not_understood: is_not_understood(&stats.integrity.hits),
             sees_streams: fetched || sees_streams(hooks.iter().map(|of| &of.probe)),
             attached: stats.capture.mode == "attach",
+            left_out: Routes::default()
+                .iter()
+                .map(routes::name)
+                .filter(|route| !stats.capture.routes.contains(route))
+                .collect(),
             ..Self::of_hooks(hooks, stats.integrity.logits.refused > 0)
         }
     }
@@ -103,6 +113,7 @@ impl Evidence {
                 .filter_map(|hook| never_hit(hooks, hook))
                 .collect(),
             logits_refused,
+            left_out: Vec::new(),
             router_on_cpu: of(hooks, Hook::SplitDone).next().is_some(),
             sees_streams: false,
             attached: false,
@@ -113,6 +124,8 @@ impl Evidence {
     fn reason(&self) -> Reason {
         if self.not_understood {
             Reason::NotUnderstood
+        } else if !self.left_out.is_empty() {
+            Reason::RouteLeftOut
         } else if self.logits_refused {
             Reason::LogitsRefused
         } else if !self.never_entered.is_empty() {
@@ -258,6 +271,9 @@ impl Evidence {
                     .to_owned()
             }
             Reason::LogitsRefused => "router logits were there, and told no experts".to_owned(),
+            Reason::RouteLeftOut => {
+                format!("--routes leaves out {}", self.left_out.join(", "))
+            }
             Reason::UbatchNotRead => {
                 "passes showed no routing, and whether they computed tokens is \
                                       not known"
@@ -286,6 +302,7 @@ impl Evidence {
                  information (-g)",
             )],
             Reason::LogitsRefused => vec![Remedy::other("mend what INCOMPLETE names")],
+            Reason::RouteLeftOut => vec![Remedy::other("trace without --routes")],
             Reason::UbatchNotRead => {
                 let build = "to know it, use a build of b5922 or newer, with its symbols";
                 [off_the_device(), vec![Remedy::other(build)]].concat()

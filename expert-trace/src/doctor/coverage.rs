@@ -92,6 +92,11 @@ fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
                     callers, where nothing hits the probes";
         return (Answer::CouldNotTell, text.to_owned());
     }
+    if route == Route::Callback {
+        let text = "the functions were found; one probe is on a return, which is hit whenever the \
+                    program asks for a tensor";
+        return (Answer::Yes, text.to_owned());
+    }
     (Answer::Yes, "the functions were found".to_owned())
 }
 
@@ -319,6 +324,10 @@ impl Facts<'_> {
                 "experts on the CPU, router there or on a device",
                 NO_OFFLOAD,
             ),
+            Place::Device | Place::Unknown if !experts_on_host && self.options.asks_for_ids => {
+                let finding = "the program's eval callback asks for the ids, wherever they are";
+                self.seen(&[Route::Callback], finding, OFF_THE_DEVICE)
+            }
             Place::Device if experts == [Place::Device; 3] => {
                 let part = match self.answer(Route::DeviceCopy) {
                     Answer::No => "",
@@ -597,6 +606,15 @@ mod tests {
             (vec![3], Yes, vec!["router"]),
         ];
         assert_eq!(setup.expect("llama-cli"), expected);
+    }
+
+    #[test]
+    fn ids_that_the_program_asks_for_are_seen_on_a_device() {
+        let mut setup = Setup::gpu();
+        let expected = [(vec![0, 1, 2, 3], Yes, vec!["callback"])];
+        assert_eq!(setup.expect("llama-imatrix -ngl 99"), expected);
+        setup.lacking = vec![Route::Callback];
+        assert_eq!(setup.expect("llama-imatrix -ngl 99")[0].1, No);
     }
 
     #[test]

@@ -6,13 +6,13 @@ use expert_trace_tests::{
     oracle::Oracle,
     tracer::{self, Attached},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     rpc::Server,
     support::{
-        Files, assert_tokens_of, compare_with_callback, compare_with_tokens, driver, known_small,
-        random_small, random_wide, scratch,
+        Files, Traced, assert_tokens_of, compare_with_callback, compare_with_tokens, driver,
+        known_small, random_small, random_wide, scratch,
     },
 };
 
@@ -111,4 +111,21 @@ fn doctor_names_it() {
 
     let said = doctors_answer(&[]);
     assert_eq!(said["answer"], "no", "{said}");
+}
+
+/// What is not seen because the user does not want to look there is not blamed on a device.
+#[test]
+fn a_route_that_is_left_out_is_told() {
+    let path = &known_small().path;
+    let mut traced = Traced::start_with(&["--routes=fetch,callback"], path, &[]);
+    traced.command("prompt 0 9 500");
+    let (stats, rows) = traced.finish();
+    assert_eq!(rows, []);
+    assert_eq!(stats.0["capture"]["routes"], json!(["fetch", "callback"]));
+    let gap = &stats.0["not_visible"][0]["gaps"][0];
+    assert_eq!(gap["reason"], "route_left_out", "{gap}");
+    assert_eq!(
+        gap["explanation"],
+        "--routes leaves out router, split_input, device_copy"
+    );
 }

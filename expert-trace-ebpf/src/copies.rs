@@ -14,7 +14,7 @@ use aya_ebpf::{EbpfContext, macros::map, maps::LruHashMap};
 use expert_trace_common::{Counter, Kind, Route, TENSOR_LAYOUTS};
 
 use crate::{
-    maps::count,
+    maps::{THREADS, count},
     rows::{Routed, emit_routed, is_first_sight},
     target::{Address, process_and_thread},
     tensor::{DataAndName, Name, Shape, TYPE_I32, copied_layer, ids_layer, layer_behind, source},
@@ -102,10 +102,18 @@ pub fn on_weights_follow<C: EbpfContext>(ctx: &C, source: u32) {
     }
 }
 
-/// `ggml_backend_tensor_get(tensor, data, offset, bytes)` is entered, by the target's own code, or for
-/// a `get_tensor_async` of a device that has none of its own.
+/// `ggml_backend_tensor_get(tensor, data, offset, bytes)` is entered: by the target's own code, by the
+/// scheduler, whose copies other hooks see, or for a `get_tensor_async` of a device that has none.
 #[inline(always)]
 pub fn on_tensor_get(tensor: Address, data: u64, offset: u64, bytes: u64) {
+    let Some(state) = THREADS.get_ptr_mut(process_and_thread()) else {
+        return;
+    };
+    // SAFETY: the map's value is alive during the program, and belongs to this thread.
+    let state = unsafe { &*state };
+    if state.context == 0 || state.no_callback != 0 {
+        return;
+    }
     let Some((device, layer)) = asked_for(tensor) else {
         return;
     };

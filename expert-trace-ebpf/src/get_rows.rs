@@ -17,7 +17,7 @@ use expert_trace_common::{
 };
 
 use crate::{
-    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, count},
+    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, count, is_read},
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, process_and_thread},
@@ -89,6 +89,9 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
         }
         _ => return count(Counter::FilteredTensor, 1),
     };
+    if !is_read(Route::Router) {
+        return count(Counter::FilteredTensor, 1);
+    }
     count(Counter::Routed, 1);
     emit_routed(
         ctx,

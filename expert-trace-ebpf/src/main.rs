@@ -131,9 +131,9 @@ fn tensor_get_done(ctx: RetProbeContext) -> u32 {
 #[uprobe]
 fn eval_callback(ctx: ProbeContext) -> u32 {
     if hit(&ctx).is_some()
-        && let Some(callback) = ctx.arg::<u64>(1)
+        && let (Some(sched), Some(callback)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1))
     {
-        pass::on_eval_callback(callback);
+        pass::on_eval_callback(sched, callback);
     }
     0
 }

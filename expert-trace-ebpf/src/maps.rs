@@ -54,9 +54,9 @@ pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entri
 #[map]
 pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
-/// Eval callbacks that were told of, by process.
+/// By scheduler: the eval callback that was last set, 0 for none.
 #[map]
-pub static CALLBACKS: LruHashMap<ContextKey, u8> = LruHashMap::with_max_entries(1024, 0);
+pub static CALLBACKS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
 /// Pass that runs on a thread.
 #[repr(C)]
@@ -79,14 +79,16 @@ pub struct ThreadState {
     pub pass_source: u8,
     /// Routes that have shown that layer, by their numbers' bits.
     pub last_routes: u8,
-    pub padding: [u8; 5],
+    /// 1 when the scheduler is known to have no eval callback.
+    pub no_callback: u8,
+    pub padding: [u8; 4],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ContextKey {
     pub process: u64,
-    /// A `llama_context`, a `ggml_backend_sched`, or an eval callback.
+    /// A `llama_context` or a `ggml_backend_sched`.
     pub address: u64,
 }
 

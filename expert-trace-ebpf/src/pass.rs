@@ -45,7 +45,8 @@ pub const NEW_THREAD: ThreadState = ThreadState {
     phase: Phase::Unknown as u8,
     pass_source: 0,
     last_routes: 0,
-    padding: [0; 5],
+    no_callback: 0,
+    padding: [0; 4],
 };
 
 /// `set_inputs` is entered before the scheduler, on the same thread: the ubatch is remembered until
@@ -122,10 +123,15 @@ pub fn on_graph_compute(sched: u64) {
     if unreadable {
         count(Counter::UbatchUnreadable, 1);
     }
+    // SAFETY: the map's value is alive during the program.
+    let callback = CALLBACKS
+        .get_ptr(context_key(sched))
+        .map(|callback| unsafe { *callback });
     let state = ThreadState {
         context: address,
         generation,
         pass,
+        no_callback: u8::from(callback == Some(0)),
         ubatch_tokens: ubatch.as_ref().map_or(0, |ubatch| ubatch.tokens),
         phase: ubatch.as_ref().map_or(Phase::Unknown, Ubatch::phase) as u8,
         pass_source: PassSource::Scheduler as u8,
@@ -170,15 +176,22 @@ fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
     );
 }
 
-/// The process is about to compute with this eval callback: told once for each.
+/// The scheduler is given an eval callback, or none: llama.cpp does that for every graph it allocates.
+/// One that is new to it is told of.
 #[inline(always)]
-pub fn on_eval_callback(callback: u64) {
-    let key = context_key(callback);
-    if callback == 0 || CALLBACKS.get_ptr(key).is_some() {
+pub fn on_eval_callback(sched: u64, callback: u64) {
+    let key = context_key(sched);
+    if let Some(known) = CALLBACKS.get_ptr(key)
+        // SAFETY: the map's value is alive during the program.
+        && unsafe { *known } == callback
+    {
         return;
     }
-    if CALLBACKS.insert(key, 1, 0).is_err() {
+    if CALLBACKS.insert(key, callback, 0).is_err() {
         count(Counter::StateLost, 1);
+    }
+    if callback == 0 {
+        return;
     }
     emit(
         Header {
@@ -194,6 +207,7 @@ pub fn on_leave_context(address: u64) {
     let key = context_key(address);
     // They fail only when there is no such entry.
     let _ = OWNERS.remove(key);
+    let _ = CALLBACKS.remove(key);
     let Some(context) = CONTEXTS.get_ptr_mut(key) else {
         return;
     };

@@ -64,6 +64,9 @@ pub enum Driven {
     Lines,
     /// By HTTP, as llama-server is.
     Http,
+    /// As `tests/oracle/oracle.cpp` is, with the RPC and the Vulkan backend. It puts routers and experts
+    /// where it is told, and is traced once for each [route](crate::routes::ROUTES).
+    Oracle,
 }
 
 /// A model with known routing.

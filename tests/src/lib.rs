@@ -12,6 +12,7 @@ pub mod models;
 pub mod oracle;
 pub mod prebuilt;
 pub mod reachable;
+pub mod routes;
 pub mod server;
 pub mod terminal;
 pub mod tracer;

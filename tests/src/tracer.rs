@@ -1,6 +1,6 @@
 //! Runs the expert-trace under test, and reads what it wrote.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::error::Error;
 use std::ffi::OsStr;
@@ -193,6 +193,18 @@ impl Stats {
             assert_eq!(seen, self.number(&format!("/integrity/{flow}/emitted")));
             assert_eq!(seen, self.number(&format!("/integrity/received/{flow}")));
         }
+    }
+
+    /// The routes by which rows of any layer came, in alphabetical order.
+    pub fn routes(&self) -> Vec<String> {
+        let layers = list(&self.0["contexts"])
+            .iter()
+            .flat_map(|context| list(&context["layers"]));
+        let routes = layers
+            .flat_map(|layer| list(&layer["routes"]))
+            .filter_map(Value::as_str);
+        let routes: BTreeSet<&str> = routes.collect();
+        routes.into_iter().map(str::to_owned).collect()
     }
 
     /// Passes left out for this reason, and their tokens.

@@ -1,14 +1,16 @@
 //! The compatibility suite: many builds of llama.cpp, each traced by `run` and by `attach`, and what
-//! became of each as a table.
+//! became of each as a table; in a second table, what became of each route of expert ids.
 
 mod builds;
+mod routes;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use expert_trace_tests::builds::Build;
+use expert_trace_tests::builds::{Build, Driven};
+use expert_trace_tests::routes::ROUTES;
 use serde_json::Value;
 
 use crate::planned::{self, Planned};
@@ -16,9 +18,21 @@ use crate::{command, llama, prebuilt, results, suite, system, workspace};
 
 /// Document that shows the table.
 const DOCUMENT: &str = "docs/compatibility.md";
-/// Lines of it between which the table is.
-const BEGIN: &str = "<!-- Made by `cargo xtask compat`: begin -->\n";
-const END: &str = "<!-- end -->\n";
+/// Lines of it between which a table is.
+struct Place {
+    begin: &'static str,
+    end: &'static str,
+}
+
+const BUILDS: Place = Place {
+    begin: "<!-- Made by `cargo xtask compat`: begin -->\n",
+    end: "<!-- end -->\n",
+};
+
+const ROUTES_IN_BUILDS: Place = Place {
+    begin: "<!-- Made by `cargo xtask compat`, routes: begin -->\n",
+    end: "<!-- end of routes -->\n",
+};
 
 const COLUMNS: [&str; 9] = [
     "build",
@@ -46,6 +60,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     );
     let mut builds = builds::all(root);
     builds.extend(prebuilt::all(root));
+    builds.extend(builds::for_routes(root));
     if let Some(filter) = &arguments.filter {
         builds = planned::named(builds, filter)?;
     }
@@ -54,24 +69,43 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         .map(Planned::make)
         .collect::<Result<_>>()?;
     let found = suite::run(&mut test_command(root, &builds)?)?;
-    let table = table(&found.results);
-    print!("\n{table}");
+    let of_route = |row: &Value| !row["route"].is_null();
+    let (of_routes, of_builds): (Vec<Value>, Vec<Value>) =
+        found.results.iter().cloned().partition(of_route);
+    let tables = [
+        (BUILDS, table(&of_builds)),
+        (ROUTES_IN_BUILDS, routes::table(&of_routes)),
+    ];
+    for (_, table) in &tables {
+        print!("\n{table}");
+    }
     found.ensure_passed()?;
-    let rows: usize = builds.iter().map(|build| build.models.len()).sum();
+    let expected: usize = builds.iter().map(rows).sum();
     ensure!(
-        found.results.len() == rows,
-        "the tests gave {} rows, where {rows} were expected",
+        found.results.len() == expected,
+        "the tests gave {} rows, where {expected} were expected",
         found.results.len()
     );
     if arguments.filter.is_none() {
         let mut document = results::header(root, &results::COMPAT, None)?;
         document["processor"] = processor()?.into();
-        document["tests"] = found.sum.clone().into();
-        document[results::COMPAT.rows] = found.results.into();
+        document["tests"] = found.sum.into();
+        document[results::COMPAT.rows] = of_builds.into();
+        document["routes"] = of_routes.into();
         results::write(&root.join(results::COMPAT.path), &document)?;
-        show(&root.join(DOCUMENT), &table)?;
+        for (place, table) in &tables {
+            show(&root.join(DOCUMENT), place, table)?;
+        }
     }
     Ok(())
+}
+
+/// How many rows a build has in the tables.
+fn rows(build: &Build) -> usize {
+    match build.driven {
+        Driven::Oracle => ROUTES.len(),
+        Driven::Lines | Driven::Http => build.models.len(),
+    }
 }
 
 fn test_command(root: &Path, builds: &[Build]) -> Result<Command> {
@@ -100,11 +134,7 @@ fn processor() -> Result<String> {
 
 /// The results as a table in Markdown.
 fn table(rows: &[Value]) -> String {
-    let mut table = format!(
-        "| {} |\n|{}\n",
-        COLUMNS.join(" | "),
-        "---|".repeat(COLUMNS.len())
-    );
+    let mut table = head(&COLUMNS);
     for row in rows {
         let [build, version, model] = ["build", "version", "model"].map(|key| text(&row[key]));
         let repacked = if row["repacked"] == true {
@@ -133,6 +163,12 @@ fn table(rows: &[Value]) -> String {
         table += &format!("| {} |\n", cells.join(" | "));
     }
     table
+}
+
+/// The first lines of a table.
+fn head(columns: &[&str]) -> String {
+    let lines = "---|".repeat(columns.len());
+    format!("| {} |\n|{lines}\n", columns.join(" | "))
 }
 
 fn text(value: &Value) -> &str {
@@ -206,19 +242,23 @@ fn outcome(outcome: &Value, before: Option<&Value>) -> String {
     format!("not equal, {rows} of {expected} rows: {says}")
 }
 
-/// Puts the table into the document, in the place of the last one.
-fn show(document: &Path, table: &str) -> Result<()> {
+/// Puts a table into the document, in the place of the last one.
+fn show(document: &Path, place: &Place, table: &str) -> Result<()> {
     let text = fs::read_to_string(document)
         .with_context(|| format!("cannot read {}", document.display()))?;
-    let text = with_table(&text, table)
+    let text = place
+        .with_table(&text, table)
         .with_context(|| format!("{} has no place for a table", document.display()))?;
     fs::write(document, text).with_context(|| format!("cannot write {}", document.display()))
 }
 
-fn with_table(document: &str, table: &str) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{table}\n{END}{after}"))
+impl Place {
+    fn with_table(&self, document: &str, table: &str) -> Option<String> {
+        let Self { begin, end } = self;
+        let (before, rest) = document.split_once(begin)?;
+        let (_, after) = rest.split_once(end)?;
+        Some(format!("{before}{begin}\n{table}\n{end}{after}"))
+    }
 }
 
 #[cfg(test)]
@@ -228,10 +268,15 @@ mod tests {
 
     #[test]
     fn a_table_takes_the_place_of_the_last_one() {
-        let old = format!("# Title\n{BEGIN}\n| old |\n\n{END}The end.\n");
-        let new = with_table(&old, "| new |\n").unwrap();
-        assert_eq!(new, format!("# Title\n{BEGIN}\n| new |\n\n{END}The end.\n"));
-        assert_eq!(with_table("# Title\n", "| new |\n"), None);
+        let [first, second] = [&BUILDS, &ROUTES_IN_BUILDS].map(|Place { begin, end }| {
+            move |table: &str| format!("# Title\n{begin}\n{table}\n{end}The end.\n")
+        });
+        let old = first("| old |\n") + &second("| old |\n");
+        let new = BUILDS.with_table(&old, "| new |\n").unwrap();
+        assert_eq!(new, first("| new |\n") + &second("| old |\n"));
+        let new = ROUTES_IN_BUILDS.with_table(&old, "| new |\n").unwrap();
+        assert_eq!(new, first("| old |\n") + &second("| new |\n"));
+        assert_eq!(BUILDS.with_table("# Title\n", "| new |\n"), None);
     }
 
     #[test]

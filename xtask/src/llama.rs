@@ -4,6 +4,8 @@
 //! immutable, hashed archive of a whole llama.cpp tree. Everything made from it is kept in the
 //! [cache](crate::cache).
 
+mod vulkan;
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -144,7 +146,7 @@ fn provision_build(root: &Path, how: &How) -> Result<LlamaCpp> {
     let bin = build(&sources, how)?;
     Ok(LlamaCpp {
         vocab: vocab(&sources),
-        oracle: build_oracle(&root.join("tests/oracle/oracle.cpp"), &sources, &bin)?,
+        oracle: build_oracle(&oracle_source(root), &sources, &bin)?,
         models_cache: models_cache()?,
         bin,
     })
@@ -214,6 +216,9 @@ pub fn build(sources: &Path, how: &How) -> Result<PathBuf> {
     ];
     let processor = how.is_native().then(processor).transpose()?;
     parts.extend(processor.as_deref());
+    let vulkan = how.has_vulkan().then(vulkan::Tools::provide).transpose()?;
+    let tools = vulkan.as_ref().map(vulkan::Tools::key);
+    parts.extend(tools.as_deref());
     let name = format!("{}-{}-{}", how.name, SDIST.version, cache::key(&parts));
     let built = cache::entry(&name, |partial| {
         eprintln!(
@@ -234,6 +239,10 @@ pub fn build(sources: &Path, how: &How) -> Result<PathBuf> {
             configure
                 .arg(format!("-DCMAKE_C_COMPILER={}", how.compiler.c()))
                 .arg(format!("-DCMAKE_CXX_COMPILER={}", how.compiler.cxx()));
+        }
+        if let Some(vulkan) = &vulkan {
+            let headers = vulkan.headers.display();
+            configure.arg(format!("-DVulkan_INCLUDE_DIR={headers}"));
         }
         if how.is_static() {
             let to = format!("-DCMAKE_ARCHIVE_OUTPUT_DIRECTORY={}", bin.display());
@@ -262,6 +271,11 @@ impl How {
         self.options.contains(&"-DBUILD_SHARED_LIBS=OFF")
     }
 
+    /// Whether it has the Vulkan backend.
+    fn has_vulkan(&self) -> bool {
+        self.options.contains(&"-DGGML_VULKAN=ON")
+    }
+
     /// Whether it is for the processor that is here, and no other.
     fn is_native(&self) -> bool {
         self.options.contains(&"-DGGML_NATIVE=ON")
@@ -287,17 +301,29 @@ pub fn ensure_build_tools() -> Result<()> {
     packages::ensure(&needed, "building llama.cpp")
 }
 
+/// The source of the program that decodes on command.
+pub fn oracle_source(root: &Path) -> PathBuf {
+    root.join("tests/oracle/oracle.cpp")
+}
+
+/// A compiler that finds llama.cpp's headers in its sources, for the oracle.
+pub fn compile_oracle(sources: &Path) -> Command {
+    let mut compiler = Command::new(Compiler::System.cxx());
+    compiler
+        .args(["-std=c++17", "-O2", "-I"])
+        .arg(sources.join("include"))
+        .arg("-I")
+        .arg(sources.join("ggml/include"));
+    compiler
+}
+
 fn build_oracle(source: &Path, sources: &Path, bin: &Path) -> Result<PathBuf> {
     let text = fs::read_to_string(source)
         .with_context(|| format!("cannot read the oracle's source {}", source.display()))?;
     let key = cache::key(&[&text, &bin.to_string_lossy()]);
     cache::entry(&format!("oracle-{key}"), |partial| {
         command::run(
-            Command::new("c++")
-                .args(["-std=c++17", "-O2", "-I"])
-                .arg(sources.join("include"))
-                .arg("-I")
-                .arg(sources.join("ggml/include"))
+            compile_oracle(sources)
                 .arg("-o")
                 .arg(partial)
                 .arg(source)

@@ -59,7 +59,7 @@ enum Task {
     Llama,
     /// Test and measure on an NVIDIA GPU, as root; writes docs/results/cuda.json
     Cuda(cuda::Arguments),
-    /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the table in
+    /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the tables in
     /// docs/compatibility.md
     Compat(compat::Arguments),
     /// Say which results of long suites are not of the code that is here, and what has changed

@@ -1,6 +1,7 @@
 //! Installing what is missing, as far as the distribution has it: packages of Debian and Ubuntu.
 
 use std::env;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
@@ -39,6 +40,48 @@ pub fn ensure(packages: &[&str], purpose: &str) -> Result<()> {
             .args(&missing),
     )
     .with_context(|| format!("{purpose} needs the packages {names}, which apt cannot install"))
+}
+
+/// A package of Debian that is downloaded and not installed: one of another release than is here.
+pub struct Pinned {
+    pub version: &'static str,
+    /// In Debian's archive.
+    pub path: &'static str,
+    pub sha256: &'static str,
+}
+
+impl Pinned {
+    /// Downloads it from where this system's own packages come from.
+    pub fn download(&self, to: &Path) -> Result<()> {
+        const HELPER: &str = "/usr/lib/apt/apt-helper";
+        let Self { path, sha256, .. } = self;
+        command::run(
+            Command::new(HELPER)
+                .args(["download-file", &format!("{}{path}", debian_archive()?)])
+                .arg(to)
+                .arg(format!("SHA256:{sha256}"))
+                .stdin(Stdio::null()),
+        )
+        .with_context(|| format!("{path} cannot be had from Debian's archive"))
+    }
+}
+
+/// Address of Debian's archive, as apt knows it, with a slash at its end.
+fn debian_archive() -> Result<String> {
+    let found = command::output(Command::new("apt-get").args([
+        "indextargets",
+        "--format=$(REPO_URI)",
+        "Origin: Debian",
+        "Label: Debian",
+    ]))?;
+    let address = found.lines().next().map(str::to_owned);
+    address.with_context(|| {
+        format!(
+            "apt has no list of Debian's packages on this system ({}): run `apt-get update` if it is \
+             Debian; else install newer packages by the system's own means",
+            system::distribution()
+        )
+    })
 }
 
 /// Whether a program can be run by its name.

@@ -19,6 +19,7 @@ use crate::cache::{self, remove_directory};
 use crate::{command, npm};
 
 pub use cpu::{all, some};
+pub use vulkan::{ensure_device, shader_cache};
 
 /// Directory of what is downloaded and not kept.
 const DOWNLOAD: &str = "download";
@@ -27,7 +28,7 @@ const DOWNLOAD: &str = "download";
 pub fn provision() -> Result<Prebuilt> {
     Ok(Prebuilt {
         vulkan_server: vulkan::server()?,
-        shader_cache: vulkan::shader_cache()?,
+        shader_cache: shader_cache()?,
         cuda_libraries: cuda::libraries()?,
         cuda_runtimes: cuda::runtimes()?,
     })

@@ -1,7 +1,7 @@
 //! What is known of the traced processes, beside their events.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     path::{Path, PathBuf},
 };
@@ -34,6 +34,8 @@ pub struct Targets {
     pub models: KnownModels,
     /// Eval callbacks that processes have set.
     pub eval_callbacks: Vec<EvalCallback>,
+    /// Where they are: each scheduler of a process tells of its own.
+    callback_addresses: BTreeSet<(u32, u64)>,
 }
 
 /// A process.
@@ -181,7 +183,8 @@ impl Targets {
 
     /// A process has set an eval callback, which is at this address.
     pub fn sets_callback(&mut self, pid: u32, address: u64) {
-        if self.eval_callbacks.len() == MAX_CALLBACKS {
+        let known = &mut self.callback_addresses;
+        if known.len() == MAX_CALLBACKS || !known.insert((pid, address)) {
             return;
         }
         let callback = EvalCallback::at(pid, address);

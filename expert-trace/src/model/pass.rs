@@ -129,7 +129,7 @@ impl Pass {
     }
 
     /// Adds a record's rows. A layer counts once, whichever way it was read first, except that ids win
-    /// over a choice made from logits.
+    /// over a choice made from logits, and what the scheduler copies is not the target's own code's.
     pub(super) fn add_rows(
         &mut self,
         header: &Header,
@@ -154,6 +154,7 @@ impl Pass {
                 route != Route::Logits && repeats.iter().all(|known| known.route == Route::Logits);
             if !wins {
                 self.ids.truncate(block.start);
+                self.name_after(route, &repeats);
             } else {
                 let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
                 self.replaced.extend(replaced);
@@ -196,6 +197,21 @@ impl Pass {
             route,
             row_stride: header.row_stride,
             start,
+        }
+    }
+
+    /// Rows that the target's own code seemed to ask for, and that come by this route as well, are the
+    /// scheduler's: it copies a split's inputs by `ggml_backend_tensor_get`, too, from devices that have
+    /// no copy of their own (`ggml_backend_tensor_copy` in ggml-backend.cpp).
+    fn name_after(&mut self, route: Route, repeated: &[Block]) {
+        if !matches!(route, Route::SplitInput | Route::Fetch) {
+            return;
+        }
+        let blocks = self.blocks.iter_mut();
+        for block in blocks.filter(|block| repeated.contains(block)) {
+            if block.route == Route::Callback {
+                block.route = route;
+            }
         }
     }
 

@@ -531,6 +531,30 @@ fn a_layer_counts_once_whichever_route_comes_first() {
     assert_eq!(model.received().differing_rows, 1);
 }
 
+/// The scheduler copies by the function that the target's own code uses.
+#[test]
+fn what_the_scheduler_copies_is_not_called_the_targets_own() {
+    let ids: [&[i32]; 4] = [&[0, 1], &[1, 2], &[2, 3], &[3, 0]];
+    for (routes, expected) in [
+        ([Route::Callback, Route::SplitInput], Route::SplitInput),
+        ([Route::Callback, Route::Fetch], Route::Fetch),
+        ([Route::Router, Route::Callback], Route::Router),
+        ([Route::Callback, Route::Callback], Route::Callback),
+        ([Route::Callback, Route::Router], Route::Callback),
+    ] {
+        let mut model = choosing(selection::Stage::Logits);
+        push_rows(&mut model, routes[0], 0, &ids);
+        push_rows(&mut model, routes[1], 0, &ids[..3]);
+        push_rows(&mut model, routes[1], 3, &ids[3..]);
+        model.end(&|_| End::Exited, &mut |_| {});
+        assert_eq!(experts(&model), [2, 2, 2, 2]);
+        assert_eq!(model.received().repeated_rows, 4);
+        assert_eq!(model.received().differing_rows, 0);
+        let layer = &model.contexts()[0].layers[&2];
+        assert_eq!(layer.routes, [expected].into(), "{routes:?}");
+    }
+}
+
 #[test]
 fn ids_take_the_place_of_a_choice_from_logits() {
     let mut model = choosing(selection::Stage::Logits);

@@ -47,8 +47,8 @@ fn wide() {
     compare(random_wide(), "2");
 }
 
-/// The callback alone shows what is fully on a device; and the server, which computes it, shows each
-/// row once, although its client asks it for the same ids.
+/// The callback alone shows what is fully on a device. Its server, which it asks for the ids, has no
+/// callback.
 #[test]
 fn all_on_a_device() {
     let known = known_small();
@@ -72,7 +72,7 @@ fn all_on_a_device() {
 
     let seen = files.stats();
     seen.assert_complete();
-    assert_eq!(of(&seen.0), r#"["router","callback"]"#);
+    assert_eq!(of(&seen.0), r#"["router"]"#);
     assert_eq!(seen.tokens(), stats.tokens());
     assert_tokens_of(known, &files.log());
 }

@@ -4,6 +4,10 @@
 //!
 //! The builds come as a list from `cargo xtask compat`, which makes a table of the results. In CI there
 //! are only a stripped copy of the usual build, and some that others have published.
+//!
+//! Builds that can put routers and experts anywhere are traced once for each [route](routes).
+
+mod routes;
 
 use std::{
     collections::BTreeMap,
@@ -17,6 +21,7 @@ use expert_trace_tests::{
     builds::{Build, Driven, Fate, Model, strip_libraries},
     driver::Driver,
     models::Expected,
+    oracle::Oracle,
     server::Server,
     tracer::{self, Attached, Counts, Refusal, Stats, count, read_log},
 };
@@ -32,10 +37,25 @@ use crate::{
 /// Comes before a row of the table, for `cargo xtask compat`.
 const RESULT: &str = "RESULT ";
 
-/// Lengths of the prompts, each decoded by one call.
-const PROMPTS: [u32; 3] = [1, 7, 200];
-/// Tokens that are decoded one by one after them. A driver's context has room for 512 in all.
-const DECODED: usize = 32;
+/// How much a target is told to decode. A driver's context has room for 512 tokens in all.
+#[derive(Clone, Copy)]
+struct Load {
+    /// Lengths of the prompts, each decoded by one call.
+    prompts: &'static [u32],
+    /// Tokens that are decoded one by one after them.
+    decoded: usize,
+}
+
+/// What is decoded before a tracer attaches.
+const BEFORE: Load = Load {
+    prompts: &[1],
+    decoded: 0,
+};
+
+const LOAD: Load = Load {
+    prompts: &[1, 7, 200],
+    decoded: 32,
+};
 
 /// What llama.cpp says of weights that it has rearranged.
 const REPACKED: &str = "CPU_REPACK model buffer size";
@@ -83,6 +103,7 @@ struct Found {
 #[derive(Debug, PartialEq, Serialize)]
 struct Hook {
     hook: String,
+    symbol: String,
     file: String,
     table: String,
     hits: u64,
@@ -96,6 +117,8 @@ struct Outcome {
     rows: usize,
     expected: usize,
     complete: bool,
+    /// By which the rows came, in alphabetical order.
+    routes: Vec<String>,
     /// Exit status of a tracer that did not attach.
     #[serde(skip_serializing_if = "Option::is_none")]
     refused: Option<i32>,
@@ -119,6 +142,7 @@ impl Outcome {
 enum Target {
     Driver(Driver),
     Server(Server),
+    Oracle(Oracle),
 }
 
 /// What has gone through a model.
@@ -139,6 +163,11 @@ impl Target {
                 Self::Driver(driver.with_context(|| fs::read_to_string(said).unwrap_or_default())?)
             }
             Driven::Http => Self::Server(Server::start(command, said)?),
+            Driven::Oracle => {
+                command.stderr(File::create(said)?);
+                let oracle = Oracle::spawn(command);
+                Self::Oracle(oracle.with_context(|| fs::read_to_string(said).unwrap_or_default())?)
+            }
         })
     }
 
@@ -146,10 +175,12 @@ impl Target {
         match self {
             Self::Driver(driver) => driver.pid(),
             Self::Server(server) => server.pid(),
+            Self::Oracle(oracle) => oracle.pid(),
         }
     }
 
-    fn decode(&mut self, prompts: &[u32], decoded: usize) -> Result<Work> {
+    fn decode(&mut self, load: Load) -> Result<Work> {
+        let Load { prompts, decoded } = load;
         let mut work = Work::default();
         for (n, length) in (0..).zip(prompts) {
             let start = 1000 + 17 * n;
@@ -166,14 +197,22 @@ impl Target {
 
     /// Has it decode a prompt at once and then so many tokens one by one, which are returned.
     fn continue_by(&mut self, prompt: &[u32], decoded: usize) -> Result<Vec<u32>> {
+        let own = (0..decoded as u32).map(|n| 5000 + 31 * n);
         match self {
             Self::Driver(driver) => {
                 driver.decode(prompt)?;
-                let tokens: Vec<u32> = (0..decoded as u32).map(|n| 5000 + 31 * n).collect();
-                for token in &tokens {
-                    driver.decode(&[*token])?;
+                for token in own.clone() {
+                    driver.decode(&[token])?;
                 }
-                Ok(tokens)
+                Ok(own.collect())
+            }
+            Self::Oracle(oracle) => {
+                let [first, length] = [prompt[0] as usize, prompt.len()];
+                oracle.command(&format!("prompt 0 {length} {first}"))?;
+                for token in own.clone() {
+                    oracle.command(&format!("decode 0 {token}"))?;
+                }
+                Ok(own.collect())
             }
             Self::Server(server) => {
                 // The last one that it generates does not go through the model.
@@ -187,6 +226,7 @@ impl Target {
     fn end(self) -> Result<()> {
         let status = match self {
             Self::Driver(driver) => driver.quit()?,
+            Self::Oracle(oracle) => oracle.quit()?,
             Self::Server(server) => server.stop()?.0,
         };
         ensure!(status.success(), "it ended with {status}");
@@ -236,6 +276,7 @@ impl Files {
             rows: seen.values().map(Vec::len).sum(),
             expected: expected.values().map(Vec::len).sum(),
             complete,
+            routes: stats.routes(),
             refused: None,
             says,
         })
@@ -285,12 +326,12 @@ fn without_directories(text: &str, build: &Build) -> String {
 
 /// Traces the build from its first instruction to its end. Gives what was found in it as well, and
 /// whether the experts were repacked.
-fn by_run(build: &Build, known: &Known) -> Result<(Outcome, Found, bool)> {
+fn by_run(build: &Build, known: &Known, load: Load) -> Result<(Outcome, Found, bool)> {
     let files = Files::new();
     let mut command = tracer::run(&files.options(), &build.command_line(&known.path))?;
     command.envs(&build.environment);
     let mut target = Target::start(build, &mut command, &files.path("said"))?;
-    let work = target.decode(&PROMPTS, DECODED)?;
+    let work = target.decode(load)?;
     target.end()?;
     let said = files.read("said")?;
     let outcome = files.compare(&work, &known.expected, admissions(&said, build))?;
@@ -298,11 +339,11 @@ fn by_run(build: &Build, known: &Known) -> Result<(Outcome, Found, bool)> {
 }
 
 /// Traces the build after it has computed something. Gives the hits per token as well.
-fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
+fn by_attach(build: &Build, known: &Known, load: Load) -> Result<(Outcome, Option<f64>)> {
     let files = Files::new();
     let mut command = build.command_line(&known.path);
     let mut target = Target::start(build, &mut command, &files.path("said"))?;
-    target.decode(&[5], 0)?;
+    target.decode(BEFORE)?;
     let tracer = match Attached::to(target.pid(), &files.options()) {
         Ok(tracer) => tracer,
         Err(error) => {
@@ -312,7 +353,7 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
                 .rsplit("expert-trace: error: ")
                 .next()
                 .unwrap_or_default();
-            let work = target.decode(&PROMPTS, DECODED)?;
+            let work = target.decode(load)?;
             target.end()?;
             let expected = work.rows(&known.expected);
             let outcome = Outcome {
@@ -320,13 +361,14 @@ fn by_attach(build: &Build, known: &Known) -> Result<(Outcome, Option<f64>)> {
                 rows: 0,
                 expected: expected.values().map(Vec::len).sum(),
                 complete: false,
+                routes: Vec::new(),
                 refused: refusal.status.code(),
                 says: vec![without_directories(said.trim_end(), build)],
             };
             return Ok((outcome, None));
         }
     };
-    let work = target.decode(&PROMPTS, DECODED)?;
+    let work = target.decode(load)?;
     let said = tracer.interrupt()?;
     target.end()?;
     let outcome = files.compare(&work, &known.expected, admissions(&said, build))?;
@@ -342,6 +384,7 @@ impl Found {
             let file = Path::new(probe["file"].as_str()?).file_name()?;
             Some(Hook {
                 hook: text(&probe["hook"])?,
+                symbol: text(&probe["symbol"])?,
                 file: file.to_string_lossy().into_owned(),
                 table: text(&probe["table"])?,
                 hits: probe["hits"].as_u64()?,
@@ -391,8 +434,8 @@ fn trace(build: &Build, model: Model) -> Result<Row> {
 
 /// The same with a model that is there.
 fn trace_with(build: &Build, known: &Known, model: &'static str) -> Result<Row> {
-    let (run, by_run, repacked) = by_run(build, known).context("by run")?;
-    let (attach, hits_per_token) = by_attach(build, known).context("by attach")?;
+    let (run, by_run, repacked) = by_run(build, known, LOAD).context("by run")?;
+    let (attach, hits_per_token) = by_attach(build, known, LOAD).context("by attach")?;
     Ok(Row {
         build: build.name.clone(),
         version: build.version.clone(),
@@ -489,7 +532,7 @@ fn every_build() {
     let mut faults = Vec::new();
     let builds = Build::list_from_env().unwrap();
     assert!(!builds.is_empty(), "no build is in the list");
-    for build in &builds {
+    for build in builds.iter().filter(|build| !routes::are_for(build)) {
         for model in &build.models {
             let row = match trace(build, *model) {
                 Ok(row) => row,

@@ -356,7 +356,7 @@ fn a_program_started_by_its_linker() {
 /// whatever device a copy is for; they are gone a moment later.
 #[test]
 fn ids_that_the_program_asks_for() {
-    let (_directory, program) = compile("standin.c", &["-DCALLBACK"]);
+    let (_directory, program) = compile("standin.c", &["-DSCHEDULED", "-DCALLBACK"]);
     let shape = argsort(8, 300, 128);
     for (layout, fault) in [("new", "none"), ("old", "none"), ("new", "device")] {
         let (stats, rows) = trace(Command::new(&program), layout, &shape, fault);

@@ -125,7 +125,10 @@ fn a_second_block_of_a_router_on_a_device() {
         ["--dump-second", second.to_str().unwrap()],
     ];
     let client = driver(&model, options.as_flattened());
-    let mut client = tracer::run(&of_client.options(), &client).unwrap();
+    // By the ids that its callback asks for, the client would show the first block of all layers.
+    let routes = ["--routes=router,split_input".to_owned()];
+    let options = [of_client.options().as_slice(), &routes].concat();
+    let mut client = tracer::run(&options, &client).unwrap();
     let mut client = Oracle::spawn(&mut client).unwrap();
     for command in ["prompt 0 20 4000", "generate 0 4 17"] {
         client.command(command).unwrap();

@@ -13,13 +13,14 @@ use expert_trace_tests::builds::{Build, Driven, Fate, Model, strip_libraries};
 
 use crate::llama::{self, Compiler, How, RELEASE};
 use crate::planned::Planned;
-use crate::{cache, command, driver, packages};
+use crate::{cache, command, driver, packages, prebuilt};
 
 /// All of a shared ggml.
 const GGML: &[&str] = &["ggml", "ggml-base", "ggml-cpu"];
 
 /// How long that takes.
 const DURATION: &str = "2 minutes on 2 cores";
+const DURATION_VULKAN: &str = "6 minutes on 2 cores";
 
 /// With ggml's own threads: Debian's Clang comes without OpenMP, and other systems' with it.
 const CLANG: How = How {
@@ -78,6 +79,31 @@ const STATIC_LTO: How = How {
     options: &["-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON"],
     targets: GGML,
     duration: DURATION,
+};
+
+/// With a device that takes weights in the middle of a graph, and gives ids back.
+const VULKAN: How = How {
+    name: "ggml-vulkan",
+    compiler: Compiler::System,
+    options: &["-DGGML_VULKAN=ON"],
+    targets: GGML,
+    duration: DURATION_VULKAN,
+};
+
+const VULKAN_CLANG: How = How {
+    name: "ggml-vulkan-clang",
+    compiler: Compiler::Clang,
+    options: &["-DGGML_OPENMP=OFF", "-DGGML_VULKAN=ON"],
+    targets: GGML,
+    duration: DURATION_VULKAN,
+};
+
+const VULKAN_STATIC: How = How {
+    name: "ggml-vulkan-static",
+    compiler: Compiler::System,
+    options: &["-DBUILD_SHARED_LIBS=OFF", "-DGGML_VULKAN=ON"],
+    targets: GGML,
+    duration: DURATION_VULKAN,
 };
 
 /// Shared builds that differ in ggml, and what to trace them with.
@@ -148,6 +174,56 @@ pub fn all(root: &Path) -> Vec<Planned<'_>> {
     builds
 }
 
+/// Builds whose compiler or linkage decides which calls are left for a probe, each with all that the
+/// routes need.
+pub fn for_routes(root: &Path) -> Vec<Planned<'_>> {
+    vec![
+        Planned::new("routes: shared, GCC", move |_| {
+            let ggml = llama::build(&llama::sources()?, &VULKAN)?;
+            shared_oracle(root, "shared, GCC", &ggml)
+        }),
+        Planned::new("routes: static, GCC", move |_| {
+            let sources = llama::sources()?;
+            let ggml = llama::build(&sources, &VULKAN_STATIC)?;
+            let program = linked(
+                "oracle",
+                &llama::oracle_source(root),
+                llama::compile_oracle(&sources),
+                &ggml,
+                &llama::build(&sources, &STATIC)?,
+                &["-lvulkan"],
+            )?;
+            of_the_oracle("static, GCC", program)
+        }),
+        Planned::new("routes: shared, Clang", move |_| {
+            let ggml = llama::build(&llama::sources()?, &VULKAN_CLANG)?;
+            shared_oracle(root, "shared, Clang, without OpenMP", &ggml)
+        }),
+    ]
+}
+
+/// The oracle with the shared libllama, and with a ggml that is put before the one beside that.
+fn shared_oracle(root: &Path, name: &str, ggml: &Path) -> Result<Build> {
+    let mut build = of_the_oracle(name, llama::provision(root)?.oracle)?;
+    build
+        .environment
+        .insert("LD_LIBRARY_PATH".to_owned(), ggml.to_owned());
+    Ok(build)
+}
+
+fn of_the_oracle(name: &str, program: PathBuf) -> Result<Build> {
+    prebuilt::ensure_device()?;
+    let shaders = (
+        "MESA_SHADER_CACHE_DIR".to_owned(),
+        prebuilt::shader_cache()?,
+    );
+    Ok(Build {
+        driven: Driven::Oracle,
+        environment: [shaders].into(),
+        ..of_the_driver(name.to_owned(), vec![program], &[Model::Qwen3Moe])
+    })
+}
+
 /// The driver with the shared libllama of a directory.
 fn shared<'a>(
     root: &'a Path,
@@ -177,37 +253,61 @@ fn of_the_driver(name: String, command: Vec<PathBuf>, models: &[Model]) -> Build
 
 /// The driver with all of llama.cpp in it: ggml's archives of one build, and libllama's of another.
 fn linked_driver(source: &Path, ggml: &Path, llama: &Path) -> Result<PathBuf> {
+    let mut compiler = Command::new(Compiler::System.c());
+    compiler.args(["-O2", "-DLINKED"]);
+    linked("driver", source, compiler, ggml, llama, &[])
+}
+
+/// A program with all of llama.cpp in it, and the libraries that its other backends take.
+fn linked(
+    name: &str,
+    source: &Path,
+    mut compiler: Command,
+    ggml: &Path,
+    llama: &Path,
+    libraries: &[&str],
+) -> Result<PathBuf> {
     let key = cache::key(&[
         &read(source)?,
         &Compiler::System.version()?,
         &ggml.to_string_lossy(),
         &llama.to_string_lossy(),
     ]);
-    let built = cache::entry(&format!("driver-static-{key}"), |partial| {
+    let built = cache::entry(&format!("{name}-static-{key}"), |partial| {
         fs::create_dir_all(partial)
             .with_context(|| format!("cannot create {}", partial.display()))?;
-        let object = partial.join("driver.o");
-        command::run(
-            Command::new(Compiler::System.c())
-                .args(["-O2", "-DLINKED", "-c", "-o"])
-                .arg(&object)
-                .arg(source),
-        )?;
-        let archives = ["ggml", "ggml-cpu", "ggml-rpc", "ggml-base"];
+        let object = partial.join("object.o");
+        command::run(compiler.arg("-c").arg("-o").arg(&object).arg(source))?;
         command::run(
             Command::new(Compiler::System.cxx())
                 .arg("-O2")
                 .arg("-o")
-                .arg(partial.join("driver"))
+                .arg(partial.join(name))
                 .arg(&object)
                 .arg(llama.join("libllama.a"))
                 .arg("-Wl,--start-group")
-                .args(archives.map(|name| ggml.join(format!("lib{name}.a"))))
+                .args(archives(ggml)?)
                 .arg("-Wl,--end-group")
+                .args(libraries)
                 .args(["-fopenmp", "-pthread", "-ldl", "-lm"]),
         )
     })?;
-    Ok(built.join("driver"))
+    Ok(built.join(name))
+}
+
+/// ggml itself and its backends.
+fn archives(ggml: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(ggml).with_context(|| format!("cannot read {}", ggml.display()))?;
+    let mut archives = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("libggml") && name.ends_with(".a") {
+            archives.push(path);
+        }
+    }
+    archives.sort();
+    Ok(archives)
 }
 
 /// A program without any symbol.

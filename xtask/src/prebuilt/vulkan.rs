@@ -50,7 +50,7 @@ pub fn server() -> Result<PathBuf> {
         SERVER.package,
         env::consts::ARCH
     );
-    packages::ensure(&PACKAGES, "a Vulkan device in software")?;
+    ensure_device()?;
     let name = entry_name(
         "vulkan-server",
         SERVER.version,
@@ -70,6 +70,11 @@ pub fn server() -> Result<PathBuf> {
         }
         remove_directory(&download)
     })
+}
+
+/// Has the system have a Vulkan device in software.
+pub fn ensure_device() -> Result<()> {
+    packages::ensure(&PACKAGES, "a Vulkan device in software")
 }
 
 /// Directory where Mesa keeps compiled shaders (`MESA_SHADER_CACHE_DIR`), less than a megabyte.

@@ -13,7 +13,7 @@ use std::{
 use expert_trace_common::{Header, PassSource, Phase, Route};
 use serde::Serialize;
 
-use self::pass::{Added, RowPhases};
+use self::pass::{Added, RowPhases, SequenceState};
 pub use self::pass::{Block, Pass};
 use crate::{
     decode::{Body, Event, Malformed, Scores},
@@ -345,8 +345,8 @@ pub struct Context {
     worked: bool,
     /// Whether a pass has been counted that had an output, and so went through all layers.
     knows_layers: bool,
-    /// Sequences whose last token had no output: the next ones go on with the same prompt.
-    in_prompt: BTreeMap<u16, bool>,
+    /// Where each sequence is.
+    sequences: BTreeMap<u16, SequenceState>,
     /// Sequences that the last pass had equal parts of.
     equal_parts: BTreeSet<u16>,
 }
@@ -807,9 +807,9 @@ impl Model {
     fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
         let context = &mut self.contexts[index];
         let goes_on = pass.goes_on_with(&context.equal_parts);
-        let phases = pass.row_phases(&context.in_prompt, goes_on);
+        let phases = pass.row_phases(&context.sequences, goes_on);
         let phase = phases.of_pass();
-        pass.note_outputs(&mut context.in_prompt);
+        pass.note_sequences(&mut context.sequences);
         context.equal_parts = pass.equal_parts(goes_on);
         if !pass.has_rows() {
             if pass.has_ubatch() {

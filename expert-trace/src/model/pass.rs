@@ -353,9 +353,14 @@ impl Pass {
     /// Prefill or decode, for each token of the ubatch.
     ///
     /// A token is decoded when it is the only one of its sequence in the pass, not the sequence's
-    /// first, and does not go on with a prompt of which the pass before had no output, or a part. Where
-    /// the ubatch was not read, a pass of one token is a decode.
-    pub(super) fn row_phases(&self, in_prompt: &BTreeMap<u16, bool>, goes_on: bool) -> RowPhases {
+    /// first, and does not go on with a prompt of which the pass before had no output, or a part. So are
+    /// tokens that were guessed and are checked together. Where the ubatch was not read, a pass of one
+    /// token is a decode.
+    pub(super) fn row_phases(
+        &self,
+        before: &BTreeMap<u16, SequenceState>,
+        goes_on: bool,
+    ) -> RowPhases {
         let mut phases = RowPhases {
             otherwise: if self.token_count() > 1 {
                 Phase::Prefill
@@ -368,14 +373,12 @@ impl Pass {
         if !self.has_ubatch() {
             return phases;
         }
-        let mut tokens_of: BTreeMap<u16, u32> = BTreeMap::new();
+        let parts = self.parts();
         for info in &self.infos {
-            *tokens_of.entry(info.sequence).or_default() += 1;
-        }
-        for info in &self.infos {
-            let alone = tokens_of[&info.sequence] == 1;
-            let prompt = goes_on || in_prompt.get(&info.sequence).copied().unwrap_or(false);
-            let phase = if alone && info.position > 0 && !prompt {
+            let part = parts[&info.sequence];
+            let state = before.get(&info.sequence).copied();
+            let alone = part.tokens == 1 && state != Some(SequenceState::InPrompt) && !goes_on;
+            let phase = if part.first_position > 0 && (alone || part.is_check(state)) {
                 Phase::Decode
             } else {
                 Phase::Prefill
@@ -388,20 +391,73 @@ impl Pass {
         phases
     }
 
-    /// Remembers which sequences are left in the middle of a prompt.
-    pub(super) fn note_outputs(&self, in_prompt: &mut BTreeMap<u16, bool>) {
+    /// Remembers how the pass has left each sequence.
+    pub(super) fn note_sequences(&self, states: &mut BTreeMap<u16, SequenceState>) {
         if !self.has_ubatch() {
             return;
         }
-        for info in &self.infos {
-            in_prompt.insert(info.sequence, true);
+        for (sequence, part) in self.parts() {
+            let state = part.state_after(states.get(&sequence).copied());
+            states.insert(sequence, state);
         }
-        for info in self
-            .infos
-            .iter()
-            .filter(|info| info.flags & ROW_OUTPUT != 0)
-        {
-            in_prompt.insert(info.sequence, false);
+    }
+
+    /// What the pass has of each sequence.
+    fn parts(&self) -> BTreeMap<u16, Part> {
+        let mut parts: BTreeMap<u16, Part> = BTreeMap::new();
+        for info in &self.infos {
+            let part = parts.entry(info.sequence).or_insert(Part {
+                first_position: info.position,
+                tokens: 0,
+                outputs: 0,
+            });
+            part.tokens += 1;
+            part.outputs += u32::from(info.flags & ROW_OUTPUT != 0);
+        }
+        parts
+    }
+}
+
+/// Where a sequence is after a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SequenceState {
+    /// None of its tokens had an output: the next ones go on with the same prompt.
+    InPrompt,
+    /// One of them had: what follows is generated.
+    Generates,
+    /// Several had, as where embeddings or the likelihood of a text are computed.
+    InText,
+}
+
+/// What a pass has of one sequence.
+#[derive(Clone, Copy)]
+struct Part {
+    first_position: i32,
+    tokens: u32,
+    outputs: u32,
+}
+
+/// Most tokens that are believed to be checked at once (llama.cpp guesses up to 64 by n-grams, and less
+/// by a model; the last certain token comes with them).
+const MAX_CHECKED: u32 = 65;
+
+impl Part {
+    /// Whether these are tokens that were guessed: they follow generated ones, and all of them have an
+    /// output to be compared with. Of a prompt, the last one has.
+    fn is_check(self, before: Option<SequenceState>) -> bool {
+        self.tokens > 1
+            && self.tokens <= MAX_CHECKED
+            && self.outputs == self.tokens
+            && self.first_position > 0
+            && matches!(before, None | Some(SequenceState::Generates))
+    }
+
+    fn state_after(self, before: Option<SequenceState>) -> SequenceState {
+        match self.outputs {
+            0 => SequenceState::InPrompt,
+            1 => SequenceState::Generates,
+            _ if self.is_check(before) => SequenceState::Generates,
+            _ => SequenceState::InText,
         }
     }
 }

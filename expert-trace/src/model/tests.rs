@@ -890,28 +890,34 @@ fn a_last_pass_that_lacks_a_second_block_is_cut() {
     }
 }
 
+/// Tokens of prompts, and generated ones, of passes with these ubatches.
+fn phases_of(ubatches: &[&[(i32, u16, bool)]]) -> [u64; 2] {
+    let row: &[i32] = &[1, 2];
+    let rows = vec![row; 100];
+    let layers: Vec<[LayerRows<'_>; 1]> = ubatches
+        .iter()
+        .map(|ubatch| [(0, &rows[..ubatch.len()])])
+        .collect();
+    let passes: Vec<TestPass<'_>> = (0..)
+        .zip(ubatches.iter().zip(&layers))
+        .map(|(number, (ubatch, layers))| TestPass {
+            number,
+            ubatch,
+            layers,
+            ..TestPass::default()
+        })
+        .collect();
+    let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
+    tokens(&model, 0, 0)
+}
+
 /// Embeddings of texts of 2, 3 and 4 tokens in one batch, as a cache for each sequence has them cut.
 #[test]
 fn what_equal_parts_leave_is_prefill() {
     let all = [0, 1, 2].map(|sequence| [(0, sequence, true), (1, sequence, true)]);
     let run_with = |rest: &[&[(i32, u16, bool)]]| {
-        let rows: [&[i32]; 6] = [&[1, 2]; 6];
         let ubatches: Vec<&[(i32, u16, bool)]> = [&[all.as_flattened()], rest].concat();
-        let layers: Vec<[LayerRows<'_>; 1]> = ubatches
-            .iter()
-            .map(|ubatch| [(0, &rows[..ubatch.len()])])
-            .collect();
-        let passes: Vec<TestPass<'_>> = (0..)
-            .zip(ubatches.iter().zip(&layers))
-            .map(|(number, (ubatch, layers))| TestPass {
-                number,
-                ubatch,
-                layers,
-                ..TestPass::default()
-            })
-            .collect();
-        let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
-        tokens(&model, 0, 0)
+        phases_of(&ubatches)
     };
     assert_eq!(
         run_with(&[&[(2, 1, true), (2, 2, true)], &[(3, 2, true)]]),
@@ -922,4 +928,29 @@ fn what_equal_parts_leave_is_prefill() {
     assert_eq!(run_with(&[&generated, &[(3, 2, true)]]), [6, 4]);
     // The next text begins.
     assert_eq!(run_with(&[&[(0, 1, true)], &[(1, 1, true)]]), [7, 1]);
+}
+
+/// A prompt, and tokens that were guessed: each check follows what was certain.
+#[test]
+fn what_is_guessed_and_checked_is_decode() {
+    let text = |from: i32, count: i32, output: fn(i32) -> bool| -> Vec<(i32, u16, bool)> {
+        let positions = from..from + count;
+        positions.map(|at| (at, 0, output(at))).collect()
+    };
+    let prompt = text(0, 8, |at| at == 7);
+    let check = |from| text(from, 4, |_| true);
+    assert_eq!(phases_of(&[&prompt, &check(8), &check(10)]), [8, 8]);
+    // Attached in the middle.
+    assert_eq!(phases_of(&[&check(20), &check(22)]), [0, 8]);
+    // A text of which every token's likelihood is wanted, and one in whose second half it is.
+    let whole = text(0, 8, |_| true);
+    assert_eq!(phases_of(&[&whole, &check(8)]), [12, 0]);
+    assert_eq!(phases_of(&[&text(0, 8, |_| false), &check(8)]), [12, 0]);
+    // More than anybody guesses; a prompt that follows an answer; one token of it that was left.
+    assert_eq!(phases_of(&[&prompt, &text(8, 66, |_| true)]), [74, 0]);
+    assert_eq!(phases_of(&[&prompt, &text(8, 4, |at| at == 11)]), [12, 0]);
+    assert_eq!(
+        phases_of(&[&text(0, 8, |_| false), &text(8, 1, |_| true)]),
+        [9, 0]
+    );
 }

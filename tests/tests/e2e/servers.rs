@@ -247,6 +247,10 @@ fn draft_model(runs_already: bool) -> Stats {
             );
             let counts = count(ids.map(|ids| (layer, ids)));
             assert_eq!(stats.context_counts(id)[&layer], counts[&layer]);
+            // What is guessed and checked is generated, and no prompt.
+            let of = |key: &str| stats.number(&format!("/contexts/{id}/layers/{layer}/{key}"));
+            assert_eq!(of("prefill_tokens"), expected.prompt.len() as u64);
+            assert_eq!(of("decode_tokens"), evaluated.len() as u64);
         }
         assert_eq!(contexts[id]["layers_not_visible"].to_string(), "[]");
     }

@@ -135,7 +135,8 @@ pub enum Command {
     /// Trace a running process until Ctrl-C, --duration, or its end; it goes on unharmed
     #[command(before_help = ATTACH_EXAMPLES)]
     Attach(Attach),
-    /// Say whether it would work, with which probes, and what would be seen; nothing is started or traced
+    /// Say whether it would work, with which probes, and what would be seen; nothing is started or traced,
+    /// but for a look of a second at the eval callback of --pid
     #[command(before_help = DOCTOR_EXAMPLES, after_help = DOCTOR_STATUS)]
     Doctor(Doctor),
     /// Print a script that completes expert-trace's arguments in a shell

@@ -73,6 +73,7 @@ fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
             pid: pid.get(),
             router_on_cpu: arguments.router_on_cpu,
             routes: &recording.routes,
+            watch: false,
         };
         let refused = refused
             .clone()

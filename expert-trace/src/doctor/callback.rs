@@ -65,6 +65,9 @@ impl Callbacks {
 
     /// Looks for a moment whether a process computes with one.
     pub fn watch(&mut self, pid: u32, plan: &Plan) {
+        if !plan.has(Hook::EvalCallback) {
+            return;
+        }
         match watch(pid, plan) {
             Ok(Seen::Set(callback)) => {
                 self.answer = Answer::Yes;
@@ -125,8 +128,7 @@ fn watch(pid: u32, plan: &Plan) -> Result<Seen, AttachError> {
     /// A hit that sets none makes no record.
     const LOOK_AGAIN: u16 = 20;
     let probes: Vec<_> = plan.of(Hook::EvalCallback).collect();
-    let process = NonZeroU32::new(pid).filter(|_| !probes.is_empty());
-    let Some(process) = process else {
+    let Some(process) = NonZeroU32::new(pid) else {
         return Ok(Seen::Nothing);
     };
     let (mut session, mut events) = Session::load(RING_BYTES, Scope::Process(process))?;

@@ -53,6 +53,8 @@ pub enum Subject<'a> {
         router_on_cpu: bool,
         /// Ways to read routing; all when there is none.
         routes: &'a [Route],
+        /// Whether to look for a moment, with a probe, whether it has an eval callback.
+        watch: bool,
     },
     /// A command, as `run` would start it.
     Command(Command<'a>),
@@ -78,6 +80,7 @@ pub fn doctor(arguments: &Doctor) -> anyhow::Result<u8> {
             pid: pid.get(),
             router_on_cpu: false,
             routes: &[],
+            watch: true,
         },
         Doctor {
             binary: Some(path), ..
@@ -160,7 +163,14 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
             pid,
             router_on_cpu,
             routes,
-        } => Some(survey::process(*pid, *router_on_cpu, routes)),
+            watch,
+        } => {
+            let mut survey = survey::process(*pid, *router_on_cpu, routes);
+            if *watch {
+                survey.callbacks.watch(*pid, &survey.plan);
+            }
+            Some(survey)
+        }
         Subject::Command(command) => Some(survey::command(command)),
         Subject::Binary { path, caller } => {
             Some(survey::binary(path, &caller.environment, &caller.account))

@@ -534,7 +534,6 @@ pub fn process(pid: u32, router_on_cpu: bool, routes: &[Route]) -> Survey {
             error => Check::no(FUNCTIONS, error.to_string(), fix(&error)),
         }
     });
-    survey.callbacks.watch(pid, &survey.plan);
     let reach = Reach::of(pid);
     let variable = environment.get("LLAMA_ARG_MODEL");
     let mut found = models::mapped(pid, &files, reach.as_ref(), &KnownModels::default());

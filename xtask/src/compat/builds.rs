@@ -20,7 +20,8 @@ const GGML: &[&str] = &["ggml", "ggml-base", "ggml-cpu"];
 
 /// How long that takes.
 const DURATION: &str = "2 minutes on 2 cores";
-const DURATION_VULKAN: &str = "6 minutes on 2 cores";
+/// Not timed alone: the shaders take most of it.
+const DURATION_VULKAN: &str = "10 to 20 minutes on 2 cores";
 
 /// With ggml's own threads: Debian's Clang comes without OpenMP, and other systems' with it.
 const CLANG: How = How {

@@ -34,6 +34,8 @@ pub enum Reason {
     RouteLeftOut,
     /// Passes showed none, and whether they computed tokens is not known.
     UbatchNotRead,
+    /// No pass had an output: a layer that works on output rows alone was never computed.
+    NothingToDo,
 }
 
 /// Layers of a context that were not seen, or not always, for one reason.
@@ -135,11 +137,12 @@ impl Evidence {
         }
     }
 
-    fn reason_of(&self, layer: &LayerStats, options: &Options) -> Option<Reason> {
+    fn reason_of(&self, layer: &LayerStats, unread: bool, options: &Options) -> Option<Reason> {
         let prompts_only = layer.passes_not_seen.decode == 0;
         let by_a_copy = layer.routes.contains(&"device_copy");
         match (layer.coverage, self.reason()) {
             (Coverage::Observed, _) => None,
+            (Coverage::NotKnown, _) if layer.passes == 0 && !unread => Some(Reason::NothingToDo),
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
             (Coverage::PartlyObserved, Reason::OnADevice)
                 if prompts_only && options.op_offload && !by_a_copy =>
@@ -151,23 +154,27 @@ impl Evidence {
     }
 
     /// Sets the reason of each layer of a context that was not always seen; gives those that have the
-    /// same one together.
+    /// same one together. `unread` says that the context has passes of which it is not known whether they
+    /// computed tokens.
     pub fn explain(
         &self,
         layers: &mut [LayerStats],
+        unread: bool,
         shape: Option<&ModelShape>,
         options: &Options,
         is_draft: bool,
     ) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         for layer in layers {
-            layer.reason = self.reason_of(layer, options);
+            layer.reason = self.reason_of(layer, unread, options);
             let Some(reason) = layer.reason else { continue };
             let phases = phases(layer.passes_not_seen);
             let id = u32::from(layer.layer_id);
-            let known = gaps.iter_mut().find(|gap| {
-                (gap.coverage, gap.reason, &gap.phases) == (layer.coverage, reason, &phases)
-            });
+            // One that had nothing to do in any pass goes with the others.
+            let alike = |gap: &Gap| phases.is_empty() || gap.phases == phases;
+            let known = gaps
+                .iter_mut()
+                .find(|gap| (gap.coverage, gap.reason) == (layer.coverage, reason) && alike(gap));
             match known.and_then(|gap| gap.layers.as_mut()) {
                 Some(layers) => layers.push(id),
                 None => gaps.push(Gap {
@@ -180,8 +187,18 @@ impl Evidence {
                 }),
             }
         }
+        let idle: Vec<u32> = gaps
+            .iter()
+            .filter(|gap| gap.reason == Reason::NothingToDo)
+            .flat_map(|gap| gap.layers.clone().unwrap_or_default())
+            .collect();
         for gap in &mut gaps {
-            let wanted = gap.layers.as_deref().unwrap_or_default();
+            let mut wanted = gap.layers.clone().unwrap_or_default();
+            if gap.coverage == Coverage::NotVisible {
+                // Where these will be computed is not known: what is advised does for them, too.
+                wanted.extend(&idle);
+            }
+            let wanted = wanted.as_slice();
             let layers = shape.map(|shape| Layers { wanted, shape });
             let program = self.program(options, is_draft);
             gap.explanation = self.explanation(gap.reason, gap.coverage, layers, &program);
@@ -279,6 +296,9 @@ impl Evidence {
                                       not known"
                     .to_owned()
             }
+            Reason::NothingToDo => "no pass had an output, and without one they are not computed: \
+                                    where their routing goes was not seen"
+                .to_owned(),
         }
     }
 
@@ -307,6 +327,10 @@ impl Evidence {
                 let build = "to know it, use a build of b5922 or newer, with its symbols";
                 [off_the_device(), vec![Remedy::other(build)]].concat()
             }
+            Reason::NothingToDo => vec![Remedy::other(
+                "trace until a prompt is through: its last token has an output, and so has each that \
+                 is generated",
+            )],
         }
     }
 }
@@ -351,12 +375,13 @@ fn never_hit(hooks: &[HookStats], hook: Hook) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::{ffi::OsString, path::PathBuf};
+    use std::{collections::BTreeSet, ffi::OsString, path::PathBuf};
 
     use expert_trace_common::Site;
 
     use super::*;
     use crate::{
+        gguf::ExpertsUsed,
         probes::{FileId, Probe},
         symbols::{Definition, Table},
     };
@@ -466,7 +491,7 @@ mod tests {
         ];
         let options = options("llama-cli -ngl 99 --cpu-moe");
         let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
-        let gaps = why.explain(&mut layers, None, &options, false);
+        let gaps = why.explain(&mut layers, true, None, &options, false);
         let told: Vec<_> = gaps
             .iter()
             .map(|gap| (gap.layers.clone().unwrap(), gap.reason, gap.phases.clone()))
@@ -484,5 +509,56 @@ mod tests {
         assert_eq!(layers[0].reason, None);
         assert_eq!(layers[1].reason, Some(Reason::Streamed));
         assert_eq!(gaps[0].remedies[0].options, ["--no-op-offload"]);
+    }
+
+    /// A last layer that had nothing to do goes with layers that are not visible, as far as it can be
+    /// told; and what is advised for those does for it.
+    #[test]
+    fn a_layer_that_had_nothing_to_do_is_in_the_advice() {
+        use Coverage::{NotKnown, NotVisible, Observed};
+        let shape = ModelShape {
+            arch: "llama".to_owned(),
+            name: None,
+            layers: 4,
+            n_expert: 8,
+            n_expert_used: ExpertsUsed::Uniform(2),
+            nextn_predict_layers: 0,
+            moe_layers: (0..4).collect(),
+            expert_gating_func: None,
+            expert_group_count: 0,
+            expert_group_used_count: 0,
+            second_block_experts: None,
+            router_bias: BTreeSet::new(),
+            selection_bias: BTreeSet::new(),
+            chosen_by_token: BTreeSet::new(),
+        };
+        let options = options("llama-server -ngl 99 -ncmoe 2");
+        let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
+        let told = |coverage: [Coverage; 4], idle: Coverage| {
+            let mut layers = [0, 1, 2, 3].map(|id| match coverage[usize::from(id)] {
+                NotVisible => layer(id, NotVisible, 5, 0),
+                coverage => layer(id, coverage, 0, 0),
+            });
+            layers[3] = layer(3, idle, 0, 0);
+            let gaps = why.explain(&mut layers, false, Some(&shape), &options, false);
+            let told = gaps.into_iter().map(|gap| {
+                let options = |of: &Remedy| of.options.join(" ");
+                let advice: Vec<String> = gap.remedies.iter().map(options).collect();
+                (gap.layers.unwrap(), gap.reason, advice.join("; "))
+            });
+            told.collect::<Vec<_>>()
+        };
+        let all = told([NotVisible; 4], NotVisible);
+        let [(layers, Reason::OnADevice, advice)] = &all[..] else {
+            panic!("{all:?}");
+        };
+        assert_eq!(*layers, [0, 1, 2, 3]);
+        assert!(advice.contains("--cpu-moe"), "{advice}");
+        let some = told([Observed, Observed, NotVisible, NotKnown], NotKnown);
+        let [(hidden, _, advice), (idle, Reason::NothingToDo, _)] = &some[..] else {
+            panic!("{some:?}");
+        };
+        assert_eq!((&hidden[..], &idle[..]), (&[2][..], &[3][..]));
+        assert!(advice.contains("--n-cpu-moe 4"), "{advice}");
     }
 }

@@ -154,7 +154,8 @@ pub enum Coverage {
     PartlyObserved,
     /// In no pass.
     NotVisible,
-    /// In all passes that are known to have computed tokens; others may have.
+    /// In all passes in which it is known to have had something to do, which can be none; there may have
+    /// been others.
     NotKnown,
 }
 
@@ -373,18 +374,18 @@ impl Context {
         }
     }
 
-    /// Whether the routing of a layer was seen in all passes in which it ran.
+    /// Whether the routing of a layer was seen in all passes in which it ran. One that had nothing to do
+    /// in any pass is not visible when no other layer of the context is.
     pub fn coverage(&self, layer: u16, ends: Ends) -> Coverage {
         let seen = self.layers.contains_key(&layer);
-        if self.passes_not_seen(layer, ends).sum() > 0 {
-            match seen {
-                true => Coverage::PartlyObserved,
-                false => Coverage::NotVisible,
-            }
-        } else if self.passes_not_known() > 0 {
-            Coverage::NotKnown
-        } else {
-            Coverage::Observed
+        let not_seen = self.passes_not_seen(layer, ends).sum();
+        let nothing_seen = self.layers.is_empty() && self.unseen_by_phase.sum() > 0;
+        match (seen, not_seen) {
+            (true, 0) if self.passes_not_known() == 0 => Coverage::Observed,
+            (true, 1..) => Coverage::PartlyObserved,
+            (false, 1..) => Coverage::NotVisible,
+            (false, 0) if nothing_seen => Coverage::NotVisible,
+            (_, 0) => Coverage::NotKnown,
         }
     }
 

@@ -670,6 +670,36 @@ fn passes_of_which_nothing_was_seen_are_counted() {
     assert_eq!(missed(5, last(5)), (1, 1));
 }
 
+/// A part of a prompt has no output: its last layer is not computed, on whatever it would be.
+#[test]
+fn a_last_layer_that_had_nothing_to_do_is_not_observed() {
+    let part = [(0, 0, false), (1, 0, false)];
+    let row: &[&[i32]] = &[&[1, 2]];
+    let ends = Ends {
+        known: true,
+        last: Some(2),
+        nextn: None,
+    };
+    let coverage = |layers: &[LayerRows<'_>]| {
+        let pass = |number| TestPass {
+            number,
+            ubatch: &part,
+            layers,
+            ..TestPass::default()
+        };
+        let passes = [pass(0), pass(1)];
+        let model = run(ATTACHED, ModelFacts::default(), &passes, End::Exited);
+        let context = &model.contexts()[0];
+        assert_eq!(context.passes_not_seen(2, ends), PhasePasses::default());
+        [0, 2].map(|layer| context.coverage(layer, ends))
+    };
+    let (observed, unseen) = (Coverage::Observed, Coverage::NotVisible);
+    assert_eq!(coverage(&[(0, row)]), [observed, Coverage::NotKnown]);
+    assert_eq!(coverage(&[(1, row)]), [unseen, Coverage::NotKnown]);
+    // Where nothing else of the context is seen, neither would it be.
+    assert_eq!(coverage(&[]), [unseen, unseen]);
+}
+
 /// Two blocks that predict further tokens after four layers: each has passes of its own, and nothing to
 /// do where no output is wanted.
 #[test]

@@ -40,13 +40,15 @@ impl Stats {
         for context in &mut self.contexts {
             let options = options(context.pid);
             let (shape, is_draft) = of_model(context.model, &options);
-            context.gaps = why.explain(&mut context.layers, shape, &options, is_draft);
+            let unread = context.passes_not_known > 0;
+            context.gaps = why.explain(&mut context.layers, unread, shape, &options, is_draft);
         }
         for context in &mut self.not_visible {
             let options = options(context.pid);
             let (shape, is_draft) = of_model(context.model, &options);
+            let unread = context.passes_not_known > 0;
             context.gaps = match shape {
-                Some(shape) => why.explain(&mut context.layers, Some(shape), &options, is_draft),
+                Some(_) => why.explain(&mut context.layers, unread, shape, &options, is_draft),
                 None => vec![why.explain_unknown(context.by_phase, &options)],
             };
         }

@@ -36,6 +36,8 @@ pub enum Reason {
     UbatchNotRead,
     /// No pass had an output: a layer that works on output rows alone was never computed.
     NothingToDo,
+    /// At least as many records were lost as are missing.
+    Lost,
 }
 
 /// Layers of a context that were not seen, or not always, for one reason.
@@ -87,6 +89,10 @@ pub struct Evidence {
     sees_streams: bool,
     /// The target was running before.
     attached: bool,
+    /// At most so many records of layers in passes were lost.
+    lost: u64,
+    /// Some of them because the ring buffer was full.
+    ring_full: bool,
 }
 
 impl Evidence {
@@ -98,6 +104,8 @@ impl Evidence {
             not_understood: is_not_understood(&stats.integrity.hits),
             sees_streams: fetched || sees_streams(hooks.iter().map(|of| &of.probe)),
             attached: stats.capture.mode == "attach",
+            lost: stats.integrity.lost(),
+            ring_full: stats.integrity.events.dropped.ring_full > 0,
             left_out: Routes::default()
                 .iter()
                 .map(routes::name)
@@ -119,13 +127,18 @@ impl Evidence {
             router_on_cpu: of(hooks, Hook::SplitDone).next().is_some(),
             sees_streams: false,
             attached: false,
+            lost: 0,
+            ring_full: false,
         }
     }
 
-    /// Why something was not seen that a device may have kept.
-    fn reason(&self) -> Reason {
+    /// Why a layer was not seen in so many passes, in which a device may have kept it. Each of them takes
+    /// a record that was lost, if that is why.
+    fn reason(&self, passes: u64) -> Reason {
         if self.not_understood {
             Reason::NotUnderstood
+        } else if self.lost > 0 && self.lost >= passes {
+            Reason::Lost
         } else if !self.left_out.is_empty() {
             Reason::RouteLeftOut
         } else if self.logits_refused {
@@ -140,7 +153,7 @@ impl Evidence {
     fn reason_of(&self, layer: &LayerStats, unread: bool, options: &Options) -> Option<Reason> {
         let prompts_only = layer.passes_not_seen.decode == 0;
         let by_a_copy = layer.routes.contains(&"device_copy");
-        match (layer.coverage, self.reason()) {
+        match (layer.coverage, self.reason(layer.passes_not_seen.sum())) {
             (Coverage::Observed, _) => None,
             (Coverage::NotKnown, _) if layer.passes == 0 && !unread => Some(Reason::NothingToDo),
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
@@ -212,14 +225,14 @@ impl Evidence {
     pub fn explain_unknown(&self, passes: PhasePasses, options: &Options) -> Gap {
         let (coverage, reason) = match passes.sum() {
             0 => (Coverage::NotKnown, Reason::UbatchNotRead),
-            _ => (Coverage::NotVisible, self.reason()),
+            passes => (Coverage::NotVisible, self.reason(passes)),
         };
         self.unknown(coverage, reason, phases(passes), options)
     }
 
     /// Of a target of which nothing at all was seen.
     pub fn explain_silence(&self, options: &Options) -> Gap {
-        self.unknown(Coverage::NotVisible, self.reason(), Vec::new(), options)
+        self.unknown(Coverage::NotVisible, self.reason(0), Vec::new(), options)
     }
 
     fn unknown(
@@ -296,6 +309,7 @@ impl Evidence {
                                       not known"
                     .to_owned()
             }
+            Reason::Lost => "records were lost, and theirs can be among them".to_owned(),
             Reason::NothingToDo => "no pass had an output, and without one they are not computed: \
                                     where their routing goes was not seen"
                 .to_owned(),
@@ -321,7 +335,12 @@ impl Evidence {
                 "use a build of llama.cpp that docs/compatibility.md lists, or one with debug \
                  information (-g)",
             )],
-            Reason::LogitsRefused => vec![Remedy::other("mend what INCOMPLETE names")],
+            Reason::Lost if self.ring_full => {
+                vec![Remedy::other("trace with a larger --buffer-size")]
+            }
+            Reason::Lost | Reason::LogitsRefused => {
+                vec![Remedy::other("mend what INCOMPLETE names")]
+            }
             Reason::RouteLeftOut => vec![Remedy::other("trace without --routes")],
             Reason::UbatchNotRead => {
                 let build = "to know it, use a build of b5922 or newer, with its symbols";
@@ -415,7 +434,7 @@ mod tests {
     fn a_probe_that_was_never_hit_is_named() {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(), Reason::NeverEntered);
+        assert_eq!(why.reason(1), Reason::NeverEntered);
         let words = why.explain_silence(&options("llama-cli")).explanation;
         assert!(words.starts_with("ggml_graph_compute was never"));
 
@@ -426,7 +445,7 @@ mod tests {
             hook(Hook::Split, 1),
         ];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(), Reason::OnADevice);
+        assert_eq!(why.reason(1), Reason::OnADevice);
     }
 
     #[test]
@@ -509,6 +528,35 @@ mod tests {
         assert_eq!(layers[0].reason, None);
         assert_eq!(layers[1].reason, Some(Reason::Streamed));
         assert_eq!(gaps[0].remedies[0].options, ["--no-op-offload"]);
+    }
+
+    /// What was lost explains no more than it can have been.
+    #[test]
+    fn lost_records_are_no_device() {
+        use Coverage::{NotVisible, PartlyObserved};
+        let mut layers = [
+            layer(0, PartlyObserved, 14, 0),
+            layer(1, PartlyObserved, 15, 1),
+            layer(2, NotVisible, 15, 20),
+        ];
+        let options = options("llama-completion -dev none");
+        let mut why = Evidence {
+            lost: 16,
+            ring_full: true,
+            ..Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false)
+        };
+        why.explain(&mut layers, false, None, &options, false);
+        let reasons = layers.clone().map(|layer| layer.reason.unwrap());
+        assert_eq!(reasons, [Reason::Lost, Reason::Lost, Reason::OnADevice]);
+        let told = |why: &Evidence| {
+            let gap = why.explain_silence(&options);
+            (gap.reason, gap.to_see())
+        };
+        let (reason, advice) = told(&why);
+        assert_eq!(reason, Reason::Lost);
+        assert_eq!(advice, "trace with a larger --buffer-size");
+        why.ring_full = false;
+        assert_eq!(told(&why).1, "mend what INCOMPLETE names");
     }
 
     /// A last layer that had nothing to do goes with layers that are not visible, as far as it can be

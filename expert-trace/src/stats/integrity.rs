@@ -233,6 +233,18 @@ impl Integrity {
         self
     }
 
+    /// What was lost, in units of which a layer's routing in a pass needs at least one: records, and what
+    /// would have become one.
+    pub fn lost(&self) -> u64 {
+        let Dropped {
+            ring_full,
+            unreadable,
+        } = self.events.dropped;
+        let unknown = self.unknown_rows.malformed + self.unknown_rows.unreadable;
+        let unreadable = unreadable + unknown + self.hits.unreadable;
+        ring_full + unreadable + self.received.rejected + self.routes.copies_lost
+    }
+
     /// Whether the sums are right: they are not while a probe is running.
     pub fn adds_up(&self) -> bool {
         self.imbalances().is_empty()

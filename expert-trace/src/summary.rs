@@ -3,13 +3,16 @@
 use std::{
     fmt::Write as _,
     io::{self, Write},
+    path::Path,
+    slice,
 };
 
 use crate::{
     model::{Block, Coverage, Exclusion, Pass},
     remedy,
-    stats::{ContextStats, LayerStats, Stats},
-    visibility::Gap,
+    stats::{ContextStats, LayerStats, ModelFile, Stats},
+    target::printable,
+    visibility::{Gap, Reason},
 };
 
 /// Writes the summary of the context that `layers` shows.
@@ -79,89 +82,186 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
     writeln!(text, "{}", integrity_line(stats))
 }
 
-/// What was counted apart in the context that is shown, and what of it was not seen.
+/// What was counted apart in the context that is shown.
 fn second_blocks(text: &mut String, stats: &Stats) -> std::fmt::Result {
-    let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) else {
+    let Some(context) = shown(stats) else {
         return Ok(());
     };
-    let layers_with = |seen: bool| -> Vec<u32> {
-        let layers = context.layers.iter();
-        let layers = layers.filter(|layer| layer.passes > 0);
-        let layers = layers.filter(|layer| layer.second_block.is_some() == seen);
-        layers.map(|layer| u32::from(layer.layer_id)).collect()
+    let layers = context.layers.iter();
+    let seconds: Vec<_> = layers
+        .filter_map(|layer| Some((u32::from(layer.layer_id), layer.second_block.as_ref()?)))
+        .collect();
+    let Some((_, second)) = seconds.first() else {
+        return Ok(());
     };
-    let (seen, not_seen) = (layers_with(true), layers_with(false));
-    let mut seconds = context
-        .layers
-        .iter()
-        .filter_map(|layer| layer.second_block.as_ref());
-    if let Some(second) = seconds.next() {
-        let of = second
-            .n_expert
-            .map_or(String::new(), |n| format!(" of {n} experts"));
-        writeln!(
-            text,
-            "Second block{of}, counted apart (second_block, -o FILE): layers {}.",
-            ranges(&seen)
-        )?;
+    let of = second
+        .n_expert
+        .map_or(String::new(), |n| format!(" of {n} experts"));
+    let layers: Vec<u32> = seconds.iter().map(|(layer, _)| *layer).collect();
+    writeln!(
+        text,
+        "Second block{of}, counted apart (second_block, -o FILE): layers {}.",
+        ranges(&layers)
+    )
+}
+
+/// Second blocks that were not seen in all passes in which their layers were, and what to change.
+///
+/// `expected` says that the model has them.
+fn second_block_gaps(layers: &[LayerStats], expected: bool) -> Vec<String> {
+    let coverage = |layer: &LayerStats| match &layer.second_block {
+        Some(second) if second.passes < layer.passes => Some(Coverage::PartlyObserved),
+        None if expected && layer.passes > 0 => Some(Coverage::NotVisible),
+        _ => None,
+    };
+    let mut gaps: Vec<((Coverage, bool), Vec<u32>)> = Vec::new();
+    for layer in layers {
+        let Some(coverage) = coverage(layer) else {
+            continue;
+        };
+        let kind = (coverage, layer.routes.contains(&"fetch"));
+        let id = u32::from(layer.layer_id);
+        match gaps.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, layers)) => layers.push(id),
+            None => gaps.push((kind, vec![id])),
+        }
     }
-    let model = context.model.map(|index| &stats.models[index].shape);
-    if model.is_some_and(|model| model.second_block_experts.is_some()) && !not_seen.is_empty() {
-        writeln!(
-            text,
-            "Not visible: the second block of layers {} (it is read where the CPU computes it: --cpu-moe, -ngl 0).",
-            ranges(&not_seen)
-        )?;
+    let line = |((coverage, streamed), layers): ((Coverage, bool), Vec<u32>)| {
+        let what = match coverage {
+            Coverage::PartlyObserved => "Seen in part",
+            _ => "Not visible",
+        };
+        // Experts that are streamed are on the CPU already.
+        let remedy = match streamed {
+            true => "--no-op-offload",
+            false => "--cpu-moe --no-op-offload, or -ngl 0 --no-op-offload",
+        };
+        let layers = named(&layers);
+        format!(
+            "{what}: the second block of {layers} (it is read where the CPU computes it: {remedy})."
+        )
+    };
+    gaps.into_iter().map(line).collect()
+}
+
+/// Experts that no token was routed to, in the layers of the context that is shown. Where not all was
+/// seen, others may have been.
+fn never_activated(text: &mut String, layers: &[LayerStats], complete: bool) -> std::fmt::Result {
+    let all_seen = |layer: &LayerStats| complete && layer.coverage == Coverage::Observed;
+    for (whole, limits) in [(true, ""), (false, " in what was seen")] {
+        let layers = layers.iter().filter(|layer| all_seen(layer) == whole);
+        let idle: Vec<_> = layers
+            .filter_map(|layer| {
+                let count = layer.experts_never_activated.as_ref()?.len();
+                Some((count, layer.n_expert?, u32::from(layer.layer_id)))
+            })
+            .collect();
+        let alike = idle.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1));
+        let groups: Vec<String> = alike
+            .filter(|group| group[0].0 > 0)
+            .map(|group| {
+                let layers: Vec<u32> = group.iter().map(|(.., layer)| *layer).collect();
+                let (count, n_expert, _) = group[0];
+                format!("{count} of {n_expert} in {}", named(&layers))
+            })
+            .collect();
+        if !groups.is_empty() {
+            writeln!(
+                text,
+                "Experts never activated{limits}: {}.",
+                groups.join("; ")
+            )?;
+        }
     }
     Ok(())
 }
 
-/// Experts that no token was routed to, in the layers of the context that is shown.
-fn never_activated(text: &mut String, context: &ContextStats) -> std::fmt::Result {
-    let idle = |layer: &LayerStats| {
-        let count = layer.experts_never_activated.as_ref()?.len();
-        Some((count, layer.n_expert?, u32::from(layer.layer_id)))
-    };
-    let idle: Vec<_> = context.layers.iter().filter_map(idle).collect();
-    let alike = idle.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1));
-    let groups: Vec<String> = alike
-        .filter(|group| group[0].0 > 0)
-        .map(|group| {
-            let layers: Vec<u32> = group.iter().map(|(.., layer)| *layer).collect();
-            let (count, n_expert, _) = group[0];
-            format!("{count} of {n_expert} in {}", named(&layers))
-        })
-        .collect();
-    if groups.is_empty() {
-        return Ok(());
-    }
-    writeln!(text, "Experts never activated: {}.", groups.join("; "))
+/// The context that `layers` shows.
+fn shown(stats: &Stats) -> Option<&ContextStats> {
+    stats.layers_context.map(|id| &stats.contexts[id])
 }
 
-/// What was not seen of the context that is shown, and of those of which nothing was.
+/// Names contexts of one model, where there are several.
+fn label(all: &[ContextStats], models: &[ModelFile], model: Option<usize>, ids: &[u32]) -> String {
+    if all.len() == 1 {
+        return String::new();
+    }
+    let model = model.map_or(String::new(), |index| {
+        let path = Path::new(&models[index].path);
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        format!(" ({})", printable(name.as_ref()))
+    });
+    let plural = if ids.len() == 1 { "" } else { "s" };
+    format!("Context{plural} {}{model}: ", ranges(ids))
+}
+
+/// What was not seen of contexts of which other passes were, the one that is shown first. Those alike are
+/// told together: a program can make many.
+fn context_gaps(
+    text: &mut String,
+    contexts: &[ContextStats],
+    models: &[ModelFile],
+    shown: Option<usize>,
+) -> std::fmt::Result {
+    type Gaps<'a> = (Option<usize>, &'a [Gap], Vec<String>);
+    let mut alike: Vec<(Gaps<'_>, Vec<u32>)> = Vec::new();
+    let (first, others): (Vec<&ContextStats>, Vec<&ContextStats>) = contexts
+        .iter()
+        .partition(|context| Some(context.id) == shown);
+    for context in first.into_iter().chain(others) {
+        let model = context.model.map(|index| &models[index].shape);
+        let expected = model.is_some_and(|model| model.second_block_experts.is_some());
+        let seconds = second_block_gaps(&context.layers, expected);
+        let gaps = (context.model, &context.gaps[..], seconds);
+        let id = context.id as u32;
+        match alike.iter_mut().find(|(known, _)| *known == gaps) {
+            Some((_, ids)) => ids.push(id),
+            None => alike.push((gaps, vec![id])),
+        }
+    }
+    for ((model, gaps, seconds), mut ids) in alike {
+        ids.sort_unstable();
+        let label = label(contexts, models, model, &ids);
+        for second in seconds {
+            writeln!(text, "{label}{second}")?;
+        }
+        for gap in gaps {
+            text.push_str(&label);
+            write_gap(text, gap)?;
+        }
+    }
+    Ok(())
+}
+
+/// What was not seen.
 fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
-    if let Some(context) = stats.layers_context.map(|id| &stats.contexts[id]) {
-        never_activated(text, context)?;
+    if let Some(context) = shown(stats) {
+        never_activated(text, &context.layers, stats.integrity.complete)?;
+        let label = label(
+            &stats.contexts,
+            &stats.models,
+            context.model,
+            &[context.id as u32],
+        );
         let unseen = context.passes_not_visible;
         let passes = context.passes + unseen.passes;
         if unseen.passes > 0 {
+            let what = not_visible(&context.gaps);
             writeln!(
                 text,
-                "Not visible: {} of {passes} passes, {} tokens.",
+                "{label}{what}: {} of {passes} passes, {} tokens.",
                 unseen.passes, unseen.tokens
             )?;
         }
         if context.passes_not_known > 0 {
             writeln!(
                 text,
-                "Perhaps not visible: {} passes.",
+                "{label}Perhaps not visible: {} passes.",
                 context.passes_not_known
             )?;
         }
-        for gap in &context.gaps {
-            write_gap(text, gap)?;
-        }
     }
+    context_gaps(text, &stats.contexts, &stats.models, stats.layers_context)?;
     for context in &stats.not_visible {
         if context.model.is_some() && context.gaps.is_empty() {
             // Its model is dense.
@@ -176,15 +276,24 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
             true => "",
             false => ", unless its model is dense (a draft model, say)",
         };
+        let what = not_visible(&context.gaps);
         writeln!(
             text,
-            "Not visible: {passes} passes{tokens} of another context{doubt}."
+            "{what}: {passes} passes{tokens} of another context{doubt}."
         )?;
         for gap in &context.gaps {
             write_gap(text, gap)?;
         }
     }
     Ok(())
+}
+
+/// What was lost need not have been out of sight.
+fn not_visible(gaps: &[Gap]) -> &'static str {
+    match gaps.iter().any(|gap| gap.reason == Reason::Lost) {
+        true => "Not seen",
+        false => "Not visible",
+    }
 }
 
 /// Layers that were not seen for one reason, why, and what to change: the best of it; the document has
@@ -208,7 +317,9 @@ fn write_gap(text: &mut String, gap: &Gap) -> std::fmt::Result {
             format!("Seen in part: {layers}, not all {}", phases.join(" and "))
         }
         Coverage::NotKnown => format!("Perhaps not visible: {layers}"),
-        Coverage::NotVisible | Coverage::Observed => format!("Not visible: {layers}"),
+        Coverage::NotVisible | Coverage::Observed => {
+            format!("{}: {layers}", not_visible(slice::from_ref(gap)))
+        }
     };
     writeln!(text, "{what}: {}.", gap.explanation)?;
     let shown = gap.remedies.get(..SHOWN).unwrap_or(&gap.remedies);
@@ -337,12 +448,143 @@ impl<W: Write> Log<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::ranges;
+    use super::*;
+    use crate::{
+        model::{Excluded, PhasePasses},
+        stats::SecondBlockStats,
+    };
 
     #[test]
     fn numbers_in_a_row_are_one_range() {
         assert_eq!(ranges(&[]), "");
         assert_eq!(ranges(&[3]), "3");
         assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
+    }
+
+    fn layer(layer_id: u16, coverage: Coverage, idle: u32) -> LayerStats {
+        LayerStats {
+            coverage,
+            n_expert: Some(32),
+            passes: 9,
+            passes_not_seen: PhasePasses::default(),
+            experts_never_activated: Some((0..idle).collect()),
+            ..LayerStats::unseen(layer_id)
+        }
+    }
+
+    #[test]
+    fn experts_out_of_sight_are_not_said_to_be_idle() {
+        let layers = [
+            layer(0, Coverage::Observed, 3),
+            layer(1, Coverage::Observed, 3),
+            layer(2, Coverage::PartlyObserved, 7),
+        ];
+        let told = |complete| {
+            let mut text = String::new();
+            never_activated(&mut text, &layers, complete).unwrap();
+            text
+        };
+        assert_eq!(
+            told(true),
+            "Experts never activated: 3 of 32 in layers 0-1.\n\
+             Experts never activated in what was seen: 7 of 32 in layer 2.\n"
+        );
+        assert_eq!(
+            told(false),
+            "Experts never activated in what was seen: 3 of 32 in layers 0-1; 7 of 32 in layer 2.\n"
+        );
+    }
+
+    #[test]
+    fn a_second_block_is_not_sought_where_its_experts_are_already() {
+        let second = |passes| SecondBlockStats {
+            n_expert: None,
+            k: 2,
+            coverage: Coverage::Observed,
+            passes,
+            experts_never_activated: None,
+            total_tokens: 9,
+            prefill_tokens: 0,
+            decode_tokens: 9,
+            activations: 18,
+            experts: Vec::new(),
+        };
+        let with = |id, routes: &[&'static str], passes: Option<u64>| LayerStats {
+            routes: routes.to_vec(),
+            second_block: passes.map(second),
+            ..layer(id, Coverage::Observed, 0)
+        };
+        let layers = [
+            with(0, &["router"], Some(9)),
+            with(1, &["fetch"], None),
+            with(2, &["fetch"], None),
+            with(3, &["split_input", "fetch"], Some(8)),
+            with(4, &["logits"], None),
+            LayerStats::unseen(5),
+        ];
+        let remedies: Vec<String> = second_block_gaps(&layers, true)
+            .iter()
+            .map(|line| line.replace("it is read where the CPU computes it: ", ""))
+            .collect();
+        assert_eq!(
+            remedies,
+            [
+                "Not visible: the second block of layers 1-2 (--no-op-offload).",
+                "Seen in part: the second block of layer 3 (--no-op-offload).",
+                "Not visible: the second block of layer 4 \
+                 (--cpu-moe --no-op-offload, or -ngl 0 --no-op-offload).",
+            ]
+        );
+        // Most models have none.
+        assert_eq!(second_block_gaps(&layers, false).len(), 1);
+    }
+
+    /// A program can have several contexts, of which the one with most tokens is shown.
+    #[test]
+    fn gaps_of_contexts_that_are_not_shown_are_told() {
+        let gap = |layer| Gap {
+            layers: Some(vec![layer]),
+            coverage: Coverage::NotVisible,
+            phases: vec!["decode"],
+            reason: Reason::OnADevice,
+            explanation: "why".to_owned(),
+            remedies: Vec::new(),
+        };
+        let context = |id, gaps| ContextStats {
+            id,
+            pid: 1,
+            model: None,
+            passes: 1,
+            pass_source: "scheduler",
+            phase_source: "ubatch",
+            excluded: Vec::new(),
+            passes_not_visible: Excluded::default(),
+            passes_not_known: 0,
+            layers_not_visible: None,
+            gaps,
+            layers: Vec::new(),
+        };
+        let told = |contexts: &[ContextStats]| {
+            let mut text = String::new();
+            context_gaps(&mut text, contexts, &[], Some(0)).unwrap();
+            let lines = text.lines().filter(|line| !line.starts_with("  To see"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let alone = told(&[context(0, vec![gap(7)])]);
+        assert_eq!(alone, ["Not visible: layer 7: why."]);
+        let contexts = [
+            context(0, vec![]),
+            context(1, vec![gap(2), gap(4)]),
+            context(2, vec![gap(3)]),
+            context(3, vec![gap(2), gap(4)]),
+        ];
+        assert_eq!(
+            told(&contexts),
+            [
+                "Contexts 1, 3: Not visible: layer 2: why.",
+                "Contexts 1, 3: Not visible: layer 4: why.",
+                "Context 2: Not visible: layer 3: why.",
+            ]
+        );
     }
 }

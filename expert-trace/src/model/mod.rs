@@ -13,7 +13,7 @@ use std::{
 use expert_trace_common::{Header, PassSource, Phase, Route};
 use serde::Serialize;
 
-use self::pass::{Added, RowPhases, SequenceState};
+use self::pass::{Added, RowPhases, Sequence};
 pub use self::pass::{Block, Pass};
 use crate::{
     decode::{Body, Event, Malformed, Scores},
@@ -347,7 +347,7 @@ pub struct Context {
     /// Whether a pass has been counted that had an output, and so went through all layers.
     knows_layers: bool,
     /// Where each sequence is.
-    sequences: BTreeMap<u16, SequenceState>,
+    sequences: BTreeMap<u16, Sequence>,
     /// Sequences that the last pass had equal parts of.
     equal_parts: BTreeSet<u16>,
 }
@@ -810,7 +810,7 @@ impl Model {
         let goes_on = pass.goes_on_with(&context.equal_parts);
         let phases = pass.row_phases(&context.sequences, goes_on);
         let phase = phases.of_pass();
-        pass.note_sequences(&mut context.sequences);
+        pass.note_sequences(&mut context.sequences, goes_on);
         context.equal_parts = pass.equal_parts(goes_on);
         if !pass.has_rows() {
             if pass.has_ubatch() {

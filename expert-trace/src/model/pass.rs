@@ -353,14 +353,10 @@ impl Pass {
     /// Prefill or decode, for each token of the ubatch.
     ///
     /// A token is decoded when it is the only one of its sequence in the pass, not the sequence's
-    /// first, and does not go on with a prompt of which the pass before had no output, or a part. So are
-    /// tokens that were guessed and are checked together. Where the ubatch was not read, a pass of one
-    /// token is a decode.
-    pub(super) fn row_phases(
-        &self,
-        before: &BTreeMap<u16, SequenceState>,
-        goes_on: bool,
-    ) -> RowPhases {
+    /// first, and does not go on with a prompt of which the pass before had no output, or a part, nor is
+    /// the prompt's last one anew. So are tokens that were guessed and are checked together. Where the
+    /// ubatch was not read, a pass of one token is a decode.
+    pub(super) fn row_phases(&self, before: &BTreeMap<u16, Sequence>, goes_on: bool) -> RowPhases {
         let mut phases = RowPhases {
             otherwise: if self.token_count() > 1 {
                 Phase::Prefill
@@ -376,13 +372,7 @@ impl Pass {
         let parts = self.parts();
         for info in &self.infos {
             let part = parts[&info.sequence];
-            let state = before.get(&info.sequence).copied();
-            let alone = part.tokens == 1 && state != Some(SequenceState::InPrompt) && !goes_on;
-            let phase = if part.first_position > 0 && (alone || part.is_check(state)) {
-                Phase::Decode
-            } else {
-                Phase::Prefill
-            };
+            let phase = part.phase(before.get(&info.sequence), goes_on);
             phases.tokens.push(phase);
             if info.flags & ROW_OUTPUT != 0 {
                 phases.outputs.push(phase);
@@ -392,13 +382,13 @@ impl Pass {
     }
 
     /// Remembers how the pass has left each sequence.
-    pub(super) fn note_sequences(&self, states: &mut BTreeMap<u16, SequenceState>) {
+    pub(super) fn note_sequences(&self, sequences: &mut BTreeMap<u16, Sequence>, goes_on: bool) {
         if !self.has_ubatch() {
             return;
         }
-        for (sequence, part) in self.parts() {
-            let state = part.state_after(states.get(&sequence).copied());
-            states.insert(sequence, state);
+        for (number, part) in self.parts() {
+            let after = part.after(sequences.get(&number), goes_on);
+            sequences.insert(number, after);
         }
     }
 
@@ -408,9 +398,11 @@ impl Pass {
         for info in &self.infos {
             let part = parts.entry(info.sequence).or_insert(Part {
                 first_position: info.position,
+                last_position: info.position,
                 tokens: 0,
                 outputs: 0,
             });
+            part.last_position = info.position;
             part.tokens += 1;
             part.outputs += u32::from(info.flags & ROW_OUTPUT != 0);
         }
@@ -418,9 +410,22 @@ impl Pass {
     }
 }
 
-/// Where a sequence is after a pass.
+/// A sequence after a pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sequence {
+    state: SequenceState,
+    /// Position of its last token.
+    at: i32,
+    /// That of the last token of its prompt.
+    prompt_end: Option<i32>,
+    /// The pass looked like a prompt that goes on with what was generated, and like guesses that a draft
+    /// model evaluates once they were checked, of which the last need not stay.
+    may_be_guesses: bool,
+}
+
+/// What is known of the next tokens of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SequenceState {
+enum SequenceState {
     /// None of its tokens had an output: the next ones go on with the same prompt.
     InPrompt,
     /// One of them had: what follows is generated.
@@ -433,6 +438,7 @@ pub(super) enum SequenceState {
 #[derive(Clone, Copy)]
 struct Part {
     first_position: i32,
+    last_position: i32,
     tokens: u32,
     outputs: u32,
 }
@@ -442,6 +448,44 @@ struct Part {
 const MAX_CHECKED: u32 = 65;
 
 impl Part {
+    fn phase(self, before: Option<&Sequence>, goes_on: bool) -> Phase {
+        let state = before.map(|before| before.state);
+        let alone = self.tokens == 1
+            && state != Some(SequenceState::InPrompt)
+            && !goes_on
+            && !before.is_some_and(|before| self.is_asked_again(before));
+        if self.first_position > 0 && (alone || self.is_check(state)) {
+            Phase::Decode
+        } else {
+            Phase::Prefill
+        }
+    }
+
+    /// Whether this is the prompt's last token once more: of a prompt that is asked again, llama-server
+    /// has all others. What follows a check goes back, too, but never into the prompt.
+    fn is_asked_again(self, before: &Sequence) -> bool {
+        before.prompt_end == Some(self.first_position)
+            && self.first_position <= before.at
+            && !before.may_be_guesses
+    }
+
+    fn after(self, before: Option<&Sequence>, goes_on: bool) -> Sequence {
+        let state = before.map(|before| before.state);
+        let prompt_end = match self.phase(before, goes_on) {
+            Phase::Prefill => Some(self.last_position),
+            Phase::Decode | Phase::Unknown => before.and_then(|before| before.prompt_end),
+        };
+        Sequence {
+            state: self.state_after(state),
+            at: self.last_position,
+            prompt_end,
+            may_be_guesses: self.tokens > 1
+                && self.outputs == 1
+                && self.first_position > 0
+                && state == Some(SequenceState::Generates),
+        }
+    }
+
     /// Whether these are tokens that were guessed: they follow generated ones, and all of them have an
     /// output to be compared with. Of a prompt, the last one has.
     fn is_check(self, before: Option<SequenceState>) -> bool {

@@ -630,7 +630,7 @@ fn another_process_has_other_models() {
 #[test]
 fn passes_of_which_nothing_was_seen_are_counted() {
     let ubatch = [(0, 0, false), (1, 0, false)];
-    let output = [(2, 0, true)];
+    let (output, next) = ([(2, 0, true)], [(3, 0, true)]);
     let pass = |number, ubatch, layers| TestPass {
         number,
         ubatch,
@@ -643,7 +643,7 @@ fn passes_of_which_nothing_was_seen_are_counted() {
         &[
             pass(0, &ubatch, &[]),
             pass(1, &output, &[(3, &[&[1, 2]])]),
-            pass(2, &output, &[]),
+            pass(2, &next, &[]),
         ],
         End::Exited,
     );
@@ -983,4 +983,53 @@ fn what_is_guessed_and_checked_is_decode() {
         phases_of(&[&text(0, 8, |_| false), &text(8, 1, |_| true)]),
         [9, 0]
     );
+}
+
+/// Of a prompt that is asked again, the last token alone is evaluated, where generated ones were.
+#[test]
+fn the_last_token_of_a_prompt_asked_again_is_prefill() {
+    let text = |from: i32, count: i32, output: fn(i32) -> bool| -> Vec<(i32, u16, bool)> {
+        let positions = from..from + count;
+        positions.map(|at| (at, 0, output(at))).collect()
+    };
+    let one = |at| text(at, 1, |_| true);
+    let prompt = text(0, 8, |at| at == 7);
+    let check = |from| text(from, 4, |_| true);
+    // After generated ones, a check, and nothing; and a third time.
+    assert_eq!(phases_of(&[&prompt, &one(8), &one(7), &one(8)]), [9, 2]);
+    assert_eq!(phases_of(&[&prompt, &check(8), &one(7)]), [9, 4]);
+    assert_eq!(phases_of(&[&prompt, &one(7), &one(7), &one(8)]), [10, 1]);
+    // One in two parts, and one that goes on with an answer.
+    let rest = text(8, 4, |at| at == 11);
+    let first = text(0, 8, |_| false);
+    assert_eq!(
+        phases_of(&[&first, &rest, &one(12), &one(11), &one(12)]),
+        [13, 2]
+    );
+    assert_eq!(
+        phases_of(&[&prompt, &one(8), &rest, &one(12), &one(11), &one(12)]),
+        [13, 3]
+    );
+    // After a check of which one, or nothing, was right, one token is left.
+    assert_eq!(phases_of(&[&prompt, &check(8), &one(9), &one(10)]), [8, 6]);
+    // A draft model goes back behind its guesses; so it does where it has evaluated the check.
+    assert_eq!(
+        phases_of(&[&prompt, &one(8), &one(9), &one(9), &one(10)]),
+        [8, 4]
+    );
+    let checked = text(8, 4, |at| at == 11);
+    for from in 9..=12 {
+        assert_eq!(
+            phases_of(&[
+                &prompt,
+                &one(8),
+                &one(9),
+                &checked,
+                &one(from),
+                &one(from + 1)
+            ]),
+            [12, 4],
+            "{from}"
+        );
+    }
 }

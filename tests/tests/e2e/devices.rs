@@ -201,6 +201,12 @@ fn logits_that_do_not_fit_are_counted() {
     assert_eq!(stats.number("/integrity/rows/seen"), 901);
     assert_eq!(stats.number("/integrity/rows/dropped/ring_full"), 900);
     assert_eq!(stats.number("/integrity/rows/emitted"), 1);
+    // That is why they were not seen, and no device.
+    for layer in 0..3 {
+        assert_eq!(stats.0["contexts"][0]["layers"][layer]["reason"], "lost");
+    }
+    let remedies = &stats.0["contexts"][0]["gaps"][0]["remedies"];
+    assert_eq!(remedies[0]["text"], "trace with a larger --buffer-size");
 }
 
 /// A program that is none of llama.cpp's is told what it has to set; it is started as it is.

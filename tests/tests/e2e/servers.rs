@@ -8,6 +8,7 @@ use expert_trace_tests::{
     server::Server,
     tracer::{self, Attached, Stats, count},
 };
+use serde_json::json;
 
 use crate::support::{Files, Known, driver, ids, known_draft, known_small, prebuilt};
 
@@ -116,6 +117,26 @@ fn parallel_slots_of_a_running_server() {
     let (status, said) = server.stop().unwrap();
     assert!(status.success(), "{said}");
     assert_users(&files, &asked);
+}
+
+/// Of a prompt that it is asked again the server evaluates the last token anew, and no other.
+#[test]
+fn a_prompt_asked_again() {
+    let files = Files::new();
+    let command = server(known_small(), &["-np", "1", "-c", "512"]);
+    let server = start(tracer::run(&files.options(), &command).unwrap(), &files);
+    let prompt: Vec<u32> = (1000..1012).collect();
+    let question = json!({ "prompt": prompt, "n_predict": 4, "temperature": 0 });
+    for evaluated in [12, 1] {
+        let answer = server.post("/completion", &question).unwrap();
+        assert_eq!(answer["timings"]["prompt_n"], evaluated, "{answer}");
+    }
+    let (status, said) = server.stop().unwrap();
+    assert!(status.success(), "{said}");
+    let stats = files.stats();
+    stats.assert_complete();
+    let of = |key: &str| stats.number(&format!("/contexts/0/layers/0/{key}"));
+    assert_eq!((of("prefill_tokens"), of("decode_tokens")), (12 + 1, 3 + 3));
 }
 
 /// Tokens that a draft model proposes at a time.

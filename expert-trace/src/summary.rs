@@ -107,39 +107,44 @@ fn second_blocks(text: &mut String, stats: &Stats) -> std::fmt::Result {
 
 /// Second blocks that were not seen in all passes in which their layers were, and what to change.
 ///
-/// `expected` says that the model has them.
-fn second_block_gaps(layers: &[LayerStats], expected: bool) -> Vec<String> {
+/// `expected` says that the model has them, `lost` how many records were lost.
+fn second_block_gaps(layers: &[LayerStats], expected: bool, lost: u64) -> Vec<String> {
     let coverage = |layer: &LayerStats| match &layer.second_block {
         Some(second) if second.passes < layer.passes => Some(Coverage::PartlyObserved),
         None if expected && layer.passes > 0 => Some(Coverage::NotVisible),
         _ => None,
     };
-    let mut gaps: Vec<((Coverage, bool), Vec<u32>)> = Vec::new();
+    let remedy = |layer: &LayerStats| {
+        let seen = layer.second_block.as_ref().map_or(0, |of| of.passes);
+        if lost > 0 && lost >= layer.passes - seen {
+            "records were lost, and its can be among them"
+        } else if layer.routes.contains(&"fetch") {
+            // Experts that are streamed are on the CPU already.
+            "it is read where the CPU computes it: --no-op-offload"
+        } else {
+            "it is read where the CPU computes it: --cpu-moe --no-op-offload, or -ngl 0 \
+             --no-op-offload"
+        }
+    };
+    let mut gaps: Vec<((Coverage, &str), Vec<u32>)> = Vec::new();
     for layer in layers {
         let Some(coverage) = coverage(layer) else {
             continue;
         };
-        let kind = (coverage, layer.routes.contains(&"fetch"));
+        let kind = (coverage, remedy(layer));
         let id = u32::from(layer.layer_id);
         match gaps.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, layers)) => layers.push(id),
             None => gaps.push((kind, vec![id])),
         }
     }
-    let line = |((coverage, streamed), layers): ((Coverage, bool), Vec<u32>)| {
+    let line = |((coverage, remedy), layers): ((Coverage, &str), Vec<u32>)| {
         let what = match coverage {
             Coverage::PartlyObserved => "Seen in part",
             _ => "Not visible",
         };
-        // Experts that are streamed are on the CPU already.
-        let remedy = match streamed {
-            true => "--no-op-offload",
-            false => "--cpu-moe --no-op-offload, or -ngl 0 --no-op-offload",
-        };
         let layers = named(&layers);
-        format!(
-            "{what}: the second block of {layers} (it is read where the CPU computes it: {remedy})."
-        )
+        format!("{what}: the second block of {layers} ({remedy}).")
     };
     gaps.into_iter().map(line).collect()
 }
@@ -202,6 +207,7 @@ fn context_gaps(
     contexts: &[ContextStats],
     models: &[ModelFile],
     shown: Option<usize>,
+    lost: u64,
 ) -> std::fmt::Result {
     type Gaps<'a> = (Option<usize>, &'a [Gap], Vec<String>);
     let mut alike: Vec<(Gaps<'_>, Vec<u32>)> = Vec::new();
@@ -211,7 +217,7 @@ fn context_gaps(
     for context in first.into_iter().chain(others) {
         let model = context.model.map(|index| &models[index].shape);
         let expected = model.is_some_and(|model| model.second_block_experts.is_some());
-        let seconds = second_block_gaps(&context.layers, expected);
+        let seconds = second_block_gaps(&context.layers, expected, lost);
         let gaps = (context.model, &context.gaps[..], seconds);
         let id = context.id as u32;
         match alike.iter_mut().find(|(known, _)| *known == gaps) {
@@ -261,7 +267,14 @@ fn coverage(text: &mut String, stats: &Stats) -> std::fmt::Result {
             )?;
         }
     }
-    context_gaps(text, &stats.contexts, &stats.models, stats.layers_context)?;
+    let lost = stats.integrity.lost();
+    context_gaps(
+        text,
+        &stats.contexts,
+        &stats.models,
+        stats.layers_context,
+        lost,
+    )?;
     for context in &stats.not_visible {
         if context.model.is_some() && context.gaps.is_empty() {
             // Its model is dense.
@@ -522,7 +535,7 @@ mod tests {
             with(4, &["logits"], None),
             LayerStats::unseen(5),
         ];
-        let remedies: Vec<String> = second_block_gaps(&layers, true)
+        let remedies: Vec<String> = second_block_gaps(&layers, true, 0)
             .iter()
             .map(|line| line.replace("it is read where the CPU computes it: ", ""))
             .collect();
@@ -535,8 +548,12 @@ mod tests {
                  (--cpu-moe --no-op-offload, or -ngl 0 --no-op-offload).",
             ]
         );
+        let told = second_block_gaps(&layers, true, 1);
+        let lost = "Seen in part: the second block of layer 3 (records were lost, and its can be \
+                    among them).";
+        assert_eq!((told.len(), &told[1][..]), (3, lost));
         // Most models have none.
-        assert_eq!(second_block_gaps(&layers, false).len(), 1);
+        assert_eq!(second_block_gaps(&layers, false, 0).len(), 1);
     }
 
     /// A program can have several contexts, of which the one with most tokens is shown.
@@ -566,7 +583,7 @@ mod tests {
         };
         let told = |contexts: &[ContextStats]| {
             let mut text = String::new();
-            context_gaps(&mut text, contexts, &[], Some(0)).unwrap();
+            context_gaps(&mut text, contexts, &[], Some(0), 0).unwrap();
             let lines = text.lines().filter(|line| !line.starts_with("  To see"));
             lines.map(str::to_owned).collect::<Vec<_>>()
         };

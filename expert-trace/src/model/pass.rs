@@ -487,7 +487,8 @@ impl Part {
     }
 
     /// Whether these are tokens that were guessed: they follow generated ones, and all of them have an
-    /// output to be compared with. Of a prompt, the last one has.
+    /// output to be compared with. Of a prompt, the last one has. A sequence of which nothing was seen
+    /// before need not have begun here: we have come later, or it was copied from another one.
     fn is_check(self, before: Option<SequenceState>) -> bool {
         self.tokens > 1
             && self.tokens <= MAX_CHECKED

@@ -14,7 +14,7 @@ use aya_ebpf::{EbpfContext, macros::map, maps::LruHashMap};
 use expert_trace_common::{Counter, Kind, Route, TENSOR_LAYOUTS};
 
 use crate::{
-    maps::{THREADS, count},
+    maps::{THREADS, count, is_read},
     rows::{Routed, emit_routed, is_first_sight},
     target::{Address, process_and_thread},
     tensor::{DataAndName, Name, Shape, TYPE_I32, copied_layer, ids_layer, layer_behind, source},
@@ -299,7 +299,7 @@ fn arrived<C: EbpfContext>(ctx: &C, source: u32, awaited: &Awaited) {
     };
     count(counter, 1);
     let tensor = Address(awaited.tensor);
-    if !is_first_sight(tensor) {
+    if !is_read(route) || !is_first_sight(tensor) {
         return;
     }
     emit_routed(

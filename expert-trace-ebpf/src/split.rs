@@ -75,6 +75,9 @@ pub fn on_split(ctx: &ProbeContext, source: u32, cgraph: Address) {
         let _ = AHEAD.remove(process_and_thread());
         look_ahead(Address(graph.nodes), n_nodes);
     }
+    if !is_read(Route::SplitInput) {
+        return;
+    }
     let mut walk = NodeWalk {
         nodes: Address(graph.nodes),
         found: Address(0),

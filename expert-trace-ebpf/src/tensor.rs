@@ -150,7 +150,8 @@ pub fn copied_layer(tensor: Address, layout: &TensorLayout) -> Option<u16> {
     /// Byte `7 - i` is `i`.
     const INDICES: u64 = 0x0001_0203_0405_0607;
     let name = tensor.offset(u64::from(layout.data) + 8);
-    let Name(words) = name.read()?;
+    // Behind that, no name of a layer's ids has room.
+    let words: [u64; 6] = name.read()?;
     let mut i = 0;
     while i < words.len() {
         let difference = words[i] ^ (EVERY_BYTE * b'#' as u64);

@@ -6,12 +6,11 @@
 
 use std::{ffi::OsStr, path::Path};
 
-use cpp_demangle::{DemangleOptions, Symbol};
 use serde::Serialize;
 
 use crate::{
     bounded, symbols,
-    target::{MappedFile, mapped_files, printable},
+    target::{MappedFile, mapped_files, printable, thread_with_memory},
 };
 
 /// An eval callback that a process has set.
@@ -27,19 +26,24 @@ pub struct EvalCallback {
     pub file: Option<String>,
     /// Where in the file, in bytes.
     pub file_offset: Option<u64>,
+    /// Whether the process could be looked at.
+    #[serde(skip)]
+    looked_at: bool,
 }
 
 impl EvalCallback {
     /// The function at an address of a process.
     pub fn at(pid: u32, address: u64) -> Self {
-        let files = mapped_files(pid).unwrap_or_default();
+        let shown_by = thread_with_memory(pid);
+        let files = mapped_files(shown_by).unwrap_or_default();
         let mut places = files.iter();
         let place = places.find_map(|file| Some((file, file.offset_of(address)?)));
         Self {
             pid,
-            function: place.and_then(|(file, offset)| function_name(pid, file, offset)),
+            function: place.and_then(|(file, offset)| function_name(shown_by, file, offset)),
             file: place.map(|(file, _)| file.path.to_string_lossy().into_owned()),
             file_offset: place.map(|(_, offset)| offset),
+            looked_at: !files.is_empty(),
         }
     }
 
@@ -51,7 +55,8 @@ impl EvalCallback {
                 format!("{} in {file}", printable(Path::new(function)))
             }
             (None, Some(file), Some(offset)) => format!("a function at {file}+{offset:#x}"),
-            _ => "a function that no file has".to_owned(),
+            _ if self.looked_at => "a function that no file has".to_owned(),
+            _ => "a function of a process that had ended".to_owned(),
         }
     }
 }
@@ -70,33 +75,43 @@ pub fn asks_for_ids(program: &OsStr) -> bool {
     name.is_some_and(|name| ["llama-imatrix", "llama-eval-callback"].contains(&name))
 }
 
-/// Longest name that is shown, in bytes: a mangled one can stand for any length.
-const MAX_SHOWN: usize = 512;
-
-/// A symbol's name as the source has it, or as it is where that cannot be told.
+/// A symbol's name as the source has it, for functions that take what eval callbacks take; others as they
+/// are. Of mangled names this reads no more than that (Itanium C++ ABI, 5.1): reading all that there can be
+/// takes time without bounds.
 pub fn as_written(symbol: &str) -> String {
-    const NESTED: u32 = 64;
-    let options = DemangleOptions::new().recursion_limit(NESTED);
-    let mut shown = Limited(String::new());
-    let demangled = Symbol::new(symbol)
-        .is_ok_and(|parsed| parsed.structured_demangle(&mut shown, &options).is_ok());
-    match demangled {
-        true => shown.0,
-        false => symbol.to_owned(),
+    let written = symbol
+        .strip_prefix("_Z")
+        .and_then(|rest| rest.strip_suffix(CALLBACK_TYPE))
+        .and_then(function);
+    match written {
+        Some(name) => format!("{name}(ggml_tensor*, bool, void*)"),
+        None => symbol.to_owned(),
     }
 }
 
-/// Text up to a length; more is an error.
-struct Limited(String);
+/// What eval callbacks take, as symbols of C++ end with it: `ggml_tensor *`, `bool`, `void *`.
+pub const CALLBACK_TYPE: &str = "P11ggml_tensorbPv";
 
-impl std::fmt::Write for Limited {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        if self.0.len() + text.len() > MAX_SHOWN {
-            return Err(std::fmt::Error);
-        }
-        self.0.push_str(text);
-        Ok(())
+/// A function's name, that may be local (`L`) or in namespaces (`N … E`).
+fn function(mangled: &str) -> Option<String> {
+    let parts = match mangled.strip_prefix('N') {
+        Some(nested) => nested.strip_suffix('E')?,
+        None => mangled.strip_prefix('L').unwrap_or(mangled),
+    };
+    let mut names = Vec::new();
+    let mut rest = parts;
+    while !rest.is_empty() {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let length: usize = rest[..digits].parse().ok()?;
+        let (name, behind) = rest[digits..].split_at_checked(length)?;
+        names.push(match name {
+            "_GLOBAL__N_1" => "(anonymous namespace)",
+            name => name,
+        });
+        rest = behind;
     }
+    let is_nested = mangled.starts_with('N');
+    (names.len() == 1 || is_nested && !names.is_empty()).then(|| names.join("::"))
 }
 
 #[cfg(test)]
@@ -105,23 +120,41 @@ mod tests {
 
     #[test]
     fn a_name_as_its_source_has_it() {
-        assert_eq!(
-            as_written("_ZL18ik_collect_imatrixP11ggml_tensorbPv"),
-            "ik_collect_imatrix(ggml_tensor*, bool, void*)"
-        );
-        assert_eq!(as_written("my_callback"), "my_callback");
+        for (symbol, written) in [
+            (
+                "_ZL18ik_collect_imatrixP11ggml_tensorbPv",
+                "ik_collect_imatrix",
+            ),
+            ("_Z7cb_evalP11ggml_tensorbPv", "cb_eval"),
+            (
+                "_ZN12_GLOBAL__N_19on_tensorEP11ggml_tensorbPv",
+                "(anonymous namespace)::on_tensor",
+            ),
+        ] {
+            let written = format!("{written}(ggml_tensor*, bool, void*)");
+            assert_eq!(as_written(symbol), written);
+        }
     }
 
+    /// Others are shown as they are, whatever they would stand for.
     #[test]
-    fn a_short_name_cannot_become_a_long_one() {
-        // Each substitution doubles what the last one stands for.
-        let mut bomb = "_Z1f1SI1aE".to_owned();
-        for i in 0..30 {
-            let digit = char::from_digit(i, 36).map(|c| c.to_ascii_uppercase());
-            let last = digit.map_or_else(String::new, String::from);
-            bomb += &format!("1SIS{last}_S{last}_E");
+    fn other_names_are_left_alone() {
+        let bomb = format!("_Z1fIX{}EEvP11ggml_tensorbPv", "nw".repeat(500));
+        let long = format!("_Z{}xP11ggml_tensorbPv", "9".repeat(900));
+        for symbol in [
+            "my_callback",
+            "_Z7cb_evalv",
+            "_Z7cb_eval3P11ggml_tensorbPv",
+            "_Z99cbP11ggml_tensorbPv",
+            "_ZP11ggml_tensorbPv",
+            "_ZNEP11ggml_tensorbPv",
+            "_Z1f1gP11ggml_tensorbPv",
+            "_Z2\u{e4}\u{e4}P11ggml_tensorbPv",
+            &bomb,
+            &long,
+        ] {
+            assert_eq!(as_written(symbol), symbol);
         }
-        assert!(as_written(&bomb).len() <= MAX_SHOWN.max(bomb.len()));
     }
 
     #[test]

@@ -410,13 +410,27 @@ pub fn is_stopped(pid: u32) -> bool {
 
 /// Whether a process whose main thread has ended has another thread that is not ending, too.
 pub fn goes_on_without_its_main_thread(pid: u32) -> bool {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return false;
-    };
-    let threads = tasks.flatten().map(|task| task.path());
-    threads
-        .filter(|task| task.file_name() != Some(pid.to_string().as_ref()))
-        .any(|task| is_going_on(&task).unwrap_or(false))
+    other_thread(pid).is_some()
+}
+
+/// A thread by which `/proc` shows the memory of a process: the main one, or another one when that has
+/// ended and others go on.
+pub fn thread_with_memory(pid: u32) -> u32 {
+    let main = PathBuf::from(format!("/proc/{pid}/task/{pid}"));
+    match is_going_on(&main) {
+        Some(false) => other_thread(pid).unwrap_or(pid),
+        _ => pid,
+    }
+}
+
+/// A thread that is not the main one, and not ending.
+fn other_thread(pid: u32) -> Option<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let mut tasks = tasks.flatten().map(|task| task.path());
+    tasks.find_map(|task| {
+        let thread = task.file_name()?.to_str()?.parse().ok()?;
+        (thread != pid && is_going_on(&task)?).then_some(thread)
+    })
 }
 
 /// Whether a thread is neither exiting nor about to be killed, as all are when a process exits

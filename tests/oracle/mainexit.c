@@ -1,6 +1,8 @@
 // A program whose main thread ends when the first byte comes from standard input, while another thread
-// goes on until standard input is closed, and calls the one function of llama.cpp's for each further byte.
+// goes on until standard input is closed, and calls the one function of llama.cpp's for each further byte;
+// for the byte `l` it loads the library that is its argument.
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -11,24 +13,27 @@ __attribute__((noinline)) void llama_free(void * ctx) {
     __asm__ volatile("" : : "r"(ctx));
 }
 
-static void * go_on(void * unused) {
-    (void) unused;
+static void * go_on(void * library) {
     char byte;
     pthread_join(main_thread, NULL);
     while (read(0, &byte, 1) > 0) {
-        llama_free(&byte);
+        if (byte != 'l') {
+            llama_free(&byte);
+        } else if (!dlopen(library, RTLD_NOW)) {
+            exit(1);
+        }
     }
     exit(0);
 }
 
-int main(void) {
+int main(int argc, char ** argv) {
     pthread_t thread;
     char byte;
     if (read(0, &byte, 1) != 1) {
         return 1;
     }
     main_thread = pthread_self();
-    if (pthread_create(&thread, NULL, go_on, NULL)) {
+    if (pthread_create(&thread, NULL, go_on, argc > 1 ? argv[1] : NULL)) {
         return 1;
     }
     pthread_exit(NULL);

@@ -224,7 +224,7 @@ int main(int argc, char ** argv) {
         put(ids, at.data, &where, sizeof(where));
         const int is_copy = !strcmp(fault, "device");
         snprintf(name, sizeof(name), "%sffn_moe_topk-%d%s",
-                 is_copy ? "RPC0[127.0.0.1:50052]#" : !strcmp(fault, "copy") ? "CPU#" : "", layer,
+                 is_copy ? "RPC0[gpu-17.example.net:50052]#" : !strcmp(fault, "copy") ? "CPU#" : "", layer,
                  is_copy ? "#0" : !strcmp(fault, "suffix") ? "x" : !strcmp(fault, "long") ? "0000000" : "");
         put(ids, at.name, name, strlen(name) + 1);
         if (!strcmp(fault, "endless")) {

@@ -274,7 +274,8 @@ impl Capture {
     /// Probes what the target has mapped since the last time.
     fn probe_new_libraries(&mut self) {
         let pid = self.pid.get();
-        let files = match target::mapped_files(pid) {
+        let shown_by = target::thread_with_memory(pid);
+        let files = match target::mapped_files(shown_by) {
             Ok(files) => files,
             Err(error) => {
                 self.problem(format!("cannot read what process {pid} maps: {error}"));
@@ -282,7 +283,18 @@ impl Capture {
             }
         };
         let mut names: Vec<String> = Vec::new();
-        for change in self.plan.extend(pid, &files) {
+        for change in self.plan.extend(shown_by, &files) {
+            // The kernel sets probes in a process that it knows by its main thread.
+            if shown_by != pid
+                && let Some(probe) = change.probes.first()
+            {
+                let file = target::printable(probe.file.as_ref());
+                self.problem(format!(
+                    "{file} was loaded after the target's main thread had ended: it cannot be probed, \
+                     and what it did is missing"
+                ));
+                continue;
+            }
             names.extend(change.probes.iter().map(|probe| probe.file.clone()));
             let first = self.hooks.len();
             self.probe(change);

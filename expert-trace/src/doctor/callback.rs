@@ -81,7 +81,7 @@ impl Callbacks {
             Ok(Seen::NotSet) => {
                 *self = Self {
                     answer: Answer::No,
-                    finding: "the process computes without one",
+                    finding: "the process computed without one in the second that was looked",
                     functions: Vec::new(),
                 };
             }
@@ -125,8 +125,7 @@ enum Seen {
 fn watch(pid: u32, plan: &Plan) -> Result<Seen, AttachError> {
     const RING_BYTES: u32 = 64 << 10;
     const PATIENCE: Duration = Duration::from_secs(1);
-    /// A hit that sets none makes no record.
-    const LOOK_AGAIN: u16 = 20;
+    const LOOK_AGAIN: u16 = 100;
     let probes: Vec<_> = plan.of(Hook::EvalCallback).collect();
     let Some(process) = NonZeroU32::new(pid) else {
         return Ok(Seen::Nothing);
@@ -137,29 +136,30 @@ fn watch(pid: u32, plan: &Plan) -> Result<Seen, AttachError> {
     }
     session.set_active(true)?;
     let end = Instant::now() + PATIENCE;
-    let mut seen = Seen::Nothing;
-    while matches!(seen, Seen::Nothing) && Instant::now() < end {
+    let (mut set, mut hits) = (None, 0);
+    // Of several contexts, some can have none.
+    while set.is_none() && Instant::now() < end {
         let mut readable = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];
         // It fails only when a signal comes.
         let _ = poll(&mut readable, PollTimeout::from(LOOK_AGAIN));
-        let mut hits = 0;
+        hits = 0;
         for probe in &probes {
             hits += session.hits(probe)?;
-        }
-        // The record of a hit that was counted is there, or about to be.
-        if hits > 0 {
-            seen = Seen::NotSet;
         }
         events.drain(|bytes| {
             if let Ok(event) = decode(bytes)
                 && let Body::EvalCallback(address) = event.body
             {
-                seen = Seen::Set(EvalCallback::at(pid, address));
+                set = Some(EvalCallback::at(pid, address));
             }
         });
     }
     session.detach();
-    Ok(seen)
+    Ok(match set {
+        Some(callback) => Seen::Set(callback),
+        None if hits > 0 => Seen::NotSet,
+        None => Seen::Nothing,
+    })
 }
 
 #[cfg(test)]

@@ -11,7 +11,10 @@ use object::{
     read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _, Sym as _},
 };
 
-use crate::symbols::{self, MAX_NAME, Strings};
+use crate::{
+    eval_callback::CALLBACK_TYPE,
+    symbols::{self, MAX_NAME, Strings},
+};
 
 /// What the dynamic linker goes by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,9 +87,10 @@ const DEVICES: [(&str, &str); 12] = [
     ("ggml_backend_zdnn_reg", "zdnn"),
 ];
 
-/// End of the symbol of a function that takes what eval callbacks take (`ggml_tensor *`, `bool`,
-/// `void *`), and start of one that is nested, such as a class' own: those take an object before.
-const CALLBACK_TYPE: (&str, &str) = ("P11ggml_tensorbPv", "_ZN");
+/// Start of the symbols of functions that are in a class, which take an object before, or in a namespace.
+const NESTED: &str = "_ZN";
+/// … that has no name, which classes are seldom in.
+const IN_NO_NAMESPACE: &str = "_ZN12_GLOBAL__N_1";
 /// Of more, no program of a kind that we know has use.
 const MAX_CALLBACKS: usize = 16;
 
@@ -125,9 +129,9 @@ pub fn look<'data, R: ReadRef<'data>>(data: R) -> object::Result<Anatomy> {
                 anatomy.devices.push(device);
             }
             if let Some(name) = name.and_then(|name| str::from_utf8(name).ok())
-                && name.ends_with(CALLBACK_TYPE.0)
+                && name.ends_with(CALLBACK_TYPE)
                 && name.starts_with("_Z")
-                && !name.starts_with(CALLBACK_TYPE.1)
+                && (!name.starts_with(NESTED) || name.starts_with(IN_NO_NAMESPACE))
                 && symbols::defines_function(symbol, endian)
                 && anatomy.eval_callbacks.len() < MAX_CALLBACKS
                 && anatomy.eval_callbacks.iter().all(|known| known != name)

@@ -65,13 +65,10 @@ impl Block {
         (self.first_row..self.first_row + self.rows).contains(&row)
     }
 
-    /// Whether `other` brings rows that this one has, too. By the router's own route they are those of
-    /// another block of experts with the same name.
+    /// Whether `other` brings rows that this one has, too.
     fn is_repeated_by(&self, other: &Block) -> bool {
         let overlap = self.has(other.first_row) || other.has(self.first_row);
-        self.layer == other.layer
-            && overlap
-            && (self.route != other.route || other.route != Route::Router)
+        self.layer == other.layer && overlap
     }
 
     fn ids(&self) -> Range<usize> {

@@ -531,6 +531,18 @@ fn a_layer_counts_once_whichever_route_comes_first() {
     assert_eq!(model.received().differing_rows, 1);
 }
 
+/// A callback that computes with another context leaves the thread in that one's pass.
+#[test]
+fn rows_of_another_context_are_not_added_up() {
+    let mut model = choosing(selection::Stage::Logits);
+    for rows in [[&[0, 1][..], &[1, 2]], [&[2, 3], &[1, 2]]] {
+        push_rows(&mut model, Route::Router, 0, &rows);
+    }
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(experts(&model), [1, 2, 1]);
+    assert_eq!(model.received().differing_rows, 1);
+}
+
 /// The scheduler copies by the function that the target's own code uses.
 #[test]
 fn what_the_scheduler_copies_is_not_called_the_targets_own() {

@@ -319,9 +319,11 @@ fn a_process_that_goes_on_without_its_main_thread() {
     let path = directory.path().join("stats.json");
     let options = ["-o", path.to_str().unwrap(), "--strict"];
     let (_directory, program) = compile("mainexit.c", &["-pthread"]);
+    let (_library_directory, library) = compile("standin.c", &["-shared", "-fPIC"]);
     let start = || {
         let mut target = Command::new(&program);
-        target.stdin(Stdio::piped()).spawn().unwrap()
+        let target = target.arg(&library).stdin(Stdio::piped());
+        target.spawn().unwrap()
     };
     // It calls the function once for each byte after the first.
     let calls = |stats: &Stats| {
@@ -350,6 +352,22 @@ fn a_process_that_goes_on_without_its_main_thread() {
     let stats = Stats::read(&path).unwrap();
     assert_eq!(stats.0["capture"]["attached_by"], "uprobe_multi");
     assert_eq!(calls(&stats), 3);
+
+    // What it loads then cannot be probed.
+    let mut target = start();
+    let mut stdin = target.stdin.take().unwrap();
+    let mut attached = Attached::to(target.id(), &options).unwrap();
+    stdin.write_all(b"x").unwrap();
+    while !has_no_main_thread(target.id()) {
+        thread::yield_now();
+    }
+    stdin.write_all(b"l").unwrap();
+    let words = "was loaded after the target's main thread had ended";
+    attached.wait_for(words).unwrap();
+    drop(stdin);
+    let (status, said) = attached.wait().unwrap();
+    assert_eq!(status.code(), Some(3), "{said}");
+    assert!(target.wait().unwrap().success());
 
     let mut target = start();
     let mut stdin = target.stdin.take().unwrap();

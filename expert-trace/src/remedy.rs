@@ -235,28 +235,32 @@ impl Change {
         if options.op_offload && (!sees_streams || self == Change::NoOpOffload) {
             return false;
         }
-        let Some(Layers { wanted, shape }) = layers else {
-            return true;
-        };
+        let (wanted, of) = layers.map_or((&STAND_INS[..], STAND_INS.len() as u32), |layers| {
+            (layers.wanted, layers.shape.layers)
+        });
         wanted.iter().all(|layer| match self {
-            Change::ExpertsOnCpu => has_experts_on_cpu(*layer, shape, options),
+            Change::ExpertsOnCpu => has_experts_on_cpu(*layer, of, options),
             Change::NoLayersOnDevice => {
                 let router = options.overridden(&router_tensor(*layer));
-                options.layer(*layer, shape.layers) == Place::Host
+                options.layer(*layer, of) == Place::Host
                     && router.is_none_or(|place| place == Place::Host)
-                    && has_experts_on_cpu(*layer, shape, options)
+                    && has_experts_on_cpu(*layer, of, options)
             }
             Change::NoOpOffload | Change::RouterOnCpu => true,
         })
     }
 }
 
+/// Layers that an option is tried on where those of the model are not known.
+const STAND_INS: [u32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+
 fn router_tensor(layer: u32) -> String {
     format!("blk.{layer}.ffn_gate_inp.weight")
 }
 
-fn has_experts_on_cpu(layer: u32, shape: &ModelShape, options: &Options) -> bool {
-    let on = options.layer(layer, shape.layers);
+/// Whether the experts of a layer, of so many, are in the host's memory.
+fn has_experts_on_cpu(layer: u32, of: u32, options: &Options) -> bool {
+    let on = options.layer(layer, of);
     ["up", "gate", "down"].into_iter().all(|part| {
         let place = options.overridden(&format!("blk.{layer}.ffn_{part}_exps.weight"));
         place.unwrap_or(on) == Place::Host
@@ -272,7 +276,7 @@ fn experts_on_cpu(layers: Option<Layers<'_>>, options: &Options) -> Vec<String> 
     let main = shape.main_layers();
     let mut with_experts = shape.moe_layers.iter().filter(|layer| **layer < main);
     let are_there =
-        |layer: &u32| wanted.contains(layer) || has_experts_on_cpu(*layer, shape, options);
+        |layer: &u32| wanted.contains(layer) || has_experts_on_cpu(*layer, shape.layers, options);
     if with_experts.clone().all(|layer| wanted.contains(layer)) {
         return all();
     }
@@ -405,6 +409,31 @@ mod tests {
         let streamed = remedies(Need::NotStreamed, None, &blind);
         assert_eq!(streamed[0].options, ["--no-op-offload"]);
         assert_eq!(streamed[0].text, "start the program with --no-op-offload");
+    }
+
+    /// Of the layers nobody knows which there are; that a later option wins is known.
+    #[test]
+    fn options_for_unknown_layers_work_among_the_users_own() {
+        let remedies_for = |command| {
+            let options = options(command);
+            let remedies = remedies(Need::OffTheDevice, None, &program(&options));
+            let told = remedies.into_iter().filter(|of| of.whose == Whose::Program);
+            told.map(|of| (of.options.join(" "), of.position.unwrap()))
+                .collect::<Vec<_>>()
+        };
+        let experts = ("--cpu-moe".to_owned(), Position::BeforeOthers);
+        let none = |position| ("-ngl 0".to_owned(), position);
+        let after = none(Position::AfterOthers);
+        assert_eq!(
+            remedies_for("llama-cli -ngl 99"),
+            [experts.clone(), after.clone()]
+        );
+        assert_eq!(remedies_for("llama-cli -ngl 1"), [experts.clone(), after]);
+        let before = none(Position::BeforeOthers);
+        assert_eq!(remedies_for("llama-cli"), [experts.clone(), before]);
+        // -ngl 0 would leave these experts on their device.
+        let own = "llama-cli -ngl 99 -ot exps=CUDA0";
+        assert_eq!(remedies_for(own), [experts]);
     }
 
     /// Of overrides the first that matches counts, of other options the last, and variables come before

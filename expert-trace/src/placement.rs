@@ -10,7 +10,7 @@ use std::{
 use regex_lite::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use crate::{eval_callback, router_on_cpu};
+use crate::{eval_callback, router_on_cpu, target::option_name};
 
 /// Where a layer's part is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +168,7 @@ impl Options {
     }
 
     fn take(&mut self, option: &str, value: &str) {
-        match option {
+        match &*option_name(option) {
             "-ngl" | "--gpu-layers" | "--n-gpu-layers" => {
                 self.offloaded = match value {
                     "auto" | "-1" => Offloaded::Fitting,
@@ -299,6 +299,7 @@ mod tests {
         let place = |text: &str, layer| options(text).layer(layer, 4);
         assert_eq!(place("llama-cli -ngl 99", 0), Device);
         assert_eq!(place("llama-cli -ngl all", 0), Device);
+        assert_eq!(place("llama-cli --n_gpu_layers all", 0), Device);
         assert_eq!(place("llama-cli -ngl 99 -ngl 0", 0), Host);
         assert_eq!(place("llama-cli -ngl 99 -dev none", 0), Host);
         assert_eq!(place("llama-cli", 0), Unknown);
@@ -314,6 +315,7 @@ mod tests {
         let place = |text: &str, tensor| options(text).overridden(tensor);
         assert_eq!(place("llama-cli -ngl 99", UP), None);
         assert_eq!(place("llama-cli --cpu-moe", UP), Some(Host));
+        assert_eq!(place("llama-cli --cpu_moe", UP), Some(Host));
         assert_eq!(place("llama-cli --cpu-moe", ROUTER), None);
         assert_eq!(place("llama-cli -ncmoe 3", UP), None);
         assert_eq!(place("llama-cli -ncmoe 4", UP), Some(Host));

@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use crate::{
     gguf::ModelShape,
-    placement::{Options, Place, Position},
+    placement::{Options, Place, Position, Role},
+    router_on_cpu,
 };
 
 /// Who has to be told.
@@ -83,8 +84,8 @@ pub enum Need {
 pub struct Program<'a> {
     /// Its options.
     pub options: &'a Options,
-    /// Whether the layers are those of its draft model, which has options of its own.
-    pub is_draft: bool,
+    /// Which of its models the layers are of; none where that is not known, and there are two.
+    pub role: Option<Role>,
     /// Whether ids by which weights are streamed to a device are certain to be seen.
     pub sees_streams: bool,
     /// Whether it was started with routers on the CPU already.
@@ -113,14 +114,23 @@ pub fn remedies(need: Need, layers: Option<Layers<'_>>, program: &Program<'_>) -
         ],
         Need::NotStreamed => &[Change::NoOpOffload],
     };
+    let (router, changes): (Vec<Change>, Vec<Change>) = changes
+        .iter()
+        .partition(|change| **change == Change::RouterOnCpu);
     let changes = changes.iter();
-    let options = changes.filter_map(|change| match change {
-        Change::RouterOnCpu => router_on_cpu(layers, program),
-        change => change.for_program(layers, program),
-    });
+    let options = changes.filter_map(|change| change.for_program(layers, program));
     let by_server = need == Need::OffTheDevice && program.options.rpc;
     let by_server = by_server.then(|| Remedy::other(TRACE_SERVER));
-    options.chain(by_server).collect()
+    let others: Vec<Remedy> = options.chain(by_server).collect();
+    let router = router
+        .iter()
+        .filter_map(|_| router_on_cpu(layers, program))
+        .collect();
+    // What is done by one option comes first, and what may not be enough last.
+    match program.options.adds_router && program.role.is_some() {
+        true => [router, others].concat(),
+        false => [others, router].concat(),
+    }
 }
 
 /// An RPC server can be a CPU llama.cpp itself.
@@ -136,12 +146,20 @@ enum Change {
 
 /// Whether routers of these layers were asked to be on the CPU.
 pub fn has_router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> bool {
-    let Program { options, .. } = program;
-    let asked_for = |Layers { wanted, .. }: Layers<'_>| {
-        let mut routers = wanted.iter().map(|layer| router_tensor(*layer));
-        !options.understood || routers.any(|of| options.overridden(&of) == Some(Place::Host))
+    let is_draft = program.role == Some(Role::Draft);
+    let options = match is_draft {
+        true => &program.options.of_draft(),
+        false => program.options,
     };
-    program.router_on_cpu && layers.is_none_or(asked_for)
+    let asked_for = |layer: &u32| {
+        let router = options.overridden(&router_tensor(*layer));
+        !options.understood || router == Some(Place::Host)
+    };
+    let were_asked = match layers {
+        Some(Layers { wanted, .. }) => wanted.iter().any(asked_for),
+        None => !is_draft,
+    };
+    program.router_on_cpu && were_asked
 }
 
 fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
@@ -150,13 +168,24 @@ fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Re
         let mut wanted = wanted.iter();
         wanted.any(|layer| shape.chosen_by_token.contains(layer))
     });
-    if has_router_on_cpu(layers, program) || program.is_draft || by_token {
+    let is_draft = program.role == Some(Role::Draft);
+    if has_router_on_cpu(layers, program) || is_draft || by_token {
         return None;
     }
-    let text = match program.attached {
+    let mut text = match program.attached {
         true => format!("start it with expert-trace run {OPTION}"),
         false => format!("trace with {OPTION}"),
     };
+    if !program.options.adds_router {
+        text += &format!(
+            ", and have the program set what --override-tensor '{}' --no-op-offload does in llama.cpp's \
+             programs",
+            router_on_cpu::OVERRIDE
+        );
+    }
+    if program.role.is_none() {
+        text += ", unless they are the draft model's";
+    }
     Some(Remedy {
         whose: Whose::ExpertTrace,
         options: vec![OPTION.to_owned()],
@@ -170,28 +199,36 @@ impl Change {
     fn for_program(self, layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
         let Program {
             options,
-            is_draft,
+            role,
             sees_streams,
             ..
         } = *program;
-        let mut words = match self {
-            Change::ExpertsOnCpu => experts_on_cpu(layers, options),
-            Change::NoLayersOnDevice => vec!["-ngl".to_owned(), "0".to_owned()],
-            Change::NoOpOffload | Change::RouterOnCpu => Vec::new(),
+        let roles = match role {
+            Some(role) => vec![role],
+            // Whose they are is not known, so both models are told.
+            None => vec![Role::Main, Role::Draft],
         };
-        let streams = options.op_offload && !sees_streams;
-        if is_draft {
-            let words = words.iter_mut();
-            words.for_each(|word| word.push_str(draft_suffix(word)));
-        }
+        let own: Vec<(Role, Options)> = roles
+            .into_iter()
+            .map(|role| match role {
+                Role::Main => (role, options.clone()),
+                Role::Draft => (role, options.of_draft()),
+            })
+            .collect();
+        let mut words: Vec<String> = own
+            .iter()
+            .flat_map(|(role, options)| self.words(*role, layers, options))
+            .collect();
+        let streams = options.streams() && !sees_streams;
         if streams || self == Change::NoOpOffload {
             words.push("--no-op-offload".to_owned());
         }
         let works = |position| {
-            let options = options.with(&words, position);
-            self.is_done_by(&options, layers, sees_streams)
+            own.iter().all(|(_, options)| {
+                self.is_done_by(&options.with(&words, position), layers, sees_streams)
+            })
         };
-        let certain = options.understood && !is_draft;
+        let certain = options.understood;
         let [before, after] =
             [Position::BeforeOthers, Position::AfterOthers].map(|at| !certain || works(at));
         let (position, place) = match (before, after) {
@@ -215,6 +252,20 @@ impl Change {
         })
     }
 
+    /// The options for a model, which has these already.
+    fn words(self, role: Role, layers: Option<Layers<'_>>, options: &Options) -> Vec<String> {
+        let mut words = match self {
+            Change::ExpertsOnCpu => experts_on_cpu(layers, options),
+            Change::NoLayersOnDevice => vec!["-ngl".to_owned(), "0".to_owned()],
+            Change::NoOpOffload | Change::RouterOnCpu => Vec::new(),
+        };
+        if role == Role::Draft {
+            let words = words.iter_mut();
+            words.for_each(|word| word.push_str(draft_suffix(word)));
+        }
+        words
+    }
+
     /// What it costs; `streams` says that op offload is switched off with it.
     fn cost(self, streams: bool) -> &'static str {
         match (self, streams) {
@@ -232,7 +283,7 @@ impl Change {
 
     /// Whether a program with these options does it.
     fn is_done_by(self, options: &Options, layers: Option<Layers<'_>>, sees_streams: bool) -> bool {
-        if options.op_offload && (!sees_streams || self == Change::NoOpOffload) {
+        if options.streams() && (!sees_streams || self == Change::NoOpOffload) {
             return false;
         }
         let (wanted, of) = layers.map_or((&STAND_INS[..], STAND_INS.len() as u32), |layers| {
@@ -346,7 +397,7 @@ mod tests {
     fn program(options: &Options) -> Program<'_> {
         Program {
             options,
-            is_draft: false,
+            role: Some(Role::Main),
             sees_streams: true,
             router_on_cpu: false,
             attached: false,
@@ -389,7 +440,8 @@ mod tests {
             &[3, 5],
             r"-ot blk\.(3|5)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU",
         );
-        expect("./serve.py -ngl 99", &all, "--cpu-moe");
+        let told = of_command("./serve.py -ngl 99", &all);
+        assert_eq!(told, ["--cpu-moe", none, router]);
     }
 
     #[test]
@@ -490,12 +542,57 @@ mod tests {
             told(&program(&rpc), &shape, &all[1..])[0],
             "--router-on-cpu"
         );
-        assert!(rpc.is_draft("/else/where/draft.gguf") && !rpc.is_draft("/m/main.gguf"));
         let draft = Program {
-            is_draft: true,
+            role: Some(Role::Draft),
             ..program(&rpc)
         };
         let told = told(&draft, &shape, &all);
         assert_eq!(told, ["--cpu-moe-draft", "-ngld 0", ""]);
+    }
+
+    /// Of a draft model, the main model's options change nothing.
+    #[test]
+    fn a_draft_model_is_told_by_its_own_options() {
+        let options = options("llama-cli -ngl 0 -ngld 99 -md /m/draft.gguf");
+        let of_role = |role| {
+            let program = Program {
+                role,
+                ..program(&options)
+            };
+            let told = remedies(Need::OffTheDevice, None, &program).into_iter();
+            let told = told.map(|of| (of.options.join(" "), of.position));
+            told.collect::<Vec<_>>()
+        };
+        let [before, after] = [Position::BeforeOthers, Position::AfterOthers].map(Some);
+        let draft = [
+            ("--cpu-moe-draft".to_owned(), before),
+            ("-ngld 0".to_owned(), after),
+        ];
+        assert_eq!(of_role(Some(Role::Draft)), draft);
+        let either = [
+            ("--cpu-moe --cpu-moe-draft".to_owned(), before),
+            ("-ngl 0 -ngld 0".to_owned(), after),
+            ("--router-on-cpu".to_owned(), None),
+        ];
+        assert_eq!(of_role(None), either);
+    }
+
+    /// To a program that takes no options of llama.cpp's, `--router-on-cpu` adds nothing.
+    #[test]
+    fn what_a_program_has_to_do_by_itself_is_told() {
+        let told = |command| {
+            let options = options(command);
+            remedies(Need::OffTheDevice, None, &program(&options))
+        };
+        let other = told("./my-server -ngl 99");
+        let [_, _, router] = &other[..] else {
+            panic!("{other:?}");
+        };
+        assert_eq!(router.options, ["--router-on-cpu"]);
+        let pattern = router_on_cpu::OVERRIDE;
+        assert!(router.text.contains(pattern), "{router}");
+        let bench = &told("llama-bench -m m")[0];
+        assert_eq!(bench.text, "trace with --router-on-cpu");
+        assert!(told("llama-bench -ot x=CPU")[2].text.contains(pattern));
     }
 }

@@ -64,15 +64,15 @@ const PROGRAMS: [&str; 14] = [
 
 /// The options for a command line; `None` when the program is none of llama.cpp's, or has to be told in
 /// another way.
-pub fn insertion(command: &[OsString]) -> Option<Insertion> {
-    let name = Path::new(command.first()?).file_name()?.to_str()?;
+pub fn insertion(command: &[impl AsRef<OsStr>]) -> Option<Insertion> {
+    let name = Path::new(command.first()?.as_ref()).file_name()?.to_str()?;
     let common = |position| Insertion {
         position,
         options: &["--override-tensor", OVERRIDE, "--no-op-offload"],
     };
     match name {
         // To it, options that are given again are more configurations to measure.
-        "llama-bench" if command.iter().any(|argument| is_setting(argument)) => None,
+        "llama-bench" if command.iter().any(|argument| is_setting(argument.as_ref())) => None,
         "llama-bench" => Some(Insertion {
             position: 1,
             options: &["--override-tensor", OVERRIDE, "--no-op-offload", "1"],

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     gguf::ModelShape,
     model::{Coverage, PhasePasses},
-    placement::Options,
+    placement::{Options, Role},
     probes::{Hook, Probe},
     remedy::{self, Layers, Need, Program, Remedy, remedies},
     routes::{self, Routes},
@@ -142,7 +142,7 @@ impl Evidence {
             (Coverage::Observed, _) => None,
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
             (Coverage::PartlyObserved, Reason::OnADevice)
-                if prompts_only && options.op_offload && !by_a_copy =>
+                if prompts_only && options.streams() && !by_a_copy =>
             {
                 Some(Reason::Streamed)
             }
@@ -157,7 +157,7 @@ impl Evidence {
         layers: &mut [LayerStats],
         shape: Option<&ModelShape>,
         options: &Options,
-        is_draft: bool,
+        role: Option<Role>,
     ) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         for layer in layers {
@@ -183,7 +183,7 @@ impl Evidence {
         for gap in &mut gaps {
             let wanted = gap.layers.as_deref().unwrap_or_default();
             let layers = shape.map(|shape| Layers { wanted, shape });
-            let program = self.program(options, is_draft);
+            let program = self.program(options, role);
             gap.explanation = self.explanation(gap.reason, gap.coverage, layers, &program);
             gap.remedies = self.remedies(gap.reason, layers, &program);
         }
@@ -212,7 +212,7 @@ impl Evidence {
         phases: Vec<&'static str>,
         options: &Options,
     ) -> Gap {
-        let program = self.program(options, false);
+        let program = self.program(options, options.role_of(None));
         Gap {
             layers: None,
             coverage,
@@ -223,10 +223,10 @@ impl Evidence {
         }
     }
 
-    fn program<'a>(&self, options: &'a Options, is_draft: bool) -> Program<'a> {
+    fn program<'a>(&self, options: &'a Options, role: Option<Role>) -> Program<'a> {
         Program {
             options,
-            is_draft,
+            role,
             sees_streams: self.sees_streams,
             router_on_cpu: self.router_on_cpu,
             attached: self.attached,
@@ -466,7 +466,7 @@ mod tests {
         ];
         let options = options("llama-cli -ngl 99 --cpu-moe");
         let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
-        let gaps = why.explain(&mut layers, None, &options, false);
+        let gaps = why.explain(&mut layers, None, &options, Some(Role::Main));
         let told: Vec<_> = gaps
             .iter()
             .map(|gap| (gap.layers.clone().unwrap(), gap.reason, gap.phases.clone()))

@@ -2,14 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsString,
+    ffi::{OsStr, OsString},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use crate::{
     eval_callback::EvalCallback,
     models::{self, KnownModels},
-    placement::{self, Options},
+    placement::{self, Backends, Options},
     probes::build_id,
     redact,
     router_on_cpu::OVERRIDE_VARIABLE,
@@ -54,6 +55,7 @@ pub struct Target {
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
+    backends: Option<Backends>,
     /// Arguments that it computes with: a script can have become another program.
     computes_with: Vec<OsString>,
 }
@@ -111,6 +113,19 @@ impl Target {
         Some(exe.to_string_lossy().into_owned())
     }
 
+    /// Whether a name of the process' own leads to the file that it has under this path.
+    fn is_named(&self, name: &OsStr, path: &Path) -> bool {
+        let file = |name: &Path| {
+            let file = self.reach.as_ref()?.open(name).ok()?;
+            let metadata = file.metadata().ok()?;
+            Some((metadata.dev(), metadata.ino()))
+        };
+        match (file(name.as_ref()), file(path)) {
+            (Some(named), Some(known)) => named == known,
+            _ => self.directory.join(name) == path,
+        }
+    }
+
     /// For the document.
     pub fn describe(&self, pid: u32) -> stats::Process {
         stats::Process {
@@ -141,9 +156,19 @@ impl Targets {
         target.look(pid);
         if !is_main && target.command.is_empty() {
             target.command = target::command_line(pid).unwrap_or_default();
-            target.variables = Variables::from(|name| target::variable(pid, name));
+        }
+        // A script can have set variables for what it became.
+        let environment = target::environment(pid);
+        if environment.iter().next().is_some() {
+            target.variables = Variables::from(|name| environment.get(name).map(Into::into));
         }
         let files = target::mapped_files(pid).unwrap_or_default();
+        if !files.is_empty() {
+            let names = files
+                .iter()
+                .filter_map(|file| file.path.file_name()?.to_str());
+            target.backends = Some(Backends::of_files(names));
+        }
         let reach = target.reach.as_ref();
         // A script can have become another program, which need not have the script's arguments.
         let now = target::command_line(pid).unwrap_or_default();
@@ -171,13 +196,25 @@ impl Targets {
             true => Some(&self.main),
             false => self.others.get(&pid),
         };
-        target.map_or_else(
-            || Options::parse(&[], |_| None),
-            |target| {
-                let variables = &target.variables.placing;
-                let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
-                Options::parse(&target.computes_with, variable)
-            },
+        let Some(target) = target else {
+            return Options::parse(&[], |_| None);
+        };
+        let variables = &target.variables.placing;
+        let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
+        let options = Options::parse(&target.computes_with, variable);
+        let model = target.variables.model.as_deref();
+        let file = |name: &OsStr| {
+            let mut files = self.models.files().iter();
+            let known = files.find(|known| target.is_named(name, known.path.as_ref()))?;
+            Some(known.path.clone())
+        };
+        let main_file = target::model_argument(&target.computes_with).or(model);
+        let main_file = main_file.and_then(file);
+        let draft_file = options.draft_model().and_then(|name| file(name.as_ref()));
+        options.of_process(
+            target.backends.unwrap_or(Backends::Any),
+            main_file,
+            draft_file,
         )
     }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::report::Answer;
 use crate::{
     gguf::ModelShape,
-    placement::{Options, Place},
+    placement::{Options, Place, Role},
     probes::{Hook, Probe},
     remedy::{self, Layers, Need, Program, Remedy},
     routes::{self, Routes},
@@ -229,7 +229,7 @@ impl Facts<'_> {
     fn fix(&self, fix: Option<Fix>, layers: Layers<'_>) -> (Option<String>, Vec<Remedy>) {
         let program = Program {
             options: self.options,
-            is_draft: false,
+            role: Some(Role::Main),
             sees_streams: self.sees_streams || !self.streams(),
             router_on_cpu: self.router_on_cpu,
             attached: self.attached,
@@ -277,7 +277,7 @@ impl Facts<'_> {
 
     /// Whether weights are streamed to a device. RPC servers take none (ggml-rpc.cpp, `offload_op`).
     fn streams(&self) -> bool {
-        self.options.op_offload && self.devices.iter().any(|device| device != "rpc")
+        self.options.streams() && self.devices.iter().any(|device| device != "rpc")
     }
 
     /// Experts in the host's memory: prompts that are long have them streamed.

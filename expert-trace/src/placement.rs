@@ -356,14 +356,22 @@ impl Options {
         self.understood && self.no_device
     }
 
-    /// Whether it is known to compute on the CPU alone.
-    pub fn has_no_device(&self) -> bool {
-        match self.backends {
-            Backends::None => true,
+    /// Whether a device may compute the model of this role, or one of both.
+    pub fn has_device(&self, role: Option<Role>) -> bool {
+        let is_there = match self.backends {
+            Backends::None => false,
             // Other programs can name RPC servers in their own way.
-            Backends::Rpc if self.understood && !self.rpc => true,
-            _ => self.uses_no_device(),
-        }
+            Backends::Rpc => self.rpc || !self.understood,
+            Backends::Any => true,
+        };
+        let of_main = || !self.uses_no_device();
+        let of_draft = || !self.of_draft().uses_no_device();
+        is_there
+            && match role {
+                Some(Role::Main) => of_main(),
+                Some(Role::Draft) => of_draft(),
+                None => of_main() || of_draft(),
+            }
     }
 
     /// Whether longer prompts can be computed on a device with weights that are streamed to it.
@@ -553,10 +561,14 @@ mod tests {
 
         let of = |text: &str, backends| options(text).of_process(backends, None, None);
         let rpc = of("llama-cli --rpc h:1", Backends::Rpc);
-        assert!(!rpc.has_no_device() && !rpc.streams());
-        assert!(of("llama-cli", Backends::Rpc).has_no_device());
-        assert!(!of("./serve.py", Backends::Rpc).has_no_device());
-        assert!(of("./serve.py", Backends::None).has_no_device());
+        let main = Some(Role::Main);
+        assert!(rpc.has_device(main) && !rpc.streams());
+        assert!(!of("llama-cli", Backends::Rpc).has_device(main));
+        assert!(of("./serve.py", Backends::Rpc).has_device(main));
+        assert!(!of("./serve.py", Backends::None).has_device(main));
+        let draft = of("llama-cli -dev none -devd CUDA0", Backends::Any);
+        assert!(!draft.has_device(main) && draft.has_device(Some(Role::Draft)));
+        assert!(draft.has_device(None));
         assert!(of("llama-cli", Backends::Any).streams());
     }
 

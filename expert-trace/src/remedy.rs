@@ -52,6 +52,12 @@ impl Remedy {
             cost: None,
         }
     }
+
+    /// The same, with something else that it takes.
+    pub fn and(mut self, what: &str) -> Self {
+        self.text += &format!(", {what}");
+        self
+    }
 }
 
 impl fmt::Display for Remedy {

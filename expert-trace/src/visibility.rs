@@ -21,6 +21,8 @@ use crate::{
 pub enum Reason {
     /// The probes that would have shown it on the host were hit, for other things.
     OnADevice,
+    /// The same, and the program uses no device.
+    NoDevice,
     /// The same in prompts only, which llama.cpp can compute on a device with weights that it streams
     /// there.
     Streamed,
@@ -120,8 +122,8 @@ impl Evidence {
         }
     }
 
-    /// Why something was not seen that a device may have kept.
-    fn reason(&self) -> Reason {
+    /// Why something was not seen that a device may have kept, if there is one.
+    fn reason(&self, has_device: bool) -> Reason {
         if self.not_understood {
             Reason::NotUnderstood
         } else if !self.left_out.is_empty() {
@@ -130,15 +132,22 @@ impl Evidence {
             Reason::LogitsRefused
         } else if !self.never_entered.is_empty() {
             Reason::NeverEntered
-        } else {
+        } else if has_device {
             Reason::OnADevice
+        } else {
+            Reason::NoDevice
         }
     }
 
-    fn reason_of(&self, layer: &LayerStats, options: &Options) -> Option<Reason> {
+    fn reason_of(
+        &self,
+        layer: &LayerStats,
+        options: &Options,
+        role: Option<Role>,
+    ) -> Option<Reason> {
         let prompts_only = layer.passes_not_seen.decode == 0;
         let by_a_copy = layer.routes.contains(&"device_copy");
-        match (layer.coverage, self.reason()) {
+        match (layer.coverage, self.reason(options.has_device(role))) {
             (Coverage::Observed, _) => None,
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
             (Coverage::PartlyObserved, Reason::OnADevice)
@@ -161,7 +170,7 @@ impl Evidence {
     ) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         for layer in layers {
-            layer.reason = self.reason_of(layer, options);
+            layer.reason = self.reason_of(layer, options, role);
             let Some(reason) = layer.reason else { continue };
             let phases = phases(layer.passes_not_seen);
             let id = u32::from(layer.layer_id);
@@ -195,14 +204,20 @@ impl Evidence {
     pub fn explain_unknown(&self, passes: PhasePasses, options: &Options) -> Gap {
         let (coverage, reason) = match passes.sum() {
             0 => (Coverage::NotKnown, Reason::UbatchNotRead),
-            _ => (Coverage::NotVisible, self.reason()),
+            _ => (Coverage::NotVisible, self.reason_of_unknown(options)),
         };
         self.unknown(coverage, reason, phases(passes), options)
     }
 
     /// Of a target of which nothing at all was seen.
     pub fn explain_silence(&self, options: &Options) -> Gap {
-        self.unknown(Coverage::NotVisible, self.reason(), Vec::new(), options)
+        let reason = self.reason_of_unknown(options);
+        self.unknown(Coverage::NotVisible, reason, Vec::new(), options)
+    }
+
+    /// Of a context whose model is not known.
+    fn reason_of_unknown(&self, options: &Options) -> Reason {
+        self.reason(options.has_device(options.role_of(None)))
     }
 
     fn unknown(
@@ -256,6 +271,13 @@ impl Evidence {
                     _ => format!("their routing stayed on a device{asked}"),
                 }
             }
+            Reason::NoDevice => {
+                let of = match layers {
+                    Some(_) => " of these layers",
+                    None => ": the model is dense, or its expert ids have another name",
+                };
+                format!("no device is used, and the CPU showed no routing{of}")
+            }
             Reason::Streamed => {
                 "a device computed longer prompts, with weights streamed to it (op \
                                  offload), and no copy of the ids to the host was seen"
@@ -272,7 +294,12 @@ impl Evidence {
             }
             Reason::LogitsRefused => "router logits were there, and told no experts".to_owned(),
             Reason::RouteLeftOut => {
-                format!("--routes leaves out {}", self.left_out.join(", "))
+                let left_out = self.left_out.join(", ");
+                let or = match program.options.has_device(program.role) {
+                    true => "; what these do not show stayed on a device",
+                    false => "",
+                };
+                format!("--routes leaves out {left_out}{or}")
             }
             Reason::UbatchNotRead => {
                 "passes showed no routing, and whether they computed tokens is \
@@ -288,8 +315,14 @@ impl Evidence {
         layers: Option<Layers<'_>>,
         program: &Program<'_>,
     ) -> Vec<Remedy> {
-        let off_the_device = || remedies(Need::OffTheDevice, layers, program);
+        let off_the_device = || match program.options.has_device(program.role) {
+            true => remedies(Need::OffTheDevice, layers, program),
+            false => Vec::new(),
+        };
         match reason {
+            Reason::NoDevice => vec![Remedy::other(
+                "if the model has experts, use a build of llama.cpp that docs/compatibility.md lists",
+            )],
             Reason::OnADevice => off_the_device(),
             Reason::Streamed => remedies(Need::NotStreamed, layers, program),
             Reason::NeverEntered => {
@@ -302,7 +335,13 @@ impl Evidence {
                  information (-g)",
             )],
             Reason::LogitsRefused => vec![Remedy::other("mend what INCOMPLETE names")],
-            Reason::RouteLeftOut => vec![Remedy::other("trace without --routes")],
+            Reason::RouteLeftOut => {
+                let all = Remedy::other("trace without --routes");
+                let others = off_the_device().into_iter();
+                // They can bring ids to a route that is left out, too.
+                let others = others.map(|remedy| remedy.and("without --routes"));
+                [all].into_iter().chain(others).collect()
+            }
             Reason::UbatchNotRead => {
                 let build = "to know it, use a build of b5922 or newer, with its symbols";
                 [off_the_device(), vec![Remedy::other(build)]].concat()
@@ -390,7 +429,7 @@ mod tests {
     fn a_probe_that_was_never_hit_is_named() {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(), Reason::NeverEntered);
+        assert_eq!(why.reason(true), Reason::NeverEntered);
         let words = why.explain_silence(&options("llama-cli")).explanation;
         assert!(words.starts_with("ggml_graph_compute was never"));
 
@@ -401,7 +440,7 @@ mod tests {
             hook(Hook::Split, 1),
         ];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(), Reason::OnADevice);
+        assert_eq!(why.reason(true), Reason::OnADevice);
     }
 
     #[test]
@@ -442,6 +481,52 @@ mod tests {
         assert!(again.explanation.contains("were asked to be on the CPU"));
         assert!(!again.to_see().contains("--router-on-cpu"));
         assert_eq!(gap(&asked, true).reason, Reason::LogitsRefused);
+    }
+
+    /// What a route that was left out would not have shown needs the same as without it.
+    #[test]
+    fn a_route_that_was_left_out_need_not_be_the_reason() {
+        let why = Evidence {
+            left_out: vec!["device_copy", "callback"],
+            ..Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false)
+        };
+        let gap = why.explain_silence(&options("llama-cli -ngl 99"));
+        assert_eq!(gap.reason, Reason::RouteLeftOut);
+        let told: Vec<&str> = gap.remedies.iter().map(|of| &*of.text).collect();
+        assert_eq!(told[0], "trace without --routes");
+        assert_eq!(told[1], "trace with --router-on-cpu, without --routes");
+        assert!(told[2].starts_with("start the program with --cpu-moe"));
+
+        let gap = why.explain_silence(&options("llama-cli -dev none"));
+        assert!(!gap.explanation.contains("on a device"));
+        assert_eq!(gap.remedies.len(), 1);
+    }
+
+    #[test]
+    fn where_there_is_no_device_none_is_named() {
+        let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
+        let gap = |command| why.explain_silence(&options(command));
+        let none = gap("llama-cli -dev none -md draft.gguf");
+        assert_eq!(none.reason, Reason::NoDevice);
+        let words = "no device is used, and the CPU showed no routing: the model is dense";
+        assert!(none.explanation.starts_with(words));
+        let [build] = &none.remedies[..] else {
+            panic!("{none:?}");
+        };
+        assert!(build.text.starts_with("if the model has experts"));
+        // The draft model has one.
+        let of_draft = gap("llama-cli -dev none -md draft.gguf -devd CUDA0");
+        assert_eq!(of_draft.reason, Reason::OnADevice);
+
+        let mut layers = [layer(0, Coverage::NotVisible, 1, 0)];
+        let options = options("llama-cli -dev none");
+        let gaps = why.explain(&mut layers, None, &options, Some(Role::Main));
+        assert_eq!(gaps[0].reason, Reason::NoDevice);
+
+        let hooks = [hook(Hook::ExpertIds, 0)];
+        let gap = Evidence::of_hooks(&hooks, false).explain_silence(&options);
+        assert_eq!(gap.reason, Reason::NeverEntered);
+        assert!(gap.remedies.iter().all(|of| of.options.is_empty()));
     }
 
     fn layer(layer_id: u16, coverage: Coverage, prefill: u64, decode: u64) -> LayerStats {

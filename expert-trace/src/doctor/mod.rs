@@ -209,6 +209,7 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         options: &survey.options,
         devices: &survey.devices(),
         routes: &routes,
+        read: survey.plan.routes(),
         main_model: survey.main_model(),
         sees_streams: visibility::sees_streams(probes.iter().copied()),
         router_on_cpu: survey.plan.reads_logits(),

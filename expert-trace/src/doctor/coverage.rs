@@ -355,8 +355,8 @@ impl Facts<'_> {
                 match self.options.is_fitted() {
                     true => "llama.cpp decides by the device's free memory where the layer goes",
                     false => {
-                        "of how many layers -ngl counts, the layer is the last: it is on the device \
-                              or on the CPU, by the build"
+                        "the layer is at the edge of what -ngl counts: builds differ in whether it \
+                         is on the device"
                     }
                 },
                 OFF_THE_DEVICE,
@@ -584,7 +584,7 @@ mod tests {
         let setup = Setup::gpu();
         let edge = &setup.expectations("llama-cli -ngl 2")[1];
         assert_eq!((&edge.layers[..], edge.answer), (&[2][..], CouldNotTell));
-        assert!(edge.finding.starts_with("of how many layers -ngl counts"));
+        assert!(edge.finding.starts_with("the layer is at the edge"));
         let fitted = &setup.expectations("llama-cli")[0].finding;
         assert!(fitted.contains("free memory"), "{fitted}");
         let own = &setup.expectations("llama-cli -ngl 99 -ot (?!blk)=CPU")[0];

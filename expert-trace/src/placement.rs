@@ -109,7 +109,7 @@ const MAX_REGEX: usize = 64 << 10;
 pub struct Options {
     /// Whether the program is known to take llama.cpp's common options.
     pub understood: bool,
-    /// Whether `--router-on-cpu` adds to its command line what that takes.
+    /// Whether `--router-on-cpu` adds to the command line that is run what that takes.
     pub adds_router: bool,
     /// Whether it is known to have an eval callback that asks for all expert ids.
     pub asks_for_ids: bool,

@@ -236,7 +236,11 @@ impl Change {
         };
         let certain = options.understood;
         let [before, after] =
-            [Position::BeforeOthers, Position::AfterOthers].map(|at| !certain || works(at));
+            [Position::BeforeOthers, Position::AfterOthers].map(|at| match certain {
+                true => works(at),
+                // Of overrides the first counts, and of what is given again the last.
+                false => (self == Change::NoLayersOnDevice) == (at == Position::AfterOthers),
+            });
         let (position, place) = match (before, after) {
             (true, true) => (Position::BeforeOthers, ""),
             (true, false) => (Position::BeforeOthers, " before its other options"),
@@ -254,7 +258,7 @@ impl Change {
             options: words,
             position: Some(position),
             text,
-            cost: Some(self.cost(streams)),
+            cost: Some(self.cost(options.streams() && !streams)),
         })
     }
 
@@ -272,15 +276,15 @@ impl Change {
         words
     }
 
-    /// What it costs; `streams` says that op offload is switched off with it.
+    /// What it costs; `streams` says that longer prompts are computed on a device all the same.
     fn cost(self, streams: bool) -> &'static str {
         match (self, streams) {
-            (Change::ExpertsOnCpu, false) => "slower: the CPU computes these experts",
-            (Change::ExpertsOnCpu, true) => {
+            (Change::ExpertsOnCpu, true) => "slower: the CPU computes these experts",
+            (Change::ExpertsOnCpu, false) => {
                 "slower, prompts most: the CPU computes these experts always"
             }
-            (Change::NoLayersOnDevice, false) => "slowest: the CPU computes all but longer prompts",
-            (Change::NoLayersOnDevice, true) => "slowest: the CPU computes everything",
+            (Change::NoLayersOnDevice, true) => "slowest: the CPU computes all but longer prompts",
+            (Change::NoLayersOnDevice, false) => "slowest: the CPU computes everything",
             (Change::NoOpOffload | Change::RouterOnCpu, _) => {
                 "slower prompts: the CPU computes what is in its memory"
             }
@@ -378,7 +382,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::gguf::ExpertsUsed;
+    use crate::{gguf::ExpertsUsed, placement::Backends};
 
     /// Six layers, of which the first is dense.
     fn shape() -> ModelShape {
@@ -467,6 +471,28 @@ mod tests {
         let streamed = remedies(Need::NotStreamed, None, &blind);
         assert_eq!(streamed[0].options, ["--no-op-offload"]);
         assert_eq!(streamed[0].text, "start the program with --no-op-offload");
+    }
+
+    /// To RPC servers, no weights are streamed.
+    #[test]
+    fn op_offload_is_told_of_where_there_is_any() {
+        let options = |backends| {
+            let options = options("llama-cli -ngl 99 --rpc h:1");
+            options.of_process(backends, None, None)
+        };
+        let first = |options: &Options| {
+            let blind = Program {
+                sees_streams: false,
+                ..program(options)
+            };
+            let told = remedies(Need::OffTheDevice, None, &blind);
+            (told[1].options.join(" "), told[1].cost.unwrap())
+        };
+        let cost = "slower, prompts most: the CPU computes these experts always";
+        let expected = |words: &str| (words.to_owned(), cost);
+        assert_eq!(first(&options(Backends::Rpc)), expected("--cpu-moe"));
+        let any = first(&options(Backends::Any));
+        assert_eq!(any, expected("--cpu-moe --no-op-offload"));
     }
 
     /// Of the layers nobody knows which there are; that a later option wins is known.
@@ -591,9 +617,11 @@ mod tests {
             remedies(Need::OffTheDevice, None, &program(&options))
         };
         let other = told("./my-server -ngl 99");
-        let [_, _, router] = &other[..] else {
+        let [experts, none, router] = &other[..] else {
             panic!("{other:?}");
         };
+        assert_eq!(experts.position, Some(Position::BeforeOthers));
+        assert_eq!(none.position, Some(Position::AfterOthers));
         assert_eq!(router.options, ["--router-on-cpu"]);
         let pattern = router_on_cpu::OVERRIDE;
         assert!(router.text.contains(pattern), "{router}");

@@ -320,9 +320,13 @@ impl Evidence {
             false => Vec::new(),
         };
         match reason {
-            Reason::NoDevice => vec![Remedy::other(
-                "if the model has experts, use a build of llama.cpp that docs/compatibility.md lists",
-            )],
+            Reason::NoDevice => {
+                let build = "use a build of llama.cpp that docs/compatibility.md lists";
+                vec![Remedy::other(&match layers {
+                    Some(_) => build.to_owned(),
+                    None => format!("if the model has experts, {build}"),
+                })]
+            }
             Reason::OnADevice => off_the_device(),
             Reason::Streamed => remedies(Need::NotStreamed, layers, program),
             Reason::NeverEntered => {

@@ -13,7 +13,7 @@ use crate::{
     placement::{self, Backends, Options},
     probes::build_id,
     redact,
-    router_on_cpu::OVERRIDE_VARIABLE,
+    router_on_cpu::{self, OVERRIDE_VARIABLE},
     stats,
     target::{self, Reach},
 };
@@ -211,11 +211,11 @@ impl Targets {
         let main_file = target::model_argument(&target.computes_with).or(model);
         let main_file = main_file.and_then(file);
         let draft_file = options.draft_model().and_then(|name| file(name.as_ref()));
-        options.of_process(
-            target.backends.unwrap_or(Backends::Any),
-            main_file,
-            draft_file,
-        )
+        let backends = target.backends.unwrap_or(Backends::Any);
+        let mut options = options.of_process(backends, main_file, draft_file);
+        // What a script starts gets no options of ours.
+        options.adds_router = pid == main && router_on_cpu::insertion(&self.main.command).is_some();
+        options
     }
 
     /// A process has set an eval callback, which is at this address.
@@ -238,5 +238,73 @@ impl Targets {
             .iter()
             .map(|(pid, target)| target.describe(*pid));
         main.into_iter().chain(others).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{gguf::tests::Builder, placement::Role};
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn models_of_one_name_are_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["a", "b"] {
+            fs::create_dir(path(name)).unwrap();
+            fs::write(path(name).join("m.gguf"), moe()).unwrap();
+        }
+        std::os::unix::fs::symlink(path("b/m.gguf"), path("draft.gguf")).unwrap();
+        let command = format!(
+            "llama-cli -m {} -md {}",
+            path("a/m.gguf").display(),
+            path("draft.gguf").display()
+        );
+        let pid = std::process::id();
+        let reach = Reach::of(pid);
+        let read = |name| {
+            let command = words(&format!("llama-cli -m {}", path(name).display()));
+            models::named(&command, None, directory.path(), reach.as_ref())
+        };
+        let mut targets = Targets::default();
+        for name in ["a/m.gguf", "b/m.gguf"] {
+            targets.models.add_process(pid, &[], read(name));
+        }
+        targets.main = Target {
+            command: words("./script.sh"),
+            computes_with: words(&command),
+            reach: Reach::of(pid),
+            ..Target::default()
+        };
+        let options = targets.options(pid, pid);
+        let role = |name: &str| options.role_of(path(name).to_str());
+        assert_eq!(role("a/m.gguf"), Some(Role::Main));
+        assert_eq!(role("b/m.gguf"), Some(Role::Draft));
+        // The script does not hand on what its own command line is given.
+        assert!(options.understood && !options.adds_router);
+        targets.main.command = words(&command);
+        assert!(targets.options(pid, pid).adds_router);
+    }
+
+    fn moe() -> Vec<u8> {
+        let model: Builder = crate::gguf::tests::moe();
+        let model = model.tensor("blk.0.ffn_gate_inp.weight", &[8]);
+        model.tensor("blk.0.ffn_up_exps.weight", &[8]).bytes()
+    }
+
+    #[test]
+    fn what_a_script_became_has_variables_of_its_own() {
+        let mut targets = Targets::default();
+        targets.main.variables.override_tensor = Some("of the script".into());
+        let pid = std::process::id();
+        targets.computes(pid, pid, true, true);
+        let now = std::env::var_os(OVERRIDE_VARIABLE);
+        assert_eq!(targets.main.variables.override_tensor, now);
     }
 }

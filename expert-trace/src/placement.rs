@@ -43,6 +43,15 @@ pub enum Backends {
 }
 
 impl Backends {
+    /// Those of devices of these kinds (`cuda`, `rpc`, …).
+    pub fn of_devices(devices: &[String]) -> Self {
+        match devices {
+            [] => Backends::None,
+            devices if devices.iter().all(|device| device == "rpc") => Backends::Rpc,
+            _ => Backends::Any,
+        }
+    }
+
     /// Those of a process that maps files of these names. Where ggml's base is a library of its own, so is
     /// each backend (`ggml_add_backend_library` in ggml/src/CMakeLists.txt).
     pub fn of_files<'a>(names: impl Iterator<Item = &'a str>) -> Self {
@@ -555,6 +564,13 @@ mod tests {
         assert_eq!(of(&format!("{shared} libggml-rpc.so.0")), Backends::Rpc);
         let cuda = format!("{shared} libggml-cuda-4f8e.so libggml-rpc.so");
         assert_eq!(of(&cuda), Backends::Any);
+        let devices = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|of| (*of).to_owned()).collect();
+            Backends::of_devices(&names)
+        };
+        assert_eq!(devices(&[]), Backends::None);
+        assert_eq!(devices(&["rpc"]), Backends::Rpc);
+        assert_eq!(devices(&["rpc", "vulkan"]), Backends::Any);
         // Linked statically, or of a time in which all was in one library.
         assert_eq!(of("llama-cli"), Backends::Any);
         assert_eq!(of("llama-cli libggml.so libllama.so"), Backends::Any);

@@ -260,10 +260,10 @@ mod tests {
             fs::create_dir(path(name)).unwrap();
             fs::write(path(name).join("m.gguf"), moe()).unwrap();
         }
-        std::os::unix::fs::symlink(path("b/m.gguf"), path("draft.gguf")).unwrap();
+        std::os::unix::fs::symlink(path("a/m.gguf"), path("draft.gguf")).unwrap();
         let command = format!(
             "llama-cli -m {} -md {}",
-            path("a/m.gguf").display(),
+            path("b/m.gguf").display(),
             path("draft.gguf").display()
         );
         let pid = std::process::id();
@@ -284,8 +284,8 @@ mod tests {
         };
         let options = targets.options(pid, pid);
         let role = |name: &str| options.role_of(path(name).to_str());
-        assert_eq!(role("a/m.gguf"), Some(Role::Main));
-        assert_eq!(role("b/m.gguf"), Some(Role::Draft));
+        assert_eq!(role("a/m.gguf"), Some(Role::Draft));
+        assert_eq!(role("b/m.gguf"), Some(Role::Main));
         // The script does not hand on what its own command line is given.
         assert!(options.understood && !options.adds_router);
         targets.main.command = words(&command);

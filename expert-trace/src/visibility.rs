@@ -294,12 +294,7 @@ impl Evidence {
             }
             Reason::LogitsRefused => "router logits were there, and told no experts".to_owned(),
             Reason::RouteLeftOut => {
-                let left_out = self.left_out.join(", ");
-                let or = match program.options.has_device(program.role) {
-                    true => "; what these do not show stayed on a device",
-                    false => "",
-                };
-                format!("--routes leaves out {left_out}{or}")
+                format!("--routes leaves out {}", self.left_out.join(", "))
             }
             Reason::UbatchNotRead => {
                 "passes showed no routing, and whether they computed tokens is \
@@ -502,7 +497,6 @@ mod tests {
         assert!(told[2].starts_with("start the program with --cpu-moe"));
 
         let gap = why.explain_silence(&options("llama-cli -dev none"));
-        assert!(!gap.explanation.contains("on a device"));
         assert_eq!(gap.remedies.len(), 1);
     }
 

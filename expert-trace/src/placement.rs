@@ -3,14 +3,13 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    path::Path,
     sync::LazyLock,
 };
 
 use regex_lite::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use crate::{eval_callback, router_on_cpu};
+use crate::{eval_callback, router_on_cpu, target::option_name};
 
 /// Where a layer's part is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +20,58 @@ pub enum Place {
     Device,
     /// The options do not say.
     Unknown,
+}
+
+/// Which of a program's models options are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The one that `-m` names.
+    Main,
+    /// The one that proposes tokens (`-md`), which has options of its own.
+    Draft,
+}
+
+/// Device backends that a process has loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backends {
+    /// None.
+    None,
+    /// For RPC servers only, to which no weights are streamed (ggml-rpc.cpp, `offload_op`).
+    Rpc,
+    /// Some for devices of the machine, or it is not known.
+    Any,
+}
+
+impl Backends {
+    /// Those of devices of these kinds (`cuda`, `rpc`, …).
+    pub fn of_devices(devices: &[String]) -> Self {
+        match devices {
+            [] => Backends::None,
+            devices if devices.iter().all(|device| device == "rpc") => Backends::Rpc,
+            _ => Backends::Any,
+        }
+    }
+
+    /// Those of a process that maps files of these names. Where ggml's base is a library of its own, so is
+    /// each backend (`ggml_add_backend_library` in ggml/src/CMakeLists.txt).
+    pub fn of_files<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut has_base = false;
+        let mut backends = Backends::None;
+        for name in names.filter_map(|name| name.strip_prefix("libggml-")) {
+            let end = name.find(|c: char| !c.is_ascii_alphanumeric());
+            match &name[..end.unwrap_or(name.len())] {
+                "base" => has_base = true,
+                "cpu" | "blas" => {}
+                "rpc" if backends == Backends::None => backends = Backends::Rpc,
+                "rpc" => {}
+                _ => backends = Backends::Any,
+            }
+        }
+        match has_base {
+            true => backends,
+            false => Backends::Any,
+        }
+    }
 }
 
 /// Layers that go to devices.
@@ -67,18 +118,36 @@ const MAX_REGEX: usize = 64 << 10;
 pub struct Options {
     /// Whether the program is known to take llama.cpp's common options.
     pub understood: bool,
+    /// Whether `--router-on-cpu` adds to the command line that is run what that takes.
+    pub adds_router: bool,
     /// Whether it is known to have an eval callback that asks for all expert ids.
     pub asks_for_ids: bool,
     /// Whether RPC servers are named, which are devices.
     pub rpc: bool,
     /// Whether long prompts are computed on a device with weights streamed to it.
-    pub op_offload: bool,
+    op_offload: bool,
+    /// Whether the draft model is one of its own.
+    names_draft: bool,
+    role: Role,
+    backends: Backends,
+    files: Files,
     no_device: bool,
+    /// Whether the draft model's devices are told apart from the main model's.
+    own_device: bool,
+    /// Whether llama.cpp looks for what there is room for.
+    fits: bool,
     offloaded: Offloaded,
     overrides: Vec<Override>,
     /// What it was read from: variables that are set, and the words of the command line.
     variables: Vec<(&'static str, String)>,
     words: Vec<String>,
+}
+
+/// Files of a program's models.
+#[derive(Clone, Debug, Default)]
+struct Files {
+    main: Option<String>,
+    draft: Option<String>,
 }
 
 /// Where further options go among those of a command line.
@@ -111,22 +180,29 @@ impl Options {
     ) -> Options {
         let set = VARIABLES.iter().filter_map(|(name, option)| {
             let value = variable(name)?.to_string_lossy().into_owned();
-            let is_flag = *option == "--cpu-moe";
+            let is_flag = ["--cpu-moe", "--cpu-moe-draft"].contains(option);
             let is_on = ["1", "on", "true", "enabled"].contains(&&*value);
             (!is_flag || is_on).then_some((*option, value))
         });
         let words = command.iter().map(|word| word.to_string_lossy().into());
-        Self::of(set.collect(), words.collect())
+        Self::of(Role::Main, set.collect(), words.collect())
     }
 
-    fn of(variables: Vec<(&'static str, String)>, words: Vec<String>) -> Options {
+    fn of(role: Role, variables: Vec<(&'static str, String)>, words: Vec<String>) -> Options {
         let program = words.first().map(OsStr::new).unwrap_or_default();
         let mut options = Options {
             understood: router_on_cpu::takes_common_options(program),
+            adds_router: router_on_cpu::insertion(&words).is_some(),
             asks_for_ids: eval_callback::asks_for_ids(program),
             rpc: false,
             op_offload: true,
+            names_draft: false,
+            role,
+            backends: Backends::Any,
+            files: Files::default(),
             no_device: false,
+            own_device: false,
+            fits: true,
             offloaded: Offloaded::Fitting,
             overrides: Vec::new(),
             variables: Vec::new(),
@@ -154,22 +230,82 @@ impl Options {
             Position::AfterOthers => words.len(),
         };
         words.splice(at..at, further.iter().cloned());
-        Self::of(self.variables.clone(), words)
+        self.anew(self.role, words)
     }
 
-    /// Whether the command line names this file as its draft model, which has options of its own.
-    pub fn is_draft(&self, model: &str) -> bool {
-        let named = self.words.windows(2).filter_map(|of| match of {
-            [option, value] if DRAFT_MODEL.contains(&&**option) => Path::new(value).file_name(),
-            _ => None,
-        });
-        let model = Path::new(model).file_name();
-        named.into_iter().any(|named| model == Some(named))
+    /// Those of the draft model.
+    pub fn of_draft(&self) -> Options {
+        self.anew(Role::Draft, self.words.clone())
+    }
+
+    fn anew(&self, role: Role, words: Vec<String>) -> Options {
+        Options {
+            backends: self.backends,
+            files: self.files.clone(),
+            ..Self::of(role, self.variables.clone(), words)
+        }
+    }
+
+    /// The same of a process that has loaded these backends, with the files of its models, by the names
+    /// under which they are known.
+    pub fn of_process(
+        self,
+        backends: Backends,
+        main: Option<String>,
+        draft: Option<String>,
+    ) -> Options {
+        Options {
+            backends,
+            files: Files { main, draft },
+            ..self
+        }
+    }
+
+    /// Which options a model takes, by its file; none when that cannot be told, as of one that is not
+    /// known where there is a draft model.
+    pub fn role_of(&self, model: Option<&str>) -> Option<Role> {
+        let Files { main, draft } = &self.files;
+        if !self.names_draft {
+            return Some(Role::Main);
+        }
+        let is = |file: &Option<String>| file.as_deref() == model;
+        match (model.is_some() && is(main), model.is_some() && is(draft)) {
+            (true, false) => Some(Role::Main),
+            (false, true) => Some(Role::Draft),
+            (true, true) => None,
+            (false, false) => {
+                model?;
+                let other = draft.as_ref().map(|_| Role::Main);
+                other.or(main.as_ref().map(|_| Role::Draft))
+            }
+        }
+    }
+
+    /// Name of the draft model's file.
+    pub fn draft_model(&self) -> Option<&str> {
+        let pairs = self.words.windows(2).rev();
+        let mut pairs = pairs.map(|pair| (&*pair[0], &pair[1]));
+        let variables = self.variables.iter();
+        let mut variables = variables.map(|(name, value)| (*name, value));
+        let is_draft = |of: &(&str, &String)| DRAFT_MODEL.contains(&&*option_name(of.0));
+        let named = pairs.find(is_draft).or_else(|| variables.find(is_draft));
+        named.map(|(_, name)| name.as_str())
     }
 
     fn take(&mut self, option: &str, value: &str) {
+        let option = option_name(option);
+        if DRAFT_MODEL.contains(&&*option) || DRAFT_REPOSITORY.contains(&&*option) {
+            self.names_draft = true;
+        }
+        let (role, option) = of_role(&option);
+        match (role, self.role) {
+            (Some(role), own) if role != own => return,
+            (Some(Role::Draft), _) if option == "-dev" => self.own_device = true,
+            (None, Role::Draft) if option == "-dev" && self.own_device => return,
+            _ => {}
+        }
         match option {
-            "-ngl" | "--gpu-layers" | "--n-gpu-layers" => {
+            "-ngl" => {
                 self.offloaded = match value {
                     "auto" | "-1" => Offloaded::Fitting,
                     number => match number.parse() {
@@ -179,14 +315,17 @@ impl Options {
                     },
                 }
             }
-            "-dev" | "--device" => self.no_device = value == "none",
+            "-fit" | "--fit" => {
+                self.fits = !["off", "disabled", "false", "0"].contains(&value);
+            }
+            "-dev" => self.no_device = value == "none",
             "--rpc" => self.rpc = true,
             "--op-offload" => self.op_offload = true,
             "--no-op-offload" => self.op_offload = false,
-            "-cmoe" | "--cpu-moe" => self.keep_experts_on_host(u32::MAX),
+            "-cmoe" => self.keep_experts_on_host(u32::MAX),
             // What is no number ends llama.cpp.
-            "-ncmoe" | "--n-cpu-moe" => self.keep_experts_on_host(value.parse().unwrap_or(0)),
-            "-ot" | "--override-tensor" => {
+            "-ncmoe" => self.keep_experts_on_host(value.parse().unwrap_or(0)),
+            "-ot" => {
                 for (pattern, buffer) in value.split(',').filter_map(|of| of.split_once('=')) {
                     if self.overrides.len() > MAX_OVERRIDES {
                         break;
@@ -226,6 +365,34 @@ impl Options {
         self.understood && self.no_device
     }
 
+    /// Whether a device may compute the model of this role, or one of both.
+    pub fn has_device(&self, role: Option<Role>) -> bool {
+        let is_there = match self.backends {
+            Backends::None => false,
+            // Other programs can name RPC servers in their own way.
+            Backends::Rpc => self.rpc || !self.understood,
+            Backends::Any => true,
+        };
+        let of_main = || !self.uses_no_device();
+        let of_draft = || !self.of_draft().uses_no_device();
+        is_there
+            && match role {
+                Some(Role::Main) => of_main(),
+                Some(Role::Draft) => of_draft(),
+                None => of_main() || of_draft(),
+            }
+    }
+
+    /// Whether longer prompts can be computed on a device with weights that are streamed to it.
+    pub fn streams(&self) -> bool {
+        self.op_offload && self.backends == Backends::Any
+    }
+
+    /// Whether llama.cpp decides by the devices' free memory which layers go there.
+    pub fn is_fitted(&self) -> bool {
+        self.understood && self.fits && self.offloaded == Offloaded::Fitting
+    }
+
     /// Where a layer of a model of so many layers is, as far as no override says otherwise.
     ///
     /// The output counts as the last layer (`i_gpu_start`). It has not always done so: the layer at
@@ -234,8 +401,8 @@ impl Options {
         match self.offloaded {
             _ if self.uses_no_device() => Place::Host,
             _ if !self.understood => Place::Unknown,
-            Offloaded::Fitting => Place::Unknown,
-            Offloaded::All => Place::Device,
+            Offloaded::Fitting if self.fits => Place::Unknown,
+            Offloaded::Fitting | Offloaded::All => Place::Device,
             Offloaded::Last(on_device) => {
                 let behind = layers.saturating_sub(layer);
                 match on_device {
@@ -268,6 +435,33 @@ impl Options {
 
 /// common/arg.cpp
 const DRAFT_MODEL: [&str; 3] = ["-md", "--model-draft", "--spec-draft-model"];
+/// The same: where it is downloaded from.
+const DRAFT_REPOSITORY: [&str; 4] = ["-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf"];
+
+/// Whose an option is, where each model has its own, and the main model's name of it. The draft model
+/// uses the main model's devices unless it is given others (common/arg.cpp, and
+/// `common_base_params_to_speculative` in common/speculative.cpp).
+fn of_role(option: &str) -> (Option<Role>, &str) {
+    let main = Some(Role::Main);
+    let draft = Some(Role::Draft);
+    match option {
+        "-ngl" | "--gpu-layers" | "--n-gpu-layers" => (main, "-ngl"),
+        "-ngld" | "--gpu-layers-draft" | "--n-gpu-layers-draft" | "--spec-draft-ngl" => {
+            (draft, "-ngl")
+        }
+        "-dev" | "--device" => (None, "-dev"),
+        "-devd" | "--device-draft" | "--spec-draft-device" => (draft, "-dev"),
+        "-ot" | "--override-tensor" => (main, "-ot"),
+        "-otd" | "--override-tensor-draft" | "--spec-draft-override-tensor" => (draft, "-ot"),
+        "-cmoe" | "--cpu-moe" => (main, "-cmoe"),
+        "-cmoed" | "--cpu-moe-draft" | "--spec-draft-cpu-moe" => (draft, "-cmoe"),
+        "-ncmoe" | "--n-cpu-moe" => (main, "-ncmoe"),
+        "-ncmoed" | "--n-cpu-moe-draft" | "--spec-draft-n-cpu-moe" | "--spec-draft-ncmoe" => {
+            (draft, "-ncmoe")
+        }
+        other => (None, other),
+    }
+}
 
 /// Variables that stand for options, in the order in which they are taken.
 pub const VARIABLES: &[(&str, &str)] = &[
@@ -277,6 +471,12 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_CPU_MOE", "--cpu-moe"),
     ("LLAMA_ARG_N_CPU_MOE", "--n-cpu-moe"),
     ("LLAMA_ARG_N_GPU_LAYERS", "--gpu-layers"),
+    ("LLAMA_ARG_FIT", "--fit"),
+    ("LLAMA_ARG_SPEC_DRAFT_HF_REPO", "--hf-repo-draft"),
+    ("LLAMA_ARG_SPEC_DRAFT_CPU_MOE", "--cpu-moe-draft"),
+    ("LLAMA_ARG_SPEC_DRAFT_N_CPU_MOE", "--n-cpu-moe-draft"),
+    ("LLAMA_ARG_N_GPU_LAYERS_DRAFT", "--gpu-layers-draft"),
+    ("LLAMA_ARG_SPEC_DRAFT_MODEL", "--model-draft"),
 ];
 
 #[cfg(test)]
@@ -299,6 +499,7 @@ mod tests {
         let place = |text: &str, layer| options(text).layer(layer, 4);
         assert_eq!(place("llama-cli -ngl 99", 0), Device);
         assert_eq!(place("llama-cli -ngl all", 0), Device);
+        assert_eq!(place("llama-cli --n_gpu_layers all", 0), Device);
         assert_eq!(place("llama-cli -ngl 99 -ngl 0", 0), Host);
         assert_eq!(place("llama-cli -ngl 99 -dev none", 0), Host);
         assert_eq!(place("llama-cli", 0), Unknown);
@@ -310,10 +511,89 @@ mod tests {
     }
 
     #[test]
+    fn without_fitting_all_layers_go_to_the_device() {
+        let place = |text: &str| (options(text).layer(0, 4), options(text).is_fitted());
+        assert_eq!(place("llama-cli"), (Unknown, true));
+        assert_eq!(place("llama-cli --fit off"), (Device, false));
+        assert_eq!(place("llama-cli -fit off -ngl 4"), (Unknown, false));
+        assert_eq!(place("llama-cli --fit off --fit on"), (Unknown, true));
+    }
+
+    #[test]
+    fn a_draft_model_has_options_of_its_own() {
+        let draft = |text: &str| options(text).of_draft();
+        let place = |text: &str| draft(text).layer(0, 4);
+        assert_eq!(place("llama-cli -md d -ngl 0 -ngld 99"), Device);
+        assert_eq!(options("llama-cli -ngl 0 -ngld 99").layer(0, 4), Host);
+        assert_eq!(place("llama-cli -ngl 99 --spec_draft_ngl 0"), Host);
+        assert_eq!(place("llama-cli -ngld 99 -dev none"), Host);
+        assert_eq!(place("llama-cli -devd CUDA0 -ngld 99 -dev none"), Device);
+        assert_eq!(place("llama-cli -ngld 99 -dev CUDA0 -devd none"), Host);
+        let experts = |text: &str| draft(text).overridden(UP);
+        assert_eq!(experts("llama-cli --cpu-moe -ot exps=CPU"), None);
+        assert_eq!(experts("llama-cli --cpu-moe-draft"), Some(Host));
+        assert_eq!(experts("llama-cli -otd exps=CUDA0 -cmoed"), Some(Device));
+        assert!(!draft("llama-cli --no-op-offload").streams());
+    }
+
+    #[test]
+    fn a_models_file_tells_whose_options_it_takes() {
+        let of = |text: &str, main: Option<&str>, draft: Option<&str>, model: Option<&str>| {
+            let [main, draft] = [main, draft].map(|file| file.map(str::to_owned));
+            let options = options(text).of_process(Backends::Any, main, draft);
+            options.role_of(model)
+        };
+        let [main, draft] = [Some("/a/m.gguf"), Some("/b/m.gguf")];
+        let both = "llama-cli -m a/m.gguf -md b/m.gguf";
+        assert_eq!(of(both, main, draft, main), Some(Role::Main));
+        assert_eq!(of(both, main, draft, draft), Some(Role::Draft));
+        assert_eq!(of(both, main, draft, None), None);
+        assert_eq!(of(both, main, main, main), None);
+        let downloaded = "llama-cli -m a/m.gguf -hfd x/y";
+        assert_eq!(of(downloaded, main, None, draft), Some(Role::Draft));
+        assert_eq!(of(downloaded, None, None, draft), None);
+        assert_eq!(of("llama-cli", main, None, None), Some(Role::Main));
+        assert_eq!(options(both).draft_model(), Some("b/m.gguf"));
+    }
+
+    #[test]
+    fn backends_are_libraries_of_their_own() {
+        let of = |names: &str| Backends::of_files(names.split(' '));
+        let shared = "llama-cli libggml.so.0 libggml-base.so.0 libggml-cpu-haswell.so libllama.so";
+        assert_eq!(of(shared), Backends::None);
+        assert_eq!(of(&format!("{shared} libggml-rpc.so.0")), Backends::Rpc);
+        let cuda = format!("{shared} libggml-cuda-4f8e.so libggml-rpc.so");
+        assert_eq!(of(&cuda), Backends::Any);
+        let devices = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|of| (*of).to_owned()).collect();
+            Backends::of_devices(&names)
+        };
+        assert_eq!(devices(&[]), Backends::None);
+        assert_eq!(devices(&["rpc"]), Backends::Rpc);
+        assert_eq!(devices(&["rpc", "vulkan"]), Backends::Any);
+        // Linked statically, or of a time in which all was in one library.
+        assert_eq!(of("llama-cli"), Backends::Any);
+        assert_eq!(of("llama-cli libggml.so libllama.so"), Backends::Any);
+
+        let of = |text: &str, backends| options(text).of_process(backends, None, None);
+        let rpc = of("llama-cli --rpc h:1", Backends::Rpc);
+        let main = Some(Role::Main);
+        assert!(rpc.has_device(main) && !rpc.streams());
+        assert!(!of("llama-cli", Backends::Rpc).has_device(main));
+        assert!(of("./serve.py", Backends::Rpc).has_device(main));
+        assert!(!of("./serve.py", Backends::None).has_device(main));
+        let draft = of("llama-cli -dev none -devd CUDA0", Backends::Any);
+        assert!(!draft.has_device(main) && draft.has_device(Some(Role::Draft)));
+        assert!(draft.has_device(None));
+        assert!(of("llama-cli", Backends::Any).streams());
+    }
+
+    #[test]
     fn the_first_override_that_matches_counts() {
         let place = |text: &str, tensor| options(text).overridden(tensor);
         assert_eq!(place("llama-cli -ngl 99", UP), None);
         assert_eq!(place("llama-cli --cpu-moe", UP), Some(Host));
+        assert_eq!(place("llama-cli --cpu_moe", UP), Some(Host));
         assert_eq!(place("llama-cli --cpu-moe", ROUTER), None);
         assert_eq!(place("llama-cli -ncmoe 3", UP), None);
         assert_eq!(place("llama-cli -ncmoe 4", UP), Some(Host));

@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use crate::{
     gguf::ModelShape,
-    placement::{Options, Place, Position},
+    placement::{Options, Place, Position, Role},
+    router_on_cpu,
 };
 
 /// Who has to be told.
@@ -51,6 +52,12 @@ impl Remedy {
             cost: None,
         }
     }
+
+    /// The same, with something else that it takes.
+    pub fn and(mut self, what: &str) -> Self {
+        self.text += &format!(", {what}");
+        self
+    }
 }
 
 impl fmt::Display for Remedy {
@@ -83,8 +90,8 @@ pub enum Need {
 pub struct Program<'a> {
     /// Its options.
     pub options: &'a Options,
-    /// Whether the layers are those of its draft model, which has options of its own.
-    pub is_draft: bool,
+    /// Which of its models the layers are of; none where that is not known, and there are two.
+    pub role: Option<Role>,
     /// Whether ids by which weights are streamed to a device are certain to be seen.
     pub sees_streams: bool,
     /// Whether it was started with routers on the CPU already.
@@ -113,14 +120,23 @@ pub fn remedies(need: Need, layers: Option<Layers<'_>>, program: &Program<'_>) -
         ],
         Need::NotStreamed => &[Change::NoOpOffload],
     };
+    let (router, changes): (Vec<Change>, Vec<Change>) = changes
+        .iter()
+        .partition(|change| **change == Change::RouterOnCpu);
     let changes = changes.iter();
-    let options = changes.filter_map(|change| match change {
-        Change::RouterOnCpu => router_on_cpu(layers, program),
-        change => change.for_program(layers, program),
-    });
+    let options = changes.filter_map(|change| change.for_program(layers, program));
     let by_server = need == Need::OffTheDevice && program.options.rpc;
     let by_server = by_server.then(|| Remedy::other(TRACE_SERVER));
-    options.chain(by_server).collect()
+    let others: Vec<Remedy> = options.chain(by_server).collect();
+    let router = router
+        .iter()
+        .filter_map(|_| router_on_cpu(layers, program))
+        .collect();
+    // What is done by one option comes first, and what may not be enough last.
+    match program.options.adds_router && program.role.is_some() {
+        true => [router, others].concat(),
+        false => [others, router].concat(),
+    }
 }
 
 /// An RPC server can be a CPU llama.cpp itself.
@@ -136,12 +152,20 @@ enum Change {
 
 /// Whether routers of these layers were asked to be on the CPU.
 pub fn has_router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> bool {
-    let Program { options, .. } = program;
-    let asked_for = |Layers { wanted, .. }: Layers<'_>| {
-        let mut routers = wanted.iter().map(|layer| router_tensor(*layer));
-        !options.understood || routers.any(|of| options.overridden(&of) == Some(Place::Host))
+    let is_draft = program.role == Some(Role::Draft);
+    let options = match is_draft {
+        true => &program.options.of_draft(),
+        false => program.options,
     };
-    program.router_on_cpu && layers.is_none_or(asked_for)
+    let asked_for = |layer: &u32| {
+        let router = options.overridden(&router_tensor(*layer));
+        !options.understood || router == Some(Place::Host)
+    };
+    let were_asked = match layers {
+        Some(Layers { wanted, .. }) => wanted.iter().any(asked_for),
+        None => !is_draft,
+    };
+    program.router_on_cpu && were_asked
 }
 
 fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
@@ -150,13 +174,24 @@ fn router_on_cpu(layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Re
         let mut wanted = wanted.iter();
         wanted.any(|layer| shape.chosen_by_token.contains(layer))
     });
-    if has_router_on_cpu(layers, program) || program.is_draft || by_token {
+    let is_draft = program.role == Some(Role::Draft);
+    if has_router_on_cpu(layers, program) || is_draft || by_token {
         return None;
     }
-    let text = match program.attached {
+    let mut text = match program.attached {
         true => format!("start it with expert-trace run {OPTION}"),
         false => format!("trace with {OPTION}"),
     };
+    if !program.options.adds_router {
+        text += &format!(
+            ", and have the program set what --override-tensor '{}' --no-op-offload does in llama.cpp's \
+             programs",
+            router_on_cpu::OVERRIDE
+        );
+    }
+    if program.role.is_none() {
+        text += ", unless they are the draft model's";
+    }
     Some(Remedy {
         whose: Whose::ExpertTrace,
         options: vec![OPTION.to_owned()],
@@ -170,30 +205,42 @@ impl Change {
     fn for_program(self, layers: Option<Layers<'_>>, program: &Program<'_>) -> Option<Remedy> {
         let Program {
             options,
-            is_draft,
+            role,
             sees_streams,
             ..
         } = *program;
-        let mut words = match self {
-            Change::ExpertsOnCpu => experts_on_cpu(layers, options),
-            Change::NoLayersOnDevice => vec!["-ngl".to_owned(), "0".to_owned()],
-            Change::NoOpOffload | Change::RouterOnCpu => Vec::new(),
+        let roles = match role {
+            Some(role) => vec![role],
+            // Whose they are is not known, so both models are told.
+            None => vec![Role::Main, Role::Draft],
         };
-        let streams = options.op_offload && !sees_streams;
-        if is_draft {
-            let words = words.iter_mut();
-            words.for_each(|word| word.push_str(draft_suffix(word)));
-        }
+        let own: Vec<(Role, Options)> = roles
+            .into_iter()
+            .map(|role| match role {
+                Role::Main => (role, options.clone()),
+                Role::Draft => (role, options.of_draft()),
+            })
+            .collect();
+        let mut words: Vec<String> = own
+            .iter()
+            .flat_map(|(role, options)| self.words(*role, layers, options))
+            .collect();
+        let streams = options.streams() && !sees_streams;
         if streams || self == Change::NoOpOffload {
             words.push("--no-op-offload".to_owned());
         }
         let works = |position| {
-            let options = options.with(&words, position);
-            self.is_done_by(&options, layers, sees_streams)
+            own.iter().all(|(_, options)| {
+                self.is_done_by(&options.with(&words, position), layers, sees_streams)
+            })
         };
-        let certain = options.understood && !is_draft;
+        let certain = options.understood;
         let [before, after] =
-            [Position::BeforeOthers, Position::AfterOthers].map(|at| !certain || works(at));
+            [Position::BeforeOthers, Position::AfterOthers].map(|at| match certain {
+                true => works(at),
+                // Of overrides the first counts, and of what is given again the last.
+                false => (self == Change::NoLayersOnDevice) == (at == Position::AfterOthers),
+            });
         let (position, place) = match (before, after) {
             (true, true) => (Position::BeforeOthers, ""),
             (true, false) => (Position::BeforeOthers, " before its other options"),
@@ -211,19 +258,33 @@ impl Change {
             options: words,
             position: Some(position),
             text,
-            cost: Some(self.cost(streams)),
+            cost: Some(self.cost(options.streams() && !streams)),
         })
     }
 
-    /// What it costs; `streams` says that op offload is switched off with it.
+    /// The options for a model, which has these already.
+    fn words(self, role: Role, layers: Option<Layers<'_>>, options: &Options) -> Vec<String> {
+        let mut words = match self {
+            Change::ExpertsOnCpu => experts_on_cpu(layers, options),
+            Change::NoLayersOnDevice => vec!["-ngl".to_owned(), "0".to_owned()],
+            Change::NoOpOffload | Change::RouterOnCpu => Vec::new(),
+        };
+        if role == Role::Draft {
+            let words = words.iter_mut();
+            words.for_each(|word| word.push_str(draft_suffix(word)));
+        }
+        words
+    }
+
+    /// What it costs; `streams` says that longer prompts are computed on a device all the same.
     fn cost(self, streams: bool) -> &'static str {
         match (self, streams) {
-            (Change::ExpertsOnCpu, false) => "slower: the CPU computes these experts",
-            (Change::ExpertsOnCpu, true) => {
+            (Change::ExpertsOnCpu, true) => "slower: the CPU computes these experts",
+            (Change::ExpertsOnCpu, false) => {
                 "slower, prompts most: the CPU computes these experts always"
             }
-            (Change::NoLayersOnDevice, false) => "slowest: the CPU computes all but longer prompts",
-            (Change::NoLayersOnDevice, true) => "slowest: the CPU computes everything",
+            (Change::NoLayersOnDevice, true) => "slowest: the CPU computes all but longer prompts",
+            (Change::NoLayersOnDevice, false) => "slowest: the CPU computes everything",
             (Change::NoOpOffload | Change::RouterOnCpu, _) => {
                 "slower prompts: the CPU computes what is in its memory"
             }
@@ -232,31 +293,35 @@ impl Change {
 
     /// Whether a program with these options does it.
     fn is_done_by(self, options: &Options, layers: Option<Layers<'_>>, sees_streams: bool) -> bool {
-        if options.op_offload && (!sees_streams || self == Change::NoOpOffload) {
+        if options.streams() && (!sees_streams || self == Change::NoOpOffload) {
             return false;
         }
-        let Some(Layers { wanted, shape }) = layers else {
-            return true;
-        };
+        let (wanted, of) = layers.map_or((&STAND_INS[..], STAND_INS.len() as u32), |layers| {
+            (layers.wanted, layers.shape.layers)
+        });
         wanted.iter().all(|layer| match self {
-            Change::ExpertsOnCpu => has_experts_on_cpu(*layer, shape, options),
+            Change::ExpertsOnCpu => has_experts_on_cpu(*layer, of, options),
             Change::NoLayersOnDevice => {
                 let router = options.overridden(&router_tensor(*layer));
-                options.layer(*layer, shape.layers) == Place::Host
+                options.layer(*layer, of) == Place::Host
                     && router.is_none_or(|place| place == Place::Host)
-                    && has_experts_on_cpu(*layer, shape, options)
+                    && has_experts_on_cpu(*layer, of, options)
             }
             Change::NoOpOffload | Change::RouterOnCpu => true,
         })
     }
 }
 
+/// Layers that an option is tried on where those of the model are not known.
+const STAND_INS: [u32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+
 fn router_tensor(layer: u32) -> String {
     format!("blk.{layer}.ffn_gate_inp.weight")
 }
 
-fn has_experts_on_cpu(layer: u32, shape: &ModelShape, options: &Options) -> bool {
-    let on = options.layer(layer, shape.layers);
+/// Whether the experts of a layer, of so many, are in the host's memory.
+fn has_experts_on_cpu(layer: u32, of: u32, options: &Options) -> bool {
+    let on = options.layer(layer, of);
     ["up", "gate", "down"].into_iter().all(|part| {
         let place = options.overridden(&format!("blk.{layer}.ffn_{part}_exps.weight"));
         place.unwrap_or(on) == Place::Host
@@ -272,7 +337,7 @@ fn experts_on_cpu(layers: Option<Layers<'_>>, options: &Options) -> Vec<String> 
     let main = shape.main_layers();
     let mut with_experts = shape.moe_layers.iter().filter(|layer| **layer < main);
     let are_there =
-        |layer: &u32| wanted.contains(layer) || has_experts_on_cpu(*layer, shape, options);
+        |layer: &u32| wanted.contains(layer) || has_experts_on_cpu(*layer, shape.layers, options);
     if with_experts.clone().all(|layer| wanted.contains(layer)) {
         return all();
     }
@@ -317,7 +382,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::gguf::ExpertsUsed;
+    use crate::{gguf::ExpertsUsed, placement::Backends};
 
     /// Six layers, of which the first is dense.
     fn shape() -> ModelShape {
@@ -342,7 +407,7 @@ mod tests {
     fn program(options: &Options) -> Program<'_> {
         Program {
             options,
-            is_draft: false,
+            role: Some(Role::Main),
             sees_streams: true,
             router_on_cpu: false,
             attached: false,
@@ -385,7 +450,8 @@ mod tests {
             &[3, 5],
             r"-ot blk\.(3|5)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU",
         );
-        expect("./serve.py -ngl 99", &all, "--cpu-moe");
+        let told = of_command("./serve.py -ngl 99", &all);
+        assert_eq!(told, ["--cpu-moe", none, router]);
     }
 
     #[test]
@@ -405,6 +471,53 @@ mod tests {
         let streamed = remedies(Need::NotStreamed, None, &blind);
         assert_eq!(streamed[0].options, ["--no-op-offload"]);
         assert_eq!(streamed[0].text, "start the program with --no-op-offload");
+    }
+
+    /// To RPC servers, no weights are streamed.
+    #[test]
+    fn op_offload_is_told_of_where_there_is_any() {
+        let options = |backends| {
+            let options = options("llama-cli -ngl 99 --rpc h:1");
+            options.of_process(backends, None, None)
+        };
+        let first = |options: &Options| {
+            let blind = Program {
+                sees_streams: false,
+                ..program(options)
+            };
+            let told = remedies(Need::OffTheDevice, None, &blind);
+            (told[1].options.join(" "), told[1].cost.unwrap())
+        };
+        let cost = "slower, prompts most: the CPU computes these experts always";
+        let expected = |words: &str| (words.to_owned(), cost);
+        assert_eq!(first(&options(Backends::Rpc)), expected("--cpu-moe"));
+        let any = first(&options(Backends::Any));
+        assert_eq!(any, expected("--cpu-moe --no-op-offload"));
+    }
+
+    /// Of the layers nobody knows which there are; that a later option wins is known.
+    #[test]
+    fn options_for_unknown_layers_work_among_the_users_own() {
+        let remedies_for = |command| {
+            let options = options(command);
+            let remedies = remedies(Need::OffTheDevice, None, &program(&options));
+            let told = remedies.into_iter().filter(|of| of.whose == Whose::Program);
+            told.map(|of| (of.options.join(" "), of.position.unwrap()))
+                .collect::<Vec<_>>()
+        };
+        let experts = ("--cpu-moe".to_owned(), Position::BeforeOthers);
+        let none = |position| ("-ngl 0".to_owned(), position);
+        let after = none(Position::AfterOthers);
+        assert_eq!(
+            remedies_for("llama-cli -ngl 99"),
+            [experts.clone(), after.clone()]
+        );
+        assert_eq!(remedies_for("llama-cli -ngl 1"), [experts.clone(), after]);
+        let before = none(Position::BeforeOthers);
+        assert_eq!(remedies_for("llama-cli"), [experts.clone(), before]);
+        // -ngl 0 would leave these experts on their device.
+        let own = "llama-cli -ngl 99 -ot exps=CUDA0";
+        assert_eq!(remedies_for(own), [experts]);
     }
 
     /// Of overrides the first that matches counts, of other options the last, and variables come before
@@ -461,12 +574,59 @@ mod tests {
             told(&program(&rpc), &shape, &all[1..])[0],
             "--router-on-cpu"
         );
-        assert!(rpc.is_draft("/else/where/draft.gguf") && !rpc.is_draft("/m/main.gguf"));
         let draft = Program {
-            is_draft: true,
+            role: Some(Role::Draft),
             ..program(&rpc)
         };
         let told = told(&draft, &shape, &all);
         assert_eq!(told, ["--cpu-moe-draft", "-ngld 0", ""]);
+    }
+
+    /// Of a draft model, the main model's options change nothing.
+    #[test]
+    fn a_draft_model_is_told_by_its_own_options() {
+        let options = options("llama-cli -ngl 0 -ngld 99 -md /m/draft.gguf");
+        let of_role = |role| {
+            let program = Program {
+                role,
+                ..program(&options)
+            };
+            let told = remedies(Need::OffTheDevice, None, &program).into_iter();
+            let told = told.map(|of| (of.options.join(" "), of.position));
+            told.collect::<Vec<_>>()
+        };
+        let [before, after] = [Position::BeforeOthers, Position::AfterOthers].map(Some);
+        let draft = [
+            ("--cpu-moe-draft".to_owned(), before),
+            ("-ngld 0".to_owned(), after),
+        ];
+        assert_eq!(of_role(Some(Role::Draft)), draft);
+        let either = [
+            ("--cpu-moe --cpu-moe-draft".to_owned(), before),
+            ("-ngl 0 -ngld 0".to_owned(), after),
+            ("--router-on-cpu".to_owned(), None),
+        ];
+        assert_eq!(of_role(None), either);
+    }
+
+    /// To a program that takes no options of llama.cpp's, `--router-on-cpu` adds nothing.
+    #[test]
+    fn what_a_program_has_to_do_by_itself_is_told() {
+        let told = |command| {
+            let options = options(command);
+            remedies(Need::OffTheDevice, None, &program(&options))
+        };
+        let other = told("./my-server -ngl 99");
+        let [experts, none, router] = &other[..] else {
+            panic!("{other:?}");
+        };
+        assert_eq!(experts.position, Some(Position::BeforeOthers));
+        assert_eq!(none.position, Some(Position::AfterOthers));
+        assert_eq!(router.options, ["--router-on-cpu"]);
+        let pattern = router_on_cpu::OVERRIDE;
+        assert!(router.text.contains(pattern), "{router}");
+        let bench = &told("llama-bench -m m")[0];
+        assert_eq!(bench.text, "trace with --router-on-cpu");
+        assert!(told("llama-bench -ot x=CPU")[2].text.contains(pattern));
     }
 }

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use crate::target::option_name;
+
 /// Keeps the routers' weights on the CPU, with the biases that take part in the choice; the gates of
 /// shared experts (`ffn_gate_inp_shexp`) stay where they are. A value of llama.cpp's
 /// `--override-tensor`, which searches for the pattern in the names of tensors.
@@ -62,15 +64,15 @@ const PROGRAMS: [&str; 14] = [
 
 /// The options for a command line; `None` when the program is none of llama.cpp's, or has to be told in
 /// another way.
-pub fn insertion(command: &[OsString]) -> Option<Insertion> {
-    let name = Path::new(command.first()?).file_name()?.to_str()?;
+pub fn insertion(command: &[impl AsRef<OsStr>]) -> Option<Insertion> {
+    let name = Path::new(command.first()?.as_ref()).file_name()?.to_str()?;
     let common = |position| Insertion {
         position,
         options: &["--override-tensor", OVERRIDE, "--no-op-offload"],
     };
     match name {
         // To it, options that are given again are more configurations to measure.
-        "llama-bench" if command.iter().any(|argument| is_setting(argument)) => None,
+        "llama-bench" if command.iter().any(|argument| is_setting(argument.as_ref())) => None,
         "llama-bench" => Some(Insertion {
             position: 1,
             options: &["--override-tensor", OVERRIDE, "--no-op-offload", "1"],
@@ -90,7 +92,7 @@ pub fn takes_common_options(program: &OsStr) -> bool {
 
 fn is_setting(argument: &OsStr) -> bool {
     let settings = ["-ot", "--override-tensor", "-nopo", "--no-op-offload"];
-    settings.iter().any(|setting| argument == *setting)
+    settings.contains(&&*option_name(&argument.to_string_lossy()))
 }
 
 /// A value for [`OVERRIDE_VARIABLE`]. llama.cpp reads the variable before its options, so that an override
@@ -106,9 +108,11 @@ pub fn with_override(variable: &OsStr) -> OsString {
 pub fn is_asked_for(command: &[OsString], variable: Option<&OsStr>) -> bool {
     let names_router = |text: &OsStr| text.to_string_lossy().contains(ROUTER_TENSOR);
     let mut arguments = command.iter().skip_while(|argument| {
-        *argument != "-ot"
-            && *argument != "--override-tensor"
-            && !argument.to_string_lossy().starts_with("--override-tensor=")
+        let argument = argument.to_string_lossy();
+        let option = option_name(&argument);
+        option != "-ot"
+            && option != "--override-tensor"
+            && !option.starts_with("--override-tensor=")
     });
     arguments.any(|argument| names_router(argument)) || variable.is_some_and(names_router)
 }
@@ -194,6 +198,7 @@ mod tests {
         let asked = |text: &str| is_asked_for(&words(text), None);
         assert!(asked(r"llama-server -m m -ot blk\.\d+\.ffn_gate_inp.*=CPU"));
         assert!(asked("llama-server --override-tensor=ffn_gate_inp=CPU"));
+        assert!(asked("llama-server --override_tensor ffn_gate_inp=CPU"));
         assert!(!asked("llama-server -m ffn_gate_inp.gguf -ot exps=CPU"));
         assert!(!asked("llama-server -p ffn_gate_inp"));
         assert!(is_asked_for(&[], Some("ffn_gate_inp=CPU".as_ref())));

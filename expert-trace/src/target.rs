@@ -1,6 +1,7 @@
 //! A process as seen from outside: what it maps, what it runs, how it was started.
 
 use std::{
+    borrow::Cow,
     ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io,
@@ -246,10 +247,20 @@ pub fn draft_argument(arguments: &[OsString]) -> Option<&OsStr> {
     last_value(arguments, &["-md", "--model-draft", "--spec-draft-model"])
 }
 
+/// An option as llama.cpp's programs understand it: in long names they take `_` for `-` (common/arg.cpp).
+pub fn option_name(word: &str) -> Cow<'_, str> {
+    match word.starts_with("--") && word.contains('_') {
+        true => word.replace('_', "-").into(),
+        false => word.into(),
+    }
+}
+
 fn last_value<'a>(arguments: &'a [OsString], names: &[&str]) -> Option<&'a OsStr> {
     let mut pairs = arguments.windows(2).rev();
     pairs.find_map(|pair| {
-        let is_name = names.iter().any(|name| pair[0] == *name);
+        let is_name = pair[0]
+            .to_str()
+            .is_some_and(|word| names.contains(&&*option_name(word)));
         is_name.then_some(pair[1].as_os_str())
     })
 }
@@ -524,6 +535,8 @@ mod tests {
         assert_eq!(named("llama -m a --model b -c 1"), Some("b".into()));
         assert_eq!(named("llama --model b -p x -m a"), Some("a".into()));
         assert_eq!(named("llama --model=a"), None);
+        let words = ["llama", "--model_draft", "a"].map(OsString::from);
+        assert_eq!(draft_argument(&words), Some("a".as_ref()));
         assert_eq!(named("llama -p x"), None);
         assert_eq!(named("-m"), None);
     }

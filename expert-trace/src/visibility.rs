@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     gguf::ModelShape,
     model::{Coverage, PhasePasses},
-    placement::Options,
+    placement::{Options, Role},
     probes::{Hook, Probe},
     remedy::{self, Layers, Need, Program, Remedy, remedies},
     routes::{self, Routes},
@@ -21,6 +21,8 @@ use crate::{
 pub enum Reason {
     /// The probes that would have shown it on the host were hit, for other things.
     OnADevice,
+    /// The same, and the program uses no device.
+    NoDevice,
     /// The same in prompts only, which llama.cpp can compute on a device with weights that it streams
     /// there.
     Streamed,
@@ -132,9 +134,9 @@ impl Evidence {
         }
     }
 
-    /// Why a layer was not seen in so many passes, in which a device may have kept it. Each of them takes
-    /// a record that was lost, if that is why.
-    fn reason(&self, passes: u64) -> Reason {
+    /// Why a layer was not seen in so many passes, in which a device may have kept it, if there is one.
+    /// Each of them takes a record that was lost, if that is why.
+    fn reason(&self, passes: u64, has_device: bool) -> Reason {
         if self.not_understood {
             Reason::NotUnderstood
         } else if self.lost > 0 && self.lost >= passes {
@@ -145,20 +147,32 @@ impl Evidence {
             Reason::LogitsRefused
         } else if !self.never_entered.is_empty() {
             Reason::NeverEntered
-        } else {
+        } else if has_device {
             Reason::OnADevice
+        } else {
+            Reason::NoDevice
         }
     }
 
-    fn reason_of(&self, layer: &LayerStats, unread: bool, options: &Options) -> Option<Reason> {
+    fn reason_of(
+        &self,
+        layer: &LayerStats,
+        unread: bool,
+        options: &Options,
+        role: Option<Role>,
+    ) -> Option<Reason> {
         let prompts_only = layer.passes_not_seen.decode == 0;
         let by_a_copy = layer.routes.contains(&"device_copy");
-        match (layer.coverage, self.reason(layer.passes_not_seen.sum())) {
+        let passes = layer.passes_not_seen.sum();
+        match (
+            layer.coverage,
+            self.reason(passes, options.has_device(role)),
+        ) {
             (Coverage::Observed, _) => None,
             (Coverage::NotKnown, _) if layer.passes == 0 && !unread => Some(Reason::NothingToDo),
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
             (Coverage::PartlyObserved, Reason::OnADevice)
-                if prompts_only && options.op_offload && !by_a_copy =>
+                if prompts_only && options.streams() && !by_a_copy =>
             {
                 Some(Reason::Streamed)
             }
@@ -175,11 +189,11 @@ impl Evidence {
         unread: bool,
         shape: Option<&ModelShape>,
         options: &Options,
-        is_draft: bool,
+        role: Option<Role>,
     ) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         for layer in layers {
-            layer.reason = self.reason_of(layer, unread, options);
+            layer.reason = self.reason_of(layer, unread, options, role);
             let Some(reason) = layer.reason else { continue };
             let phases = phases(layer.passes_not_seen);
             let id = u32::from(layer.layer_id);
@@ -213,7 +227,7 @@ impl Evidence {
             }
             let wanted = wanted.as_slice();
             let layers = shape.map(|shape| Layers { wanted, shape });
-            let program = self.program(options, is_draft);
+            let program = self.program(options, role);
             gap.explanation = self.explanation(gap.reason, gap.coverage, layers, &program);
             gap.remedies = self.remedies(gap.reason, layers, &program);
         }
@@ -225,14 +239,23 @@ impl Evidence {
     pub fn explain_unknown(&self, passes: PhasePasses, options: &Options) -> Gap {
         let (coverage, reason) = match passes.sum() {
             0 => (Coverage::NotKnown, Reason::UbatchNotRead),
-            passes => (Coverage::NotVisible, self.reason(passes)),
+            passes => (
+                Coverage::NotVisible,
+                self.reason_of_unknown(passes, options),
+            ),
         };
         self.unknown(coverage, reason, phases(passes), options)
     }
 
     /// Of a target of which nothing at all was seen.
     pub fn explain_silence(&self, options: &Options) -> Gap {
-        self.unknown(Coverage::NotVisible, self.reason(0), Vec::new(), options)
+        let reason = self.reason_of_unknown(0, options);
+        self.unknown(Coverage::NotVisible, reason, Vec::new(), options)
+    }
+
+    /// Of a context whose model is not known.
+    fn reason_of_unknown(&self, passes: u64, options: &Options) -> Reason {
+        self.reason(passes, options.has_device(options.role_of(None)))
     }
 
     fn unknown(
@@ -242,7 +265,7 @@ impl Evidence {
         phases: Vec<&'static str>,
         options: &Options,
     ) -> Gap {
-        let program = self.program(options, false);
+        let program = self.program(options, options.role_of(None));
         Gap {
             layers: None,
             coverage,
@@ -253,10 +276,10 @@ impl Evidence {
         }
     }
 
-    fn program<'a>(&self, options: &'a Options, is_draft: bool) -> Program<'a> {
+    fn program<'a>(&self, options: &'a Options, role: Option<Role>) -> Program<'a> {
         Program {
             options,
-            is_draft,
+            role,
             sees_streams: self.sees_streams,
             router_on_cpu: self.router_on_cpu,
             attached: self.attached,
@@ -285,6 +308,13 @@ impl Evidence {
                     }
                     _ => format!("their routing stayed on a device{asked}"),
                 }
+            }
+            Reason::NoDevice => {
+                let of = match layers {
+                    Some(_) => " of these layers",
+                    None => ": the model is dense, or its expert ids have another name",
+                };
+                format!("no device is used, and the CPU showed no routing{of}")
             }
             Reason::Streamed => {
                 "a device computed longer prompts, with weights streamed to it (op \
@@ -322,8 +352,18 @@ impl Evidence {
         layers: Option<Layers<'_>>,
         program: &Program<'_>,
     ) -> Vec<Remedy> {
-        let off_the_device = || remedies(Need::OffTheDevice, layers, program);
+        let off_the_device = || match program.options.has_device(program.role) {
+            true => remedies(Need::OffTheDevice, layers, program),
+            false => Vec::new(),
+        };
         match reason {
+            Reason::NoDevice => {
+                let build = "use a build of llama.cpp that docs/compatibility.md lists";
+                vec![Remedy::other(&match layers {
+                    Some(_) => build.to_owned(),
+                    None => format!("if the model has experts, {build}"),
+                })]
+            }
             Reason::OnADevice => off_the_device(),
             Reason::Streamed => remedies(Need::NotStreamed, layers, program),
             Reason::NeverEntered => {
@@ -341,7 +381,13 @@ impl Evidence {
             Reason::Lost | Reason::LogitsRefused => {
                 vec![Remedy::other("mend what INCOMPLETE names")]
             }
-            Reason::RouteLeftOut => vec![Remedy::other("trace without --routes")],
+            Reason::RouteLeftOut => {
+                let all = Remedy::other("trace without --routes");
+                let others = off_the_device().into_iter();
+                // They can bring ids to a route that is left out, too.
+                let others = others.map(|remedy| remedy.and("without --routes"));
+                [all].into_iter().chain(others).collect()
+            }
             Reason::UbatchNotRead => {
                 let build = "to know it, use a build of b5922 or newer, with its symbols";
                 [off_the_device(), vec![Remedy::other(build)]].concat()
@@ -434,7 +480,7 @@ mod tests {
     fn a_probe_that_was_never_hit_is_named() {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(1), Reason::NeverEntered);
+        assert_eq!(why.reason(1, true), Reason::NeverEntered);
         let words = why.explain_silence(&options("llama-cli")).explanation;
         assert!(words.starts_with("ggml_graph_compute was never"));
 
@@ -445,7 +491,7 @@ mod tests {
             hook(Hook::Split, 1),
         ];
         let why = Evidence::of_hooks(&hooks, false);
-        assert_eq!(why.reason(1), Reason::OnADevice);
+        assert_eq!(why.reason(1, true), Reason::OnADevice);
     }
 
     #[test]
@@ -488,6 +534,51 @@ mod tests {
         assert_eq!(gap(&asked, true).reason, Reason::LogitsRefused);
     }
 
+    /// What a route that was left out would not have shown needs the same as without it.
+    #[test]
+    fn a_route_that_was_left_out_need_not_be_the_reason() {
+        let why = Evidence {
+            left_out: vec!["device_copy", "callback"],
+            ..Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false)
+        };
+        let gap = why.explain_silence(&options("llama-cli -ngl 99"));
+        assert_eq!(gap.reason, Reason::RouteLeftOut);
+        let told: Vec<&str> = gap.remedies.iter().map(|of| &*of.text).collect();
+        assert_eq!(told[0], "trace without --routes");
+        assert_eq!(told[1], "trace with --router-on-cpu, without --routes");
+        assert!(told[2].starts_with("start the program with --cpu-moe"));
+
+        let gap = why.explain_silence(&options("llama-cli -dev none"));
+        assert_eq!(gap.remedies.len(), 1);
+    }
+
+    #[test]
+    fn where_there_is_no_device_none_is_named() {
+        let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
+        let gap = |command| why.explain_silence(&options(command));
+        let none = gap("llama-cli -dev none -md draft.gguf");
+        assert_eq!(none.reason, Reason::NoDevice);
+        let words = "no device is used, and the CPU showed no routing: the model is dense";
+        assert!(none.explanation.starts_with(words));
+        let [build] = &none.remedies[..] else {
+            panic!("{none:?}");
+        };
+        assert!(build.text.starts_with("if the model has experts"));
+        // The draft model has one.
+        let of_draft = gap("llama-cli -dev none -md draft.gguf -devd CUDA0");
+        assert_eq!(of_draft.reason, Reason::OnADevice);
+
+        let mut layers = [layer(0, Coverage::NotVisible, 1, 0)];
+        let options = options("llama-cli -dev none");
+        let gaps = why.explain(&mut layers, false, None, &options, Some(Role::Main));
+        assert_eq!(gaps[0].reason, Reason::NoDevice);
+
+        let hooks = [hook(Hook::ExpertIds, 0)];
+        let gap = Evidence::of_hooks(&hooks, false).explain_silence(&options);
+        assert_eq!(gap.reason, Reason::NeverEntered);
+        assert!(gap.remedies.iter().all(|of| of.options.is_empty()));
+    }
+
     fn layer(layer_id: u16, coverage: Coverage, prefill: u64, decode: u64) -> LayerStats {
         LayerStats {
             coverage,
@@ -510,7 +601,7 @@ mod tests {
         ];
         let options = options("llama-cli -ngl 99 --cpu-moe");
         let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
-        let gaps = why.explain(&mut layers, true, None, &options, false);
+        let gaps = why.explain(&mut layers, true, None, &options, Some(Role::Main));
         let told: Vec<_> = gaps
             .iter()
             .map(|gap| (gap.layers.clone().unwrap(), gap.reason, gap.phases.clone()))
@@ -539,13 +630,13 @@ mod tests {
             layer(1, PartlyObserved, 15, 1),
             layer(2, NotVisible, 15, 20),
         ];
-        let options = options("llama-completion -dev none");
+        let options = options("llama-completion -ngl 99");
         let mut why = Evidence {
             lost: 16,
             ring_full: true,
             ..Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false)
         };
-        why.explain(&mut layers, false, None, &options, false);
+        why.explain(&mut layers, false, None, &options, Some(Role::Main));
         let reasons = layers.clone().map(|layer| layer.reason.unwrap());
         assert_eq!(reasons, [Reason::Lost, Reason::Lost, Reason::OnADevice]);
         let told = |why: &Evidence| {
@@ -588,7 +679,7 @@ mod tests {
                 coverage => layer(id, coverage, 0, 0),
             });
             layers[3] = layer(3, idle, 0, 0);
-            let gaps = why.explain(&mut layers, false, Some(&shape), &options, false);
+            let gaps = why.explain(&mut layers, false, Some(&shape), &options, Some(Role::Main));
             let told = gaps.into_iter().map(|gap| {
                 let options = |of: &Remedy| of.options.join(" ");
                 let advice: Vec<String> = gap.remedies.iter().map(options).collect();

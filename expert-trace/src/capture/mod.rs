@@ -28,7 +28,7 @@ use crate::{
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
-    model::{BlindTime, Context, End, Model, Options},
+    model::{BlindTime, Context, End, Ends, Model, Options},
     probes::{Change, Hook, Plan, Probe},
     routes,
     signals::OwnSignal,
@@ -360,14 +360,8 @@ impl Capture {
         let processes = self.targets.describe(self.pid.get());
         let models_of = |context: &Context| self.targets.models.indices_of(context.process);
         let of_process: Vec<Vec<usize>> = contexts.iter().map(|of| models_of(of)).collect();
-        let seen: BTreeSet<u32> = contexts.iter().map(|context| context.process).collect();
-        // Beside a context that was seen, another one is more likely that of another model.
-        let of_unseen = |context: &Context| match seen.contains(&context.process) {
-            true => Vec::new(),
-            false => models_of(context),
-        };
-        let not_visible = self.not_visible(self.targets.models.files(), &of_unseen);
-        let models = std::mem::take(&mut self.targets.models).into_files();
+        let not_visible = self.not_visible();
+        let models = self.targets.models.files().to_vec();
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
@@ -414,28 +408,46 @@ impl Capture {
     }
 
     /// Contexts that computed something, or may have, and of which nothing is counted.
-    fn not_visible(
-        &self,
-        models: &[stats::ModelFile],
-        models_of: &dyn Fn(&Context) -> Vec<usize>,
-    ) -> Vec<stats::NotVisible> {
+    fn not_visible(&self) -> Vec<stats::NotVisible> {
         let contexts = self.model.contexts().iter();
         let readable: BTreeSet<u32> = contexts
             .clone()
             .filter(|context| context.reads_ubatches())
             .map(|context| context.process)
             .collect();
-        contexts
-            .filter(|context| context.passes == 0)
+        let (seen, unseen): (Vec<&Context>, Vec<&Context>) =
+            contexts.partition(|context| context.passes > 0);
+        let not_known = |context: &Context| match readable.contains(&context.process) {
+            true => context.passes_unread(),
+            false => context.passes_not_known(),
+        };
+        let computed = |context: &Context| context.not_visible(Ends::default()).passes > 0;
+        let unseen: Vec<&Context> = unseen
+            .into_iter()
+            .filter(|context| computed(context) || not_known(context) > 0)
+            .collect();
+        let models = self.targets.models.files();
+        let model_of = |context: &Context| {
+            let of_process = self.targets.models.indices_of(context.process);
+            let has_nextn = |model: &&usize| models[**model].shape.nextn_predict_layers > 0;
+            let nextn: Vec<usize> = of_process.iter().filter(has_nextn).copied().collect();
+            let beside = |other: &&&Context| other.process == context.process;
+            let fitting = |other: &&Context| stats::fitting_models(other, models, &of_process);
+            let seen: Vec<Vec<usize>> = seen.iter().filter(beside).map(fitting).collect();
+            let known = stats::unseen::Known {
+                models: &of_process,
+                nextn: &nextn,
+                seen: &seen,
+                unseen: unseen.iter().filter(beside).count(),
+            };
+            stats::unseen::model(&known, computed(context))
+        };
+        unseen
+            .iter()
             .map(|context| {
-                let not_known = match readable.contains(&context.process) {
-                    true => context.passes_unread(),
-                    false => context.passes_not_known(),
-                };
-                let pid = self.pid_of(context);
-                stats::unseen_context(context, not_known, models, &models_of(context), pid)
+                let (pid, model) = (self.pid_of(context), model_of(context));
+                stats::unseen_context(context, not_known(context), models, model, pid)
             })
-            .filter(|context| context.count.passes + context.passes_not_known > 0)
             .collect()
     }
 

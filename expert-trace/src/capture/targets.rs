@@ -2,17 +2,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsString,
+    ffi::{OsStr, OsString},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use crate::{
     eval_callback::EvalCallback,
     models::{self, KnownModels},
-    placement::{self, Options},
+    placement::{self, Backends, Options},
     probes::build_id,
     redact,
-    router_on_cpu::OVERRIDE_VARIABLE,
+    router_on_cpu::{self, OVERRIDE_VARIABLE},
     stats,
     target::{self, Reach},
 };
@@ -54,6 +55,7 @@ pub struct Target {
     /// How often its models have been looked for in vain.
     looks: u32,
     computes: bool,
+    backends: Option<Backends>,
     /// Arguments that it computes with: a script can have become another program.
     computes_with: Vec<OsString>,
 }
@@ -111,6 +113,19 @@ impl Target {
         Some(exe.to_string_lossy().into_owned())
     }
 
+    /// Whether a name of the process' own leads to the file that it has under this path.
+    fn is_named(&self, name: &OsStr, path: &Path) -> bool {
+        let file = |name: &Path| {
+            let file = self.reach.as_ref()?.open(name).ok()?;
+            let metadata = file.metadata().ok()?;
+            Some((metadata.dev(), metadata.ino()))
+        };
+        match (file(name.as_ref()), file(path)) {
+            (Some(named), Some(known)) => named == known,
+            _ => self.directory.join(name) == path,
+        }
+    }
+
     /// For the document.
     pub fn describe(&self, pid: u32) -> stats::Process {
         stats::Process {
@@ -141,9 +156,19 @@ impl Targets {
         target.look(pid);
         if !is_main && target.command.is_empty() {
             target.command = target::command_line(pid).unwrap_or_default();
-            target.variables = Variables::from(|name| target::variable(pid, name));
+        }
+        // A script can have set variables for what it became.
+        let environment = target::environment(pid);
+        if environment.iter().next().is_some() {
+            target.variables = Variables::from(|name| environment.get(name).map(Into::into));
         }
         let files = target::mapped_files(pid).unwrap_or_default();
+        if !files.is_empty() {
+            let names = files
+                .iter()
+                .filter_map(|file| file.path.file_name()?.to_str());
+            target.backends = Some(Backends::of_files(names));
+        }
         let reach = target.reach.as_ref();
         // A script can have become another program, which need not have the script's arguments.
         let now = target::command_line(pid).unwrap_or_default();
@@ -171,14 +196,26 @@ impl Targets {
             true => Some(&self.main),
             false => self.others.get(&pid),
         };
-        target.map_or_else(
-            || Options::parse(&[], |_| None),
-            |target| {
-                let variables = &target.variables.placing;
-                let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
-                Options::parse(&target.computes_with, variable)
-            },
-        )
+        let Some(target) = target else {
+            return Options::parse(&[], |_| None);
+        };
+        let variables = &target.variables.placing;
+        let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
+        let options = Options::parse(&target.computes_with, variable);
+        let model = target.variables.model.as_deref();
+        let file = |name: &OsStr| {
+            let mut files = self.models.files().iter();
+            let known = files.find(|known| target.is_named(name, known.path.as_ref()))?;
+            Some(known.path.clone())
+        };
+        let main_file = target::model_argument(&target.computes_with).or(model);
+        let main_file = main_file.and_then(file);
+        let draft_file = options.draft_model().and_then(|name| file(name.as_ref()));
+        let backends = target.backends.unwrap_or(Backends::Any);
+        let mut options = options.of_process(backends, main_file, draft_file);
+        // What a script starts gets no options of ours.
+        options.adds_router = pid == main && router_on_cpu::insertion(&self.main.command).is_some();
+        options
     }
 
     /// A process has set an eval callback, which is at this address.
@@ -201,5 +238,73 @@ impl Targets {
             .iter()
             .map(|(pid, target)| target.describe(*pid));
         main.into_iter().chain(others).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{gguf::tests::Builder, placement::Role};
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn models_of_one_name_are_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["a", "b"] {
+            fs::create_dir(path(name)).unwrap();
+            fs::write(path(name).join("m.gguf"), moe()).unwrap();
+        }
+        std::os::unix::fs::symlink(path("a/m.gguf"), path("draft.gguf")).unwrap();
+        let command = format!(
+            "llama-cli -m {} -md {}",
+            path("b/m.gguf").display(),
+            path("draft.gguf").display()
+        );
+        let pid = std::process::id();
+        let reach = Reach::of(pid);
+        let read = |name| {
+            let command = words(&format!("llama-cli -m {}", path(name).display()));
+            models::named(&command, None, directory.path(), reach.as_ref())
+        };
+        let mut targets = Targets::default();
+        for name in ["a/m.gguf", "b/m.gguf"] {
+            targets.models.add_process(pid, &[], read(name));
+        }
+        targets.main = Target {
+            command: words("./script.sh"),
+            computes_with: words(&command),
+            reach: Reach::of(pid),
+            ..Target::default()
+        };
+        let options = targets.options(pid, pid);
+        let role = |name: &str| options.role_of(path(name).to_str());
+        assert_eq!(role("a/m.gguf"), Some(Role::Draft));
+        assert_eq!(role("b/m.gguf"), Some(Role::Main));
+        // The script does not hand on what its own command line is given.
+        assert!(options.understood && !options.adds_router);
+        targets.main.command = words(&command);
+        assert!(targets.options(pid, pid).adds_router);
+    }
+
+    fn moe() -> Vec<u8> {
+        let model: Builder = crate::gguf::tests::moe();
+        let model = model.tensor("blk.0.ffn_gate_inp.weight", &[8]);
+        model.tensor("blk.0.ffn_up_exps.weight", &[8]).bytes()
+    }
+
+    #[test]
+    fn what_a_script_became_has_variables_of_its_own() {
+        let mut targets = Targets::default();
+        targets.main.variables.override_tensor = Some("of the script".into());
+        let pid = std::process::id();
+        targets.computes(pid, pid, true, true);
+        let now = std::env::var_os(OVERRIDE_VARIABLE);
+        assert_eq!(targets.main.variables.override_tensor, now);
     }
 }

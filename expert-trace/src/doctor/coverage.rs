@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::report::Answer;
 use crate::{
     gguf::ModelShape,
-    placement::{Options, Place},
+    placement::{Options, Place, Role},
     probes::{Hook, Probe},
     remedy::{self, Layers, Need, Program, Remedy},
     routes::{self, Routes},
@@ -130,6 +130,8 @@ pub struct Facts<'a> {
     pub devices: &'a [String],
     /// The routes, in the order of [`Route::ALL`].
     pub routes: &'a [RouteReport],
+    /// Those that are read.
+    pub read: Routes,
     /// Index of the model that the options are about; others, such as a draft model, have their own.
     pub main_model: Option<usize>,
     /// Whether ids by which weights are streamed to a device are certain to be seen.
@@ -217,6 +219,7 @@ impl Outlook {
 }
 
 const BUILD: Fix = Fix::Text("use a build with shared libraries, or one that is not stripped");
+const WITHOUT_ROUTES: Fix = Fix::Text("trace without --routes");
 const TRACE_IT: Fix = Fix::Text("trace it: the summary names what is not visible");
 const OFF_THE_DEVICE: Fix = Fix::Options(Need::OffTheDevice);
 
@@ -229,7 +232,7 @@ impl Facts<'_> {
     fn fix(&self, fix: Option<Fix>, layers: Layers<'_>) -> (Option<String>, Vec<Remedy>) {
         let program = Program {
             options: self.options,
-            is_draft: false,
+            role: Some(Role::Main),
             sees_streams: self.sees_streams || !self.streams(),
             router_on_cpu: self.router_on_cpu,
             attached: self.attached,
@@ -259,6 +262,11 @@ impl Facts<'_> {
             [] => finding.to_owned(),
             lacking => format!("{finding}; {}", lacking.join("; ")),
         };
+        let is_left_out = |route: &Route| *route != Route::Logits && !self.read.has(*route);
+        let fix = match routes.iter().any(is_left_out) {
+            true => WITHOUT_ROUTES,
+            false => fix,
+        };
         Outlook {
             answer,
             routes: routes.to_vec(),
@@ -277,7 +285,7 @@ impl Facts<'_> {
 
     /// Whether weights are streamed to a device. RPC servers take none (ggml-rpc.cpp, `offload_op`).
     fn streams(&self) -> bool {
-        self.options.op_offload && self.devices.iter().any(|device| device != "rpc")
+        self.options.streams() && self.devices.iter().any(|device| device != "rpc")
     }
 
     /// Experts in the host's memory: prompts that are long have them streamed.
@@ -343,8 +351,18 @@ impl Facts<'_> {
                 "the program has device backends, and is not known to take llama.cpp's options",
                 TRACE_IT,
             ),
-            _ => Outlook::unknown(
-                "llama.cpp decides by the device's free memory where the layer goes",
+            Place::Unknown => Outlook::unknown(
+                match self.options.is_fitted() {
+                    true => "llama.cpp decides by the device's free memory where the layer goes",
+                    false => {
+                        "the layer is at the edge of what -ngl counts: builds differ in whether it \
+                         is on the device"
+                    }
+                },
+                OFF_THE_DEVICE,
+            ),
+            Place::Device => Outlook::unknown(
+                "an --override-tensor puts experts where it cannot be told where they are",
                 OFF_THE_DEVICE,
             ),
         }
@@ -456,6 +474,7 @@ mod tests {
         devices: Vec<String>,
         lacking: Vec<Route>,
         reads_logits: bool,
+        read: Routes,
         main_model: Option<usize>,
     }
 
@@ -466,11 +485,21 @@ mod tests {
                 devices: vec!["cuda".to_owned()],
                 lacking: Vec::new(),
                 reads_logits: false,
+                read: Routes::default(),
                 main_model: Some(0),
             }
         }
 
         fn expect(&self, command: &str) -> Vec<(Vec<u32>, Answer, Vec<&'static str>)> {
+            let expected = self.expectations(command).into_iter();
+            let told = expected.map(|of| {
+                assert_eq!(of.fix.is_none(), of.answer == Yes, "{of:?}");
+                (of.layers, of.answer, of.routes)
+            });
+            told.collect()
+        }
+
+        fn expectations(&self, command: &str) -> Vec<Expectation> {
             let words: Vec<OsString> = command.split(' ').map(OsString::from).collect();
             let options = Options::parse(&words, |_| None);
             let routes = served(&self.lacking, self.reads_logits);
@@ -478,18 +507,13 @@ mod tests {
                 options: &options,
                 devices: &self.devices,
                 routes: &routes,
+                read: self.read,
                 main_model: self.main_model,
                 sees_streams: !self.lacking.contains(&Route::Fetch),
                 router_on_cpu: self.reads_logits,
                 attached: false,
             };
             expectations(&[model(self.shape.clone())], &facts)
-                .into_iter()
-                .map(|of| {
-                    assert_eq!(of.fix.is_none(), of.answer == Yes, "{of:?}");
-                    (of.layers, of.answer, of.routes)
-                })
-                .collect()
         }
     }
 
@@ -553,6 +577,36 @@ mod tests {
                 (vec![3], No, vec![])
             ]
         );
+    }
+
+    #[test]
+    fn why_the_place_of_a_layer_is_not_known_is_told() {
+        let setup = Setup::gpu();
+        let edge = &setup.expectations("llama-cli -ngl 2")[1];
+        assert_eq!((&edge.layers[..], edge.answer), (&[2][..], CouldNotTell));
+        assert!(edge.finding.starts_with("the layer is at the edge"));
+        let fitted = &setup.expectations("llama-cli")[0].finding;
+        assert!(fitted.contains("free memory"), "{fitted}");
+        let own = &setup.expectations("llama-cli -ngl 99 -ot (?!blk)=CPU")[0];
+        assert!(own.finding.starts_with("an --override-tensor"), "{own:?}");
+        // Nothing is fitted: all layers go to the device.
+        let off = setup.expect("llama-cli --fit off");
+        assert_eq!(off, [(all(), No, vec![])]);
+    }
+
+    #[test]
+    fn a_route_that_is_left_out_takes_no_other_build() {
+        let setup = Setup {
+            devices: Vec::new(),
+            lacking: vec![Route::Router],
+            read: Routes::of(&[Route::SplitInput]),
+            ..Setup::gpu()
+        };
+        let fix = |setup: &Setup| setup.expectations("llama-cli")[0].fix.clone().unwrap();
+        assert_eq!(fix(&setup), "trace without --routes");
+        let read = Routes::default();
+        let build = fix(&Setup { read, ..setup });
+        assert!(build.starts_with("use a build"));
     }
 
     #[test]

@@ -33,6 +33,7 @@ use self::{
 use crate::{
     caller::Caller,
     cli::Doctor,
+    placement::Backends,
     requirements::Purpose,
     router_on_cpu,
     routes::Routes,
@@ -205,10 +206,14 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
 fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
     let probes: Vec<_> = survey.plan.probes.iter().collect();
     let routes = coverage::routes(&probes, survey.plan.routes());
+    let devices = survey.devices();
+    let backends = Backends::of_devices(&devices);
+    let options = survey.options.clone().of_process(backends, None, None);
     let facts = coverage::Facts {
-        options: &survey.options,
-        devices: &survey.devices(),
+        options: &options,
+        devices: &devices,
         routes: &routes,
+        read: survey.plan.routes(),
         main_model: survey.main_model(),
         sees_streams: visibility::sees_streams(probes.iter().copied()),
         router_on_cpu: survey.plan.reads_logits(),

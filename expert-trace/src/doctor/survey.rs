@@ -128,13 +128,25 @@ impl Survey {
 
     /// Index of the model that the options are about.
     pub fn main_model(&self) -> Option<usize> {
-        let named = self.named_model.as_ref().and_then(|path| path.file_name());
-        match self.models.as_slice() {
-            [_] => Some(0),
-            models => models
-                .iter()
-                .position(|model| named.is_some() && Path::new(&model.path).file_name() == named),
-        }
+        let named = match (self.models.as_slice(), &self.named_model) {
+            ([_], _) => return Some(0),
+            (_, named) => named.as_deref()?,
+        };
+        let called = |name: &Path| -> Vec<usize> {
+            let models = self.models.iter().enumerate();
+            models
+                .filter(|(_, model)| Path::new(&model.path).ends_with(name))
+                .map(|(index, _)| index)
+                .collect()
+        };
+        let mut by_name = [named, Path::new(named.file_name()?)]
+            .map(called)
+            .into_iter();
+        // Another directory can have a file of the same name.
+        by_name.find_map(|models| match models.as_slice() {
+            [only] => Some(*only),
+            _ => None,
+        })
     }
 
     /// The probes, for the report: those in files that it certainly has, and others.

@@ -4,6 +4,7 @@
 //! beyond it stands beside. docs/json-schema.md explains every key.
 
 mod integrity;
+pub mod unseen;
 
 use std::collections::BTreeSet;
 
@@ -34,21 +35,21 @@ impl Stats {
         let models = &self.models;
         let of_model = |index: Option<usize>, options: &Options| {
             let model = index.map(|index| &models[index]);
-            let is_draft = model.is_some_and(|model| options.is_draft(&model.path));
-            (model.map(|model| &model.shape), is_draft)
+            let role = options.role_of(model.map(|model| &*model.path));
+            (model.map(|model| &model.shape), role)
         };
         for context in &mut self.contexts {
             let options = options(context.pid);
-            let (shape, is_draft) = of_model(context.model, &options);
+            let (shape, role) = of_model(context.model, &options);
             let unread = context.passes_not_known > 0;
-            context.gaps = why.explain(&mut context.layers, unread, shape, &options, is_draft);
+            context.gaps = why.explain(&mut context.layers, unread, shape, &options, role);
         }
         for context in &mut self.not_visible {
             let options = options(context.pid);
-            let (shape, is_draft) = of_model(context.model, &options);
+            let (shape, role) = of_model(context.model, &options);
             let unread = context.passes_not_known > 0;
             context.gaps = match shape {
-                Some(_) => why.explain(&mut context.layers, unread, shape, &options, is_draft),
+                Some(_) => why.explain(&mut context.layers, unread, shape, &options, role),
                 None => vec![why.explain_unknown(context.by_phase, &options)],
             };
         }
@@ -155,7 +156,7 @@ pub struct HookStats {
 }
 
 /// A model file, all shards of it.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ModelFile {
     /// First shard, as the target sees it.
     pub path: String,
@@ -468,22 +469,14 @@ pub fn context_stats(
     }
 }
 
-/// A context of which nothing was seen, with the model it runs where that is certain: the only one of its
-/// process, of which no other context was seen.
-///
-/// `of_process` are the indices of those that its process has.
+/// A context of which nothing was seen, with the model it runs where that is certain ([`unseen::model`]).
 pub fn unseen_context(
     context: &Context,
     passes_not_known: u64,
     models: &[ModelFile],
-    of_process: &[usize],
+    model: Option<usize>,
     pid: u32,
 ) -> NotVisible {
-    let model = match of_process {
-        // A context that runs NextN blocks runs no other layer.
-        [only] if models[*only].shape.nextn_predict_layers == 0 => Some(*only),
-        _ => None,
-    };
     let shape = model.map(|index| &models[index].shape);
     let ends = shape.map_or_else(Ends::default, ends);
     NotVisible {
@@ -679,7 +672,7 @@ impl LayerStats {
 }
 
 /// Models of its process whose layers and number of experts fit what the context did.
-fn fitting_models(context: &Context, models: &[ModelFile], of_process: &[usize]) -> Vec<usize> {
+pub fn fitting_models(context: &Context, models: &[ModelFile], of_process: &[usize]) -> Vec<usize> {
     let fits = |model: &ModelFile| {
         context.layers.iter().all(|(id, layer)| {
             model.shape.moe_layers.contains(&u32::from(*id))

@@ -22,7 +22,7 @@ use crate::{
     rpc::Server,
     support::{
         Known, Traced, assert_same_choice, assert_schema, assert_tokens_of, compare_with_tokens,
-        driver, known_small, known_wide, llama, llama_program, scratch, shape,
+        driver, known_draft, known_small, known_wide, llama, llama_program, scratch, shape,
     },
 };
 
@@ -552,6 +552,47 @@ fn remedies_bring_all_layers_to_the_host() {
             "Not visible: layer "
         };
         assert!(before.said.contains(layers), "{}", before.said);
+    }
+}
+
+/// A draft model that stays on a device beside a main model that does not is known by elimination, and has
+/// options of its own.
+#[test]
+fn remedies_of_a_draft_model_are_its_own() {
+    let [main, draft] = [known_small(), known_draft()];
+    let server = Server::start();
+    let directory = scratch();
+    let path = directory.path().join("stats.json");
+    let run = |options: &[String]| {
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let mut command = llama_program("llama-cli", &main.path, &options);
+        command.args(["-p", "Hello there", "-n", "4", "-st"]);
+        let tracing = ["-o", path.to_str().unwrap(), "--strict"];
+        let mut traced = tracer::run(&tracing, &command).unwrap();
+        let output = traced.stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        let stats = Stats::read(&path).unwrap();
+        assert_schema(&stats);
+        stats
+    };
+    let (endpoint, draft) = (server.endpoint(), draft.path.to_str().unwrap());
+    let options = ["--rpc", &endpoint, "-ngl", "0", "-md", draft, "-ngld", "99"];
+    let options = [&options[..], &["--spec-type", "draft-simple"]].concat();
+    let own: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
+    let before = run(&own);
+    let unseen = &before.0["not_visible"][0];
+    let model = unseen["model"].as_u64().expect("its model is known");
+    assert_eq!(before.0["models"][model as usize]["path"], draft);
+    let remedies = unseen["gaps"][0]["remedies"].as_array().unwrap();
+    let of_program = remedies.iter().filter(|of| of["whose"] == "program");
+    let of_program: Vec<&Value> = of_program.collect();
+    assert_eq!(of_program[0]["options"], json!(["--cpu-moe-draft"]));
+    assert_eq!(of_program.len(), 2, "{remedies:#?}");
+    for remedy in of_program {
+        let after = run(&remedied(&options, remedy));
+        assert_eq!(after.0["not_visible"], json!([]), "{remedy}");
+        assert_eq!(after.0["contexts"].as_array().map(Vec::len), Some(2));
     }
 }
 

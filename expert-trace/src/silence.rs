@@ -70,7 +70,7 @@ pub fn reason(stats: &Stats, options: &Options) -> String {
 }
 
 fn why(stats: &Stats, options: &Options) -> Why {
-    let silence = || Evidence::of(stats).explain_silence(options);
+    let silence = || Evidence::of(stats).explain_silence(stats.integrity.hits.passes, options);
     let gap = stats.worst_gap().cloned().unwrap_or_else(silence);
     Why {
         remedy: gap.to_see(),

@@ -139,7 +139,7 @@ impl Evidence {
     fn reason(&self, passes: u64, has_device: bool) -> Reason {
         if self.not_understood {
             Reason::NotUnderstood
-        } else if self.lost > 0 && self.lost >= passes {
+        } else if self.lost >= passes.max(1) {
             Reason::Lost
         } else if !self.left_out.is_empty() {
             Reason::RouteLeftOut
@@ -155,19 +155,14 @@ impl Evidence {
     }
 
     fn reason_of(
-        &self,
         layer: &LayerStats,
         unread: bool,
         options: &Options,
-        role: Option<Role>,
+        reason: Reason,
     ) -> Option<Reason> {
         let prompts_only = layer.passes_not_seen.decode == 0;
         let by_a_copy = layer.routes.contains(&"device_copy");
-        let passes = layer.passes_not_seen.sum();
-        match (
-            layer.coverage,
-            self.reason(passes, options.has_device(role)),
-        ) {
+        match (layer.coverage, reason) {
             (Coverage::Observed, _) => None,
             (Coverage::NotKnown, _) if layer.passes == 0 && !unread => Some(Reason::NothingToDo),
             (Coverage::NotKnown, _) => Some(Reason::UbatchNotRead),
@@ -192,12 +187,20 @@ impl Evidence {
         role: Option<Role>,
     ) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
+        let has_device = options.has_device(role);
+        let missing = |layer: &LayerStats| layer.passes_not_seen.sum();
+        let most = layers.iter().map(missing).max().unwrap_or(0);
         for layer in layers {
-            layer.reason = self.reason_of(layer, unread, options, role);
+            // One that had nothing to do in any pass goes with the others.
+            let passes = match missing(layer) {
+                0 => most,
+                passes => passes,
+            };
+            let reason = self.reason(passes, has_device);
+            layer.reason = Self::reason_of(layer, unread, options, reason);
             let Some(reason) = layer.reason else { continue };
             let phases = phases(layer.passes_not_seen);
             let id = u32::from(layer.layer_id);
-            // One that had nothing to do in any pass goes with the others.
             let alike = |gap: &Gap| phases.is_empty() || gap.phases == phases;
             let known = gaps
                 .iter_mut()
@@ -247,9 +250,9 @@ impl Evidence {
         self.unknown(coverage, reason, phases(passes), options)
     }
 
-    /// Of a target of which nothing at all was seen.
-    pub fn explain_silence(&self, options: &Options) -> Gap {
-        let reason = self.reason_of_unknown(0, options);
+    /// Of a target of which nothing at all was seen, in so many passes.
+    pub fn explain_silence(&self, passes: u64, options: &Options) -> Gap {
+        let reason = self.reason_of_unknown(passes, options);
         self.unknown(Coverage::NotVisible, reason, Vec::new(), options)
     }
 
@@ -481,7 +484,7 @@ mod tests {
         let hooks = [hook(Hook::ExpertIds, 9), hook(Hook::Split, 0)];
         let why = Evidence::of_hooks(&hooks, false);
         assert_eq!(why.reason(1, true), Reason::NeverEntered);
-        let words = why.explain_silence(&options("llama-cli")).explanation;
+        let words = why.explain_silence(1, &options("llama-cli")).explanation;
         assert!(words.starts_with("ggml_graph_compute was never"));
 
         // One of two libraries is enough.
@@ -541,21 +544,21 @@ mod tests {
             left_out: vec!["device_copy", "callback"],
             ..Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false)
         };
-        let gap = why.explain_silence(&options("llama-cli -ngl 99"));
+        let gap = why.explain_silence(1, &options("llama-cli -ngl 99"));
         assert_eq!(gap.reason, Reason::RouteLeftOut);
         let told: Vec<&str> = gap.remedies.iter().map(|of| &*of.text).collect();
         assert_eq!(told[0], "trace without --routes");
         assert_eq!(told[1], "trace with --router-on-cpu, without --routes");
         assert!(told[2].starts_with("start the program with --cpu-moe"));
 
-        let gap = why.explain_silence(&options("llama-cli -dev none"));
+        let gap = why.explain_silence(1, &options("llama-cli -dev none"));
         assert_eq!(gap.remedies.len(), 1);
     }
 
     #[test]
     fn where_there_is_no_device_none_is_named() {
         let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
-        let gap = |command| why.explain_silence(&options(command));
+        let gap = |command| why.explain_silence(1, &options(command));
         let none = gap("llama-cli -dev none -md draft.gguf");
         assert_eq!(none.reason, Reason::NoDevice);
         let words = "no device is used, and the CPU showed no routing: the model is dense";
@@ -574,7 +577,7 @@ mod tests {
         assert_eq!(gaps[0].reason, Reason::NoDevice);
 
         let hooks = [hook(Hook::ExpertIds, 0)];
-        let gap = Evidence::of_hooks(&hooks, false).explain_silence(&options);
+        let gap = Evidence::of_hooks(&hooks, false).explain_silence(1, &options);
         assert_eq!(gap.reason, Reason::NeverEntered);
         assert!(gap.remedies.iter().all(|of| of.options.is_empty()));
     }
@@ -629,6 +632,8 @@ mod tests {
             layer(0, PartlyObserved, 14, 0),
             layer(1, PartlyObserved, 15, 1),
             layer(2, NotVisible, 15, 20),
+            // Nothing to do in any pass: one loss does not explain what the others show.
+            layer(3, NotVisible, 0, 0),
         ];
         let options = options("llama-completion -ngl 99");
         let mut why = Evidence {
@@ -638,9 +643,13 @@ mod tests {
         };
         why.explain(&mut layers, false, None, &options, Some(Role::Main));
         let reasons = layers.clone().map(|layer| layer.reason.unwrap());
-        assert_eq!(reasons, [Reason::Lost, Reason::Lost, Reason::OnADevice]);
+        let on_a_device = Reason::OnADevice;
+        assert_eq!(
+            reasons,
+            [Reason::Lost, Reason::Lost, on_a_device, on_a_device]
+        );
         let told = |why: &Evidence| {
-            let gap = why.explain_silence(&options);
+            let gap = why.explain_silence(1, &options);
             (gap.reason, gap.to_see())
         };
         let (reason, advice) = told(&why);

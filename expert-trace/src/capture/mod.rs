@@ -433,6 +433,8 @@ impl Capture {
             let nextn: Vec<usize> = of_process.iter().filter(has_nextn).copied().collect();
             let beside = |other: &&&Context| other.process == context.process;
             let fitting = |other: &&Context| stats::fitting_models(other, models, &of_process);
+            let in_part = |other: &&Context| other.not_visible(Ends::default()).passes > 0;
+            let in_part = seen.iter().filter(beside).any(in_part);
             let seen: Vec<Vec<usize>> = seen.iter().filter(beside).map(fitting).collect();
             let known = stats::unseen::Known {
                 models: &of_process,
@@ -440,7 +442,13 @@ impl Capture {
                 seen: &seen,
                 unseen: unseen.iter().filter(beside).count(),
             };
-            stats::unseen::model(&known, computed(context))
+            let model = stats::unseen::model(&known, computed(context))?;
+            // Where a device can hide some passes of a model, what is left need not be another one.
+            let is_dense = models[model].shape.moe_layers.is_empty();
+            let options = || self.targets.options(self.pid_of(context), self.pid.get());
+            let hides = in_part || is_dense && options().has_device(None);
+            let is_only = of_process.len() == 1;
+            (is_only || !hides).then_some(model)
         };
         unseen
             .iter()

@@ -242,7 +242,8 @@ impl Integrity {
         } = self.events.dropped;
         let unknown = self.unknown_rows.malformed + self.unknown_rows.unreadable;
         let unreadable = unreadable + unknown + self.hits.unreadable;
-        ring_full + unreadable + self.received.rejected + self.routes.copies_lost
+        let mixed_up = self.received.rejected + self.routes.copies_lost + self.hits.state_lost;
+        ring_full + unreadable + mixed_up
     }
 
     /// Whether the sums are right: they are not while a probe is running.

@@ -376,32 +376,14 @@ fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::BTreeSet,
-        ffi::{OsStr, OsString},
-    };
+    use std::ffi::{OsStr, OsString};
 
     use super::*;
-    use crate::{gguf::ExpertsUsed, placement::Backends};
+    use crate::placement::Backends;
 
     /// Six layers, of which the first is dense.
     fn shape() -> ModelShape {
-        ModelShape {
-            arch: "deepseek2".to_owned(),
-            name: None,
-            layers: 6,
-            n_expert: 8,
-            n_expert_used: ExpertsUsed::Uniform(2),
-            nextn_predict_layers: 0,
-            moe_layers: vec![1, 2, 3, 4, 5],
-            expert_gating_func: None,
-            expert_group_count: 0,
-            expert_group_used_count: 0,
-            second_block_experts: None,
-            router_bias: BTreeSet::new(),
-            selection_bias: BTreeSet::new(),
-            chosen_by_token: BTreeSet::new(),
-        }
+        ModelShape::with_experts_in(6, &[1, 2, 3, 4, 5])
     }
 
     fn program(options: &Options) -> Program<'_> {

@@ -160,31 +160,14 @@ impl Facts<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use crate::gguf::{ExpertsUsed, ModelShape};
+    use crate::gguf::ModelShape;
 
-    fn model(path: &str, moe_layers: u32) -> ModelFile {
+    fn model(path: &str, moe_layers: usize) -> ModelFile {
         ModelFile {
             path: path.to_owned(),
             found: "mapped",
-            shape: ModelShape {
-                arch: "llama".to_owned(),
-                name: None,
-                layers: 4,
-                n_expert: 8 * moe_layers.min(1),
-                n_expert_used: ExpertsUsed::Uniform(2 * moe_layers.min(1)),
-                nextn_predict_layers: 0,
-                moe_layers: (0..moe_layers).collect(),
-                expert_gating_func: None,
-                expert_group_count: 0,
-                expert_group_used_count: 0,
-                second_block_experts: None,
-                router_bias: BTreeSet::new(),
-                selection_bias: BTreeSet::new(),
-                chosen_by_token: BTreeSet::new(),
-            },
+            shape: ModelShape::with_experts_in(4, &[0, 1, 2, 3][..moe_layers]),
         }
     }
 

@@ -443,13 +443,12 @@ fn never_hit(hooks: &[HookStats], hook: Hook) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, ffi::OsString, path::PathBuf};
+    use std::{ffi::OsString, path::PathBuf};
 
     use expert_trace_common::Site;
 
     use super::*;
     use crate::{
-        gguf::ExpertsUsed,
         probes::{FileId, Probe},
         symbols::{Definition, Table},
     };
@@ -664,22 +663,7 @@ mod tests {
     #[test]
     fn a_layer_that_had_nothing_to_do_is_in_the_advice() {
         use Coverage::{NotKnown, NotVisible, Observed};
-        let shape = ModelShape {
-            arch: "llama".to_owned(),
-            name: None,
-            layers: 4,
-            n_expert: 8,
-            n_expert_used: ExpertsUsed::Uniform(2),
-            nextn_predict_layers: 0,
-            moe_layers: (0..4).collect(),
-            expert_gating_func: None,
-            expert_group_count: 0,
-            expert_group_used_count: 0,
-            second_block_experts: None,
-            router_bias: BTreeSet::new(),
-            selection_bias: BTreeSet::new(),
-            chosen_by_token: BTreeSet::new(),
-        };
+        let shape = ModelShape::with_experts_in(4, &[0, 1, 2, 3]);
         let options = options("llama-server -ngl 99 -ncmoe 2");
         let why = Evidence::of_hooks(&[hook(Hook::ExpertIds, 1)], false);
         let told = |coverage: [Coverage; 4], idle: Coverage| {

@@ -417,31 +417,15 @@ impl Facts<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, ffi::OsString};
+    use std::ffi::OsString;
 
     use super::{
         Answer::{CouldNotTell, No, Yes},
         *,
     };
-    use crate::gguf::ExpertsUsed;
 
     fn shape() -> ModelShape {
-        ModelShape {
-            arch: "qwen3moe".to_owned(),
-            name: None,
-            layers: 4,
-            n_expert: 8,
-            n_expert_used: ExpertsUsed::Uniform(2),
-            nextn_predict_layers: 0,
-            moe_layers: vec![0, 1, 2, 3],
-            expert_gating_func: None,
-            expert_group_count: 0,
-            expert_group_used_count: 0,
-            second_block_experts: None,
-            router_bias: BTreeSet::new(),
-            selection_bias: BTreeSet::new(),
-            chosen_by_token: BTreeSet::new(),
-        }
+        ModelShape::with_experts_in(4, &[0, 1, 2, 3])
     }
 
     fn model(shape: ModelShape) -> ModelFile {

@@ -288,3 +288,27 @@ fn split_name(name: &str) -> Option<(&str, u32)> {
     let (number, total) = (five_digits(number)?, five_digits(total)?);
     (1..=total).contains(&number).then_some((prefix, total))
 }
+
+#[cfg(test)]
+impl ModelShape {
+    /// A model of so many layers, of which these have 8 experts, 2 of them chosen per token.
+    pub fn with_experts_in(layers: u32, moe_layers: &[u32]) -> Self {
+        let is_moe = u32::from(!moe_layers.is_empty());
+        Self {
+            arch: "qwen3moe".to_owned(),
+            name: None,
+            layers,
+            n_expert: 8 * is_moe,
+            n_expert_used: ExpertsUsed::Uniform(2 * is_moe),
+            nextn_predict_layers: 0,
+            moe_layers: moe_layers.to_vec(),
+            expert_gating_func: None,
+            expert_group_count: 0,
+            expert_group_used_count: 0,
+            second_block_experts: None,
+            router_bias: BTreeSet::new(),
+            selection_bias: BTreeSet::new(),
+            chosen_by_token: BTreeSet::new(),
+        }
+    }
+}

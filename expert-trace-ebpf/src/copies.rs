@@ -118,7 +118,7 @@ pub fn on_tensor_get(tensor: Address, data: u64, offset: u64, bytes: u64) {
         return;
     };
     let Some(shape) = tensor.read::<Shape>() else {
-        return;
+        return count(Counter::RoutedUnreadable, 1);
     };
     if offset != 0 || bytes < shape.bytes() {
         return count(Counter::PartialIds, 1);

@@ -111,7 +111,7 @@ const CPU: How = How {
     compiler: Compiler::System,
     options: &[],
     targets: &TARGETS,
-    duration: "5 minutes on 2 cores",
+    duration: "about 5 minutes on 2 cores",
 };
 
 /// For the GPU that is here, without the kernels that take longest to compile and route nothing.
@@ -124,7 +124,7 @@ const CUDA: How = How {
         "-DCMAKE_CUDA_ARCHITECTURES=native",
     ],
     targets: &["llama"],
-    duration: "4 minutes on 16 cores",
+    duration: "about 4 minutes on 16 cores",
 };
 
 /// All that the tests need.
@@ -222,7 +222,7 @@ pub fn build(sources: &Path, how: &How) -> Result<PathBuf> {
     let name = format!("{}-{}-{}", how.name, SDIST.version, cache::key(&parts));
     let built = cache::entry(&name, |partial| {
         eprintln!(
-            "Building {}, once: about {}. An interrupted build is continued.",
+            "Building {}, once: {}. An interrupted build is continued.",
             how.name, how.duration
         );
         let build = partial.join("build");

@@ -19,9 +19,8 @@ use crate::{cache, command, driver, packages, prebuilt};
 const GGML: &[&str] = &["ggml", "ggml-base", "ggml-cpu"];
 
 /// How long that takes.
-const DURATION: &str = "2 minutes on 2 cores";
-/// Not timed alone: the shaders take most of it.
-const DURATION_VULKAN: &str = "10 to 20 minutes on 2 cores";
+const DURATION: &str = "about 2 minutes on 2 cores";
+const DURATION_VULKAN: &str = "longer than all else here, for its shaders";
 
 /// With ggml's own threads: Debian's Clang comes without OpenMP, and other systems' with it.
 const CLANG: How = How {
@@ -63,7 +62,7 @@ const ALL_VARIANTS: How = How {
     options: &["-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"],
     // The variants are dependencies of ggml.
     targets: &["ggml", "ggml-base"],
-    duration: "7 minutes on 2 cores",
+    duration: "about 7 minutes on 2 cores",
 };
 
 const STATIC: How = How {
@@ -71,7 +70,7 @@ const STATIC: How = How {
     compiler: Compiler::System,
     options: &["-DBUILD_SHARED_LIBS=OFF"],
     targets: &["llama"],
-    duration: "5 minutes on 2 cores",
+    duration: "about 5 minutes on 2 cores",
 };
 
 const STATIC_LTO: How = How {

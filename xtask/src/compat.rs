@@ -4,26 +4,20 @@
 mod builds;
 mod routes;
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use expert_trace_tests::builds::{Build, Driven};
 use expert_trace_tests::routes::ROUTES;
 use serde_json::Value;
 
+use crate::document::{Place, head};
 use crate::planned::{self, Planned};
 use crate::{command, llama, prebuilt, results, suite, system, workspace};
 
 /// Document that shows the table.
 const DOCUMENT: &str = "docs/compatibility.md";
-/// Lines of it between which a table is.
-struct Place {
-    begin: &'static str,
-    end: &'static str,
-}
-
 const BUILDS: Place = Place {
     begin: "<!-- Made by `cargo xtask compat`: begin -->\n",
     end: "<!-- end -->\n",
@@ -88,13 +82,13 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     );
     if arguments.filter.is_none() {
         let mut document = results::header(root, &results::COMPAT, None)?;
-        document["processor"] = processor()?.into();
+        document["processor"] = system::processor()?.into();
         document["tests"] = found.sum.into();
         document[results::COMPAT.rows] = of_builds.into();
         document["routes"] = of_routes.into();
         results::write(&root.join(results::COMPAT.path), &document)?;
         for (place, table) in &tables {
-            show(&root.join(DOCUMENT), place, table)?;
+            place.show(root, DOCUMENT, table)?;
         }
     }
     Ok(())
@@ -121,15 +115,6 @@ fn test_command(root: &Path, builds: &[Build]) -> Result<Command> {
         .envs(llama.to_env())
         .envs([Build::write_list(&list, builds)?]);
     Ok(cargo)
-}
-
-/// What the system calls the processor.
-fn processor() -> Result<String> {
-    let lscpu = command::output(Command::new("lscpu").env("LC_ALL", "C"))?;
-    let name = lscpu
-        .lines()
-        .find_map(|line| line.strip_prefix("Model name:"));
-    Ok(name.unwrap_or("unknown").trim().to_owned())
 }
 
 /// The results as a table in Markdown.
@@ -163,12 +148,6 @@ fn table(rows: &[Value]) -> String {
         table += &format!("| {} |\n", cells.join(" | "));
     }
     table
-}
-
-/// The first lines of a table.
-fn head(columns: &[&str]) -> String {
-    let lines = "---|".repeat(columns.len());
-    format!("| {} |\n|{lines}\n", columns.join(" | "))
 }
 
 fn text(value: &Value) -> &str {
@@ -242,42 +221,10 @@ fn outcome(outcome: &Value, before: Option<&Value>) -> String {
     format!("not equal, {rows} of {expected} rows: {says}")
 }
 
-/// Puts a table into the document, in the place of the last one.
-fn show(document: &Path, place: &Place, table: &str) -> Result<()> {
-    let text = fs::read_to_string(document)
-        .with_context(|| format!("cannot read {}", document.display()))?;
-    let text = place
-        .with_table(&text, table)
-        .with_context(|| format!("{} has no place for a table", document.display()))?;
-    fs::write(document, text).with_context(|| format!("cannot write {}", document.display()))
-}
-
-impl Place {
-    fn with_table(&self, document: &str, table: &str) -> Option<String> {
-        let Self { begin, end } = self;
-        let (before, rest) = document.split_once(begin)?;
-        let (_, after) = rest.split_once(end)?;
-        Some(format!("{before}{begin}\n{table}\n{end}{after}"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn a_table_takes_the_place_of_the_last_one() {
-        let [first, second] = [&BUILDS, &ROUTES_IN_BUILDS].map(|Place { begin, end }| {
-            move |table: &str| format!("# Title\n{begin}\n{table}\n{end}The end.\n")
-        });
-        let old = first("| old |\n") + &second("| old |\n");
-        let new = BUILDS.with_table(&old, "| new |\n").unwrap();
-        assert_eq!(new, first("| new |\n") + &second("| old |\n"));
-        let new = ROUTES_IN_BUILDS.with_table(&old, "| new |\n").unwrap();
-        assert_eq!(new, first("| old |\n") + &second("| new |\n"));
-        assert_eq!(BUILDS.with_table("# Title\n", "| new |\n"), None);
-    }
 
     #[test]
     fn a_row_shows_what_was_hit_and_what_the_tracer_said() {

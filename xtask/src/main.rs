@@ -1,10 +1,12 @@
 //! Tasks of the workspace that Cargo alone cannot do: `cargo xtask --help`.
 
+mod bench;
 mod cache;
 mod command;
 mod compat;
 mod cuda;
 mod demo;
+mod document;
 mod driver;
 mod ebpf;
 mod llama;
@@ -62,6 +64,9 @@ enum Task {
     /// Trace many builds of llama.cpp, as root; writes docs/results/compat.json, and the tables in
     /// docs/compatibility.md
     Compat(compat::Arguments),
+    /// Measure what tracing costs, as root; writes docs/results/bench-NAME.json, and the tables in
+    /// docs/performance.md
+    Bench(bench::Arguments),
     /// Say which results of long suites are not of the code that is here, and what has changed
     Results(results::Arguments),
     /// Download builds of llama.cpp for the tests, and print the environment that they need
@@ -89,6 +94,7 @@ fn run() -> Result<ExitCode> {
         Task::Test(arguments) => return test::run(&root, &arguments),
         Task::Cuda(arguments) => cuda::run(&root, &arguments)?,
         Task::Compat(arguments) => compat::run(&root, &arguments)?,
+        Task::Bench(arguments) => bench::run(&root, &arguments)?,
         Task::Results(arguments) => results::run(&root, &arguments)?,
         Task::Llama => export(&llama::provision(&root)?.to_env()),
         Task::Prebuilt { all } => {

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::{command, suite};
+use crate::{bench, command, suite};
 
 /// A file with the results of a suite.
 pub struct ResultFile {
@@ -19,7 +19,7 @@ pub struct ResultFile {
     /// Member of the document with what was found out, in rows.
     pub rows: &'static str,
     /// Makes it.
-    command: &'static str,
+    pub command: &'static str,
 }
 
 pub const CUDA: ResultFile = ResultFile {
@@ -35,7 +35,9 @@ pub const COMPAT: ResultFile = ResultFile {
 };
 
 /// All result files.
-const ALL: [&ResultFile; 2] = [&COMPAT, &CUDA];
+fn all() -> impl Iterator<Item = &'static ResultFile> {
+    [&COMPAT, &CUDA].into_iter().chain(bench::files())
+}
 
 /// What results depend on: what is tested, the tests, and what decides how either is built and which
 /// builds of llama.cpp are traced.
@@ -109,7 +111,7 @@ impl fmt::Display for Age {
 
 fn ages(root: &Path) -> Result<Vec<(&'static str, Age)>> {
     let age = |file: &'static ResultFile| Ok((file.path, age(root, file)?));
-    ALL.into_iter().map(age).collect()
+    all().map(age).collect()
 }
 
 /// Start of a result file: of which commit it is, from when, on which kernel, by which command.

@@ -2,6 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::command;
 
 /// Whether our effective user is root.
 pub fn is_root() -> bool {
@@ -32,6 +37,15 @@ fn field<'a>(release: &'a str, name: &str) -> Option<&'a str> {
         .filter_map(|line| line.split_once('='))
         .find(|(key, _)| *key == name)
         .map(|(_, value)| value.trim_matches(['"', '\'']))
+}
+
+/// What the system calls the processor.
+pub fn processor() -> Result<String> {
+    let lscpu = command::output(Command::new("lscpu").env("LC_ALL", "C"))?;
+    let name = lscpu
+        .lines()
+        .find_map(|line| line.strip_prefix("Model name:"));
+    Ok(name.unwrap_or("unknown").trim().to_owned())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 mod all;
 mod attach;
+mod bench;
 mod callback;
 mod compat;
 mod cuda;

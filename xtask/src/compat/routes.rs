@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use super::{head, hooks, joined, outcome, text, was_hit};
+use super::{hooks, joined, outcome, text, was_hit};
+use crate::document::head;
 
 const COLUMNS: [&str; 8] = [
     "route",

@@ -17,6 +17,13 @@
 // how often each expert was chosen, as a tracer inside the program would. With --nextn, blocks that
 // predict further tokens are loaded, too. With --lora, every context uses the adapter.
 //
+// A copy (`fork`) shares the weights in memory with the process it is made of, and has one context of
+// its own, with this eval callback:
+//
+//   none      as in a program in the field
+//   topk      what --count 1 has: asks for `ffn_moe_topk-<layer>`, and counts its ids
+//   mul-mat-id   the tracer inside the program that was first thought of for this (namespace in_process)
+//
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
 //   decode SEQ tok...       append tokens to sequence SEQ in one call      ok <most likely next>
@@ -32,6 +39,10 @@
 //   free INDEX              free a context                                 ok
 //   reserve                 have the context make a new scheduler          ok
 //   vocab                                                                  ok <n_vocab> <bos> <eos>
+//   forced SEQ N START      append N tokens as prompt does, each in a call of its own   ok
+//   counts                  how often the eval callback has counted        ok <layer>:<expert>:<n>...
+//   fork SOCKET THREADS CALLBACK   make a copy, which connects to the Unix socket and takes commands
+//                           there; both answer                             ok <pid of the copy>
 //   tid                     thread id of the thread that decodes           ok <tid>
 //   reused                  graphs that the context has used again         ok <n>
 //   quit                                                                   ok
@@ -47,18 +58,23 @@
 #include "ggml.h"
 #include "llama.h"
 
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <mutex>
+#include <regex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -66,6 +82,98 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+// A tracer inside the program, as it was first thought of for llama.cpp: an eval callback on every
+// MUL_MAT_ID that copies the ids, and counts each of them under a mutex in hash maps. It is here to be
+// measured against, by the costs that such a design has:
+//
+//   - the scheduler stops after each of the three multiplications of a layer;
+//   - their ids are copied each time, with the rest of the argsort that lies between the rows;
+//   - the layer is found by a regular expression, made anew each time;
+//   - the mutex is taken, and two maps are searched, for every single id.
+//
+// It counts every id three times, once for each of gate, up and down.
+//
+// Mended, because it would count nothing or crash: the callback tells the scheduler which tensors it
+// wants instead of all; the number of the layer is sought at the end of the tensor's name
+// (`ffn_moe_gate-3`) and not after `blk.`; the copy is as large as what is copied, and rows are read at
+// their distance.
+namespace in_process {
+namespace {
+
+struct layer_stats {
+    int layer = 0;
+    uint64_t total = 0;
+    std::unordered_map<int, uint64_t> activations;
+};
+
+class tracer {
+  public:
+    static tracer & instance() {
+        static tracer the_only_one;
+        return the_only_one;
+    }
+
+    void take(const ggml_tensor * t) {
+        const ggml_tensor * ids = t->src[2];
+        const int layer = layer_of(t->name);
+        if (ids == nullptr || layer < 0) {
+            return;
+        }
+        std::vector<uint8_t> bytes(ggml_nbytes(ids));
+        ggml_backend_tensor_get(ids, bytes.data(), 0, bytes.size());
+        for (int64_t row = 0; row < ids->ne[1]; row++) {
+            for (int64_t rank = 0; rank < ids->ne[0]; rank++) {
+                int32_t id;
+                std::memcpy(&id, bytes.data() + row * ids->nb[1] + rank * ids->nb[0], sizeof(id));
+                record(layer, id);
+            }
+        }
+    }
+
+    // Calls `f(layer, expert, count)` for all.
+    template <typename F> void each(F f) {
+        std::lock_guard<std::mutex> lock(mutex);
+        for (const auto & [layer, stats] : layers) {
+            for (const auto & [id, n] : stats.activations) {
+                f(layer, id, n);
+            }
+        }
+    }
+
+  private:
+    void record(int layer, int id) {
+        std::lock_guard<std::mutex> lock(mutex);
+        layer_stats & stats = layers[layer];
+        stats.layer = layer;
+        stats.activations[id]++;
+        stats.total++;
+    }
+
+    static int layer_of(const char * name) {
+        const std::string text(name);
+        const std::regex pattern(R"(ffn_moe_\w+-(\d+)$)");
+        std::smatch match;
+        return std::regex_search(text, match, pattern) ? std::stoi(match[1].str()) : -1;
+    }
+
+    std::mutex mutex;
+    std::unordered_map<int, layer_stats> layers;
+};
+
+// ggml_backend_sched_eval_callback.
+bool on_eval(ggml_tensor * t, bool ask, void *) {
+    if (t->op != GGML_OP_MUL_MAT_ID) {
+        return false;
+    }
+    if (!ask) {
+        tracer::instance().take(t);
+    }
+    return true;
+}
+
+} // namespace
+} // namespace in_process
 
 namespace {
 
@@ -83,6 +191,7 @@ struct Options {
     int n_gpu_layers = 0;
     bool op_offload = true;
     bool count = false;
+    bool in_process = false;
     bool nextn = false;
     std::string rpc;
     std::vector<std::pair<std::string, std::string>> overrides;
@@ -215,6 +324,23 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     }
     write_rows(dump.out, dump, layer, t);
     return true;
+}
+
+// Answers go where commands come from from now on: to the program that listens at the socket.
+void serve(const std::string & socket_path) {
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    if (socket_path.size() >= sizeof(address.sun_path)) {
+        throw std::runtime_error("the path of the socket is too long");
+    }
+    std::strcpy(address.sun_path, socket_path.c_str());
+    const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (fd < 0 || connect(fd, (const sockaddr *) &address, sizeof(address)) != 0) {
+        throw std::runtime_error("cannot connect to " + socket_path);
+    }
+    dup2(fd, STDIN_FILENO);
+    dup2(fd, STDOUT_FILENO);
+    close(fd);
 }
 
 void add_rpc_server(const std::string & endpoint) {
@@ -387,6 +513,29 @@ class Driver {
             }
         } else if (command == "vocab") {
             out << ' ' << n_vocab << ' ' << llama_vocab_bos(vocab) << ' ' << llama_vocab_eos(vocab);
+        } else if (command == "forced") {
+            const int seq = number(in);
+            const int n = number(in);
+            const int64_t start = number(in);
+            for (int i = 0; i < n; i++) {
+                decode({ { seq, (llama_token) ((start + i) % n_vocab), true } });
+            }
+        } else if (command == "counts") {
+            for (const auto & [layer, experts] : dump.counts) {
+                for (const auto & [id, n] : experts) {
+                    out << ' ' << layer << ':' << id << ':' << n;
+                }
+            }
+            in_process::tracer::instance().each([&](int layer, int id, uint64_t n) {
+                out << ' ' << layer << ':' << id << ':' << n;
+            });
+        } else if (command == "fork") {
+            std::string socket_path;
+            std::string callback;
+            in >> socket_path;
+            const int threads = number(in);
+            in >> callback;
+            out << ' ' << make_copy(socket_path, threads, callback);
         } else if (command == "tid") {
             out << ' ' << syscall(SYS_gettid);
         } else if (command == "reused") {
@@ -439,6 +588,42 @@ class Driver {
         return contexts[current].ctx;
     }
 
+    // Pid of the copy, in both processes.
+    pid_t make_copy(const std::string & socket_path, int threads, const std::string & callback) {
+        const auto tasks = std::filesystem::directory_iterator("/proc/self/task");
+        if (std::distance(begin(tasks), end(tasks)) != 1) {
+            // Other threads would not be in the copy, and OpenMP would wait for them.
+            throw std::runtime_error("cannot make a copy after something was decoded");
+        }
+        if (callback != "none" && callback != "topk" && callback != "mul-mat-id") {
+            throw std::runtime_error("no such callback");
+        }
+        // Nobody waits for copies.
+        std::signal(SIGCHLD, SIG_IGN);
+        const pid_t pid = fork();
+        if (pid < 0) {
+            throw std::runtime_error("cannot fork");
+        }
+        if (pid > 0) {
+            return pid;
+        }
+        try {
+            serve(socket_path);
+        } catch (const std::exception & e) {
+            std::fprintf(stderr, "oracle: %s\n", e.what());
+            _exit(1);
+        }
+        options.threads = threads;
+        options.count = callback == "topk";
+        options.in_process = callback == "mul-mat-id";
+        for (Context & c : contexts) {
+            llama_free(c.ctx);
+        }
+        contexts.clear();
+        add_context(false);
+        return getpid();
+    }
+
     void add_context(bool nextn) {
         llama_context_params params = llama_context_default_params();
         if (nextn) {
@@ -462,6 +647,9 @@ class Driver {
         if (dump.out != nullptr || options.count) {
             params.cb_eval = on_tensor;
             params.cb_eval_user_data = &dump;
+        }
+        if (options.in_process) {
+            params.cb_eval = in_process::on_eval;
         }
         llama_context * c = llama_init_from_model(model, params);
         if (c == nullptr) {
@@ -553,7 +741,7 @@ class Driver {
         }
     }
 
-    const Options options;
+    Options options;
     Dump dump;
     llama_model * model = nullptr;
     llama_adapter_lora * lora = nullptr;

@@ -16,6 +16,66 @@ pub struct Ratio {
     pub high: f64,
 }
 
+impl Ratio {
+    /// Half the width of the interval.
+    pub fn half_width(&self) -> f64 {
+        (self.high - self.low) / 2.0
+    }
+}
+
+/// What a ratio is to be. Shares, not per cent: 0.005 is half a point.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// So much above 1 at most.
+    AtMost(f64),
+    /// Nothing but 1.
+    Unchanged,
+    /// Not more than 1.
+    NotMore,
+}
+
+/// Whether a goal is met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Yes.
+    Met,
+    /// No.
+    Missed,
+    /// The interval is too wide to tell.
+    NotResolved,
+}
+
+/// What is between a goal and the end of an interval that meets it, and the half-width of an interval
+/// that is narrow enough to tell.
+pub const RESOLUTION: f64 = 0.005;
+
+impl Goal {
+    /// Judges a ratio by its whole interval.
+    pub fn judge(self, ratio: &Ratio) -> Verdict {
+        let (met, missed) = match self {
+            Goal::AtMost(share) => {
+                let limit = 1.0 + share + RESOLUTION;
+                (ratio.high <= limit, ratio.low > limit)
+            }
+            Goal::Unchanged => (
+                ratio.low >= 1.0 - RESOLUTION && ratio.high <= 1.0 + RESOLUTION,
+                ratio.low > 1.0 + RESOLUTION || ratio.high < 1.0 - RESOLUTION,
+            ),
+            Goal::NotMore => (ratio.low <= 1.0, ratio.low > 1.0),
+        };
+        let narrow = ratio.half_width() <= RESOLUTION;
+        match (met, missed) {
+            // However wide: the whole interval is on the wrong side.
+            (_, true) => Verdict::Missed,
+            (true, _) if narrow => Verdict::Met,
+            // An interval that is wholly at or below 1 needs not be narrow.
+            (true, _) if self == Goal::NotMore && ratio.high <= 1.0 => Verdict::Met,
+            (false, _) if narrow => Verdict::Missed,
+            _ => Verdict::NotResolved,
+        }
+    }
+}
+
 /// How often rounds are drawn anew for the interval.
 const RESAMPLES: usize = 2000;
 
@@ -48,13 +108,13 @@ pub fn ratio(arm: &[f64], baseline: &[f64]) -> Ratio {
 ///
 /// If there is none.
 pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 {
-        sorted[middle]
-    } else {
-        (sorted[middle - 1] + sorted[middle]) / 2.0
+    let mut values = values.to_vec();
+    let half = values.len() / 2;
+    let even = values.len() % 2 == 0;
+    let (below, middle, _) = values.select_nth_unstable_by(half, f64::total_cmp);
+    match below.iter().copied().max_by(f64::total_cmp) {
+        Some(next) if even => (next + *middle) / 2.0,
+        _ => *middle,
     }
 }
 
@@ -92,6 +152,32 @@ mod tests {
             .collect();
         let Ratio { median, low, high } = ratio(&noisy, &baseline);
         assert!(low <= median && median <= high && low < 1.0 && high > 1.0);
+    }
+
+    #[test]
+    fn goals_are_judged_by_the_whole_interval() {
+        let judge = |goal: Goal, low: f64, high: f64| {
+            let median = (low + high) / 2.0;
+            goal.judge(&Ratio { median, low, high })
+        };
+        use Verdict::{Met, Missed, NotResolved};
+        for (goal, low, high, expected) in [
+            (Goal::AtMost(0.01), 1.006, 1.014, Met),
+            (Goal::AtMost(0.01), 1.008, 1.016, Missed),
+            (Goal::AtMost(0.01), 0.98, 1.014, NotResolved),
+            (Goal::AtMost(0.01), 0.98, 1.03, NotResolved),
+            (Goal::AtMost(0.01), 1.016, 1.2, Missed),
+            (Goal::Unchanged, 0.996, 1.004, Met),
+            (Goal::Unchanged, 0.999, 1.006, Missed),
+            (Goal::Unchanged, 0.99, 1.01, NotResolved),
+            (Goal::Unchanged, 0.9, 0.99, Missed),
+            (Goal::NotMore, 0.999, 1.001, Met),
+            (Goal::NotMore, 0.8, 0.9, Met),
+            (Goal::NotMore, 0.9, 1.1, NotResolved),
+            (Goal::NotMore, 1.001, 1.1, Missed),
+        ] {
+            assert_eq!(judge(goal, low, high), expected, "{goal:?} {low} {high}");
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl Driver {
 
     /// The process that was started.
     pub fn pid(&self) -> u32 {
-        self.lines.pid()
+        self.lines.pid().expect("a driver is started here")
     }
 
     /// Has it continue its only sequence by these tokens, in one call.

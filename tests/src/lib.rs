@@ -1,8 +1,10 @@
 //! Models with known routing, oracles, and helpers for end-to-end tests.
 
 pub mod account;
+pub mod bpftrace;
 pub mod builds;
 pub mod comparison;
+pub mod cpu_time;
 pub mod driver;
 mod environment;
 pub mod imatrix;

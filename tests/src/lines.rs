@@ -2,9 +2,11 @@
 //! line.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,10 +20,11 @@ const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Such a process. Dropping it ends it.
 pub struct Lines {
-    child: Child,
+    /// `None` when it is not a child of ours.
+    child: Option<Child>,
     /// `None` once it is closed.
-    stdin: Option<ChildStdin>,
-    stdout: ChildStdout,
+    stdin: Option<File>,
+    stdout: File,
     received: VecDeque<u8>,
 }
 
@@ -37,19 +40,33 @@ impl Lines {
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {command_line:?}"))?;
-        let stdin = child.stdin.take();
+        let stdin = child.stdin.take().context("no standard input")?;
         let stdout = child.stdout.take().context("no standard output")?;
         Ok(Lines {
-            child,
-            stdin,
-            stdout,
+            child: Some(child),
+            stdin: Some(OwnedFd::from(stdin).into()),
+            stdout: OwnedFd::from(stdout).into(),
             received: VecDeque::new(),
         })
     }
 
-    /// The process that was started.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// Talks to a process that somebody else has started.
+    ///
+    /// # Errors
+    ///
+    /// If there are no more file descriptors.
+    pub fn over(stream: UnixStream) -> Result<Lines> {
+        Ok(Lines {
+            child: None,
+            stdin: Some(OwnedFd::from(stream.try_clone()?).into()),
+            stdout: OwnedFd::from(stream).into(),
+            received: VecDeque::new(),
+        })
+    }
+
+    /// The process that was started here.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     /// Makes the process wait with its work for a reader that is a page of output behind.
@@ -106,8 +123,13 @@ impl Lines {
     }
 
     /// Waits for the end of the process, which something else brings about.
+    ///
+    /// # Errors
+    ///
+    /// If it was not started here.
     pub fn wait(mut self) -> Result<ExitStatus> {
-        Ok(self.child.wait()?)
+        let child = self.child.as_mut().context("it is no child of ours")?;
+        Ok(child.wait()?)
     }
 }
 
@@ -115,11 +137,12 @@ impl Drop for Lines {
     fn drop(&mut self) {
         // The end of its input ends it.
         self.close();
+        let Some(child) = &mut self.child else { return };
         let deadline = Instant::now() + EXIT_LIMIT;
-        while let Ok(None) = self.child.try_wait() {
+        while let Ok(None) = child.try_wait() {
             if Instant::now() > deadline {
-                let _ = self.child.kill();
-                let _ = self.child.wait();
+                let _ = child.kill();
+                let _ = child.wait();
                 return;
             }
             std::thread::sleep(Duration::from_millis(5));

@@ -1,12 +1,14 @@
 //! Drives `tests/oracle/oracle.cpp`: a program on libllama that decodes what it is told to, and can
 //! dump the experts that were used. Its commands are described at the top of its source.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::lines::Lines;
+use crate::tracer::Counts;
 
 /// A running oracle, waiting for commands. Dropping it ends the process.
 pub struct Oracle {
@@ -56,6 +58,40 @@ impl Oracle {
         Ok(rest.trim_start().to_owned())
     }
 
+    /// Makes a copy that has decoded nothing and shares the weights in memory. It ends by itself when it
+    /// is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If this one has decoded something, or the copy cannot be made.
+    pub fn copy(&mut self, threads: usize, callback: Callback) -> Result<Oracle> {
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path)?;
+        let command = format!("fork {} {threads} {}", path.display(), callback.name());
+        let pid = self.command(&command)?.parse()?;
+        let (stream, _) = listener.accept()?;
+        let mut lines = Lines::over(stream)?;
+        let answer = lines.line()?;
+        ensure!(answer == format!("ok {pid}"), "{command:?}: {answer}");
+        Ok(Oracle { lines, pid })
+    }
+
+    /// What the eval callback has counted.
+    ///
+    /// # Errors
+    ///
+    /// As [`Oracle::command`].
+    pub fn counts(&mut self) -> Result<Counts> {
+        let mut counts = Counts::new();
+        for count in self.command("counts")?.split_whitespace() {
+            let (layer, id, n) =
+                parse_count(count).with_context(|| format!("no count of an expert: {count:?}"))?;
+            counts.entry(layer).or_default().insert(id, n);
+        }
+        Ok(counts)
+    }
+
     /// Makes the oracle wait with its work for a reader that is a page of output behind.
     ///
     /// # Errors
@@ -91,6 +127,27 @@ impl Oracle {
     }
 }
 
+/// The eval callback of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Callback {
+    /// None, as in a program in the field.
+    None,
+    /// Counts the ids of `ffn_moe_topk-<layer>`.
+    TopK,
+    /// Counts the ids at each MUL_MAT_ID: three times, for gate, up and down.
+    MulMatId,
+}
+
+impl Callback {
+    fn name(self) -> &'static str {
+        match self {
+            Callback::None => "none",
+            Callback::TopK => "topk",
+            Callback::MulMatId => "mul-mat-id",
+        }
+    }
+}
+
 /// The experts used for one row, a token, in one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DumpRow {
@@ -110,6 +167,15 @@ pub fn read_dump(path: &Path) -> Result<Vec<DumpRow>> {
     text.lines()
         .map(|line| parse_row(line).with_context(|| format!("no row of a dump: {line:?}")))
         .collect()
+}
+
+fn parse_count(count: &str) -> Option<(u32, u32, u64)> {
+    let mut fields = count.split(':');
+    Some((
+        fields.next()?.parse().ok()?,
+        fields.next()?.parse().ok()?,
+        fields.next()?.parse().ok()?,
+    ))
 }
 
 fn parse_row(line: &str) -> Option<DumpRow> {
@@ -135,7 +201,7 @@ mod tests {
     fn commands_get_their_answers() {
         let mut oracle = shell("echo ready $$; read a; echo ok 5; read b; echo error bad; read c")
             .expect("a shell");
-        assert_eq!(oracle.pid(), oracle.lines.pid());
+        assert_eq!(Some(oracle.pid()), oracle.lines.pid());
         assert_eq!(oracle.command("decode 0 1").unwrap(), "5");
         let error = oracle.command("nonsense").unwrap_err();
         assert_eq!(error.to_string(), "\"nonsense\": error bad");
@@ -145,6 +211,15 @@ mod tests {
     fn an_oracle_that_ends_is_an_error() {
         assert!(shell("exit 1").is_err());
         assert!(shell("echo hello").is_err());
+    }
+
+    #[test]
+    fn reads_counts() {
+        let mut oracle = shell("echo ready $$; read a; echo ok 0:7:2 1:3:1; read b; echo ok 0:7");
+        let oracle = oracle.as_mut().expect("a shell");
+        let expected = [(0, [(7, 2)].into()), (1, [(3, 1)].into())].into();
+        assert_eq!(oracle.counts().unwrap(), expected);
+        assert!(oracle.counts().is_err());
     }
 
     #[test]

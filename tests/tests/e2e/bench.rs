@@ -3,6 +3,8 @@
 //! A benchmark prints its results as lines `RESULT {…}`, from which the result files and the tables in
 //! docs/performance.md are made.
 
+mod overhead;
+
 use std::{env, time::Duration};
 
 /// How much of a benchmark is run.
@@ -15,7 +17,6 @@ pub enum Effort {
     Full { limit: Duration },
 }
 
-#[allow(dead_code, reason = "the benchmarks that use it come next")]
 impl Effort {
     /// What `cargo xtask bench` has asked for.
     pub fn asked() -> Self {

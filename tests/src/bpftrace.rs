@@ -1,0 +1,242 @@
+//! Scripts of bpftrace, next to which the tracer is measured.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::tracer::Counts;
+
+/// Counts as the tracer does, on a CPU.
+const COUNT: &str = include_str!("../oracle/count.bt");
+/// An empty program at what every thread calls for every node of a graph.
+const EVERY_NODE: &str = "uprobe:LIBRARY:ggml_cpu_extra_compute_forward { }";
+/// The same, with a counter.
+const COUNT_NODES: &str = "uprobe:LIBRARY:ggml_cpu_extra_compute_forward { @hits = count(); }";
+
+/// Far above what bpftrace takes to compile a script.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Script {
+    /// Activations by layer and expert.
+    Count,
+    /// Nothing, for every node of a graph on every thread.
+    EveryNode,
+    /// The number of those hits.
+    CountNodes,
+}
+
+impl Script {
+    fn text(self) -> &'static str {
+        match self {
+            Script::Count => COUNT,
+            Script::EveryNode => EVERY_NODE,
+            Script::CountNodes => COUNT_NODES,
+        }
+    }
+}
+
+/// A running script. bpftrace of Debian 12 sets its probes in all processes that map the library.
+pub struct Running {
+    child: Child,
+}
+
+impl Running {
+    /// Runs a script on the libggml-cpu of a process that nothing else probes; returns when its
+    /// breakpoint is there.
+    ///
+    /// # Errors
+    ///
+    /// If bpftrace is missing, or ends.
+    pub fn on(pid: u32, script: Script) -> Result<Running> {
+        let mapping = Mapping::of(pid)?;
+        let library = &mapping.path;
+        ensure!(!mapping.is_probed(pid)?, "{library} is probed already");
+        let child = Command::new("bpftrace")
+            .args(["-e", &script.text().replace("LIBRARY", library)])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("bpftrace cannot be run: `cargo xtask test` installs it")?;
+        let mut running = Running { child };
+        let deadline = Instant::now() + START_LIMIT;
+        // It says nothing when it is ready.
+        while !mapping.is_probed(pid)? {
+            if running.child.try_wait()?.is_some() {
+                bail!("bpftrace ended: {}", running.said()?.1);
+            }
+            ensure!(Instant::now() < deadline, "bpftrace sets no probe");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(running)
+    }
+
+    /// Ends it as Ctrl-C does, and gives what it prints.
+    ///
+    /// # Errors
+    ///
+    /// If it fails.
+    pub fn end(mut self) -> Result<String> {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)?;
+        let (printed, said) = self.said()?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "bpftrace ended with {status}: {said}");
+        Ok(printed)
+    }
+
+    fn said(&mut self) -> Result<(String, String)> {
+        let (mut printed, mut said) = Default::default();
+        if let Some(stdout) = &mut self.child.stdout {
+            stdout.read_to_string(&mut printed)?;
+        }
+        if let Some(stderr) = &mut self.child.stderr {
+            stderr.read_to_string(&mut said)?;
+        }
+        Ok((printed, said))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// The activations that [`Script::Count`] prints.
+///
+/// # Errors
+///
+/// If some were lost.
+pub fn counts(printed: &str) -> Result<Counts> {
+    let mut counts = Counts::new();
+    for line in printed.lines() {
+        ensure!(!line.starts_with("@lost"), "too many ids: {line}");
+        let Some(count) = line.strip_prefix("@counts[") else {
+            continue;
+        };
+        let (layer, id, n) =
+            parse_count(count).with_context(|| format!("no count of an expert: {line:?}"))?;
+        counts.entry(layer).or_default().insert(id, n);
+    }
+    Ok(counts)
+}
+
+fn parse_count(count: &str) -> Option<(u32, u32, u64)> {
+    let (key, n) = count.split_once("]: ")?;
+    let (layer, id) = key.split_once(", ")?;
+    Some((layer.parse().ok()?, id.parse().ok()?, n.parse().ok()?))
+}
+
+/// The hits that [`Script::CountNodes`] prints.
+///
+/// # Errors
+///
+/// If there is no number.
+pub fn hits(printed: &str) -> Result<u64> {
+    let hits = printed
+        .lines()
+        .find_map(|line| line.strip_prefix("@hits: "));
+    let hits = hits.with_context(|| format!("bpftrace printed no hits: {printed:?}"))?;
+    Ok(hits.parse()?)
+}
+
+/// The code of libggml-cpu in a process.
+#[derive(Debug, PartialEq)]
+struct Mapping {
+    path: String,
+    /// In memory.
+    start: u64,
+    /// In the file.
+    offset: u64,
+    /// In bytes.
+    len: usize,
+}
+
+impl Mapping {
+    fn of(pid: u32) -> Result<Mapping> {
+        let path = format!("/proc/{pid}/maps");
+        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let mapping = text.lines().find_map(Self::parse);
+        mapping.with_context(|| format!("no libggml-cpu in {path}"))
+    }
+
+    /// A line such as `7f00-7f08 r-xp 00001000 fe:00 5   /lib/libggml-cpu.so`.
+    fn parse(line: &str) -> Option<Mapping> {
+        let path = line.find('/').map(|start| &line[start..])?;
+        let (_, file) = path.rsplit_once('/')?;
+        let mut fields = line.split(' ');
+        let (start, end) = fields.next()?.split_once('-')?;
+        let is_code = fields.next()? == "r-xp";
+        let number = |text: &str| u64::from_str_radix(text, 16).ok();
+        let (start, end) = (number(start)?, number(end)?);
+        (is_code && file.starts_with("libggml-cpu")).then_some(Mapping {
+            path: path.to_owned(),
+            start,
+            offset: number(fields.next()?)?,
+            len: usize::try_from(end - start).ok()?,
+        })
+    }
+
+    /// Whether the process has a breakpoint where the file has none.
+    fn is_probed(&self, pid: u32) -> Result<bool> {
+        let in_memory = read(&format!("/proc/{pid}/mem"), self.start, self.len)?;
+        let in_file = read(&self.path, self.offset, self.len)?;
+        // The last page goes beyond the end of the file.
+        Ok(in_memory.iter().zip(&in_file).any(|(a, b)| a != b))
+    }
+}
+
+/// `len` bytes of a file, or those that there are.
+fn read(path: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let failed = || format!("read {path}");
+    let mut file = File::open(path).with_context(failed)?;
+    file.seek(SeekFrom::Start(offset)).with_context(failed)?;
+    let mut bytes = Vec::new();
+    file.take(len as u64)
+        .read_to_end(&mut bytes)
+        .with_context(failed)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_scripts_print() {
+        let printed = "Attaching 1 probe...\n\n\n@counts[0, 7]: 2\n@counts[12, 31]: 5\n";
+        let expected = [(0, [(7, 2)].into()), (12, [(31, 5)].into())].into();
+        assert_eq!(counts(printed).unwrap(), expected);
+        assert!(counts("@lost: 5\n").is_err());
+        assert!(counts("@counts[0]: 5\n").is_err());
+        assert_eq!(hits("Attaching 1 probe...\n\n\n@hits: 31\n").unwrap(), 31);
+        assert!(hits("").is_err());
+    }
+
+    #[test]
+    fn code_of_the_library_is_found() {
+        let line = |permissions: &str, file: &str| {
+            format!("7f0000001000-7f0000003000 {permissions} 00001000 fe:00 5    /a b/{file}")
+        };
+        let expected = Mapping {
+            path: "/a b/libggml-cpu.so.0".to_owned(),
+            start: 0x7f00_0000_1000,
+            offset: 0x1000,
+            len: 0x2000,
+        };
+        let mapping = Mapping::parse(&line("r-xp", "libggml-cpu.so.0"));
+        assert_eq!(mapping, Some(expected));
+        assert_eq!(Mapping::parse(&line("r--p", "libggml-cpu.so.0")), None);
+        assert_eq!(Mapping::parse(&line("r-xp", "libc.so.6")), None);
+        assert_eq!(Mapping::parse("7f00-7f08 r-xp 00000000 00:00 0"), None);
+    }
+}

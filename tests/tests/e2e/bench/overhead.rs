@@ -1,0 +1,643 @@
+//! What tracing costs a program, next to doing nothing, and to what one would use instead.
+//!
+//! All arms are copies of one process, made before it has decoded anything: they share the weights in
+//! memory, and have no past. Each decodes the same tokens by turns.
+
+use std::{collections::BTreeMap, num::NonZero, path::Path, thread, time::Instant};
+
+use expert_trace_tests::{
+    bpftrace::{self, Running, Script},
+    comparison::{self, Goal, Ratio, Verdict},
+    cpu_time,
+    oracle::{Callback, Oracle},
+    tracer::{self, Attached, Counts, Stats},
+};
+use serde_json::{Value, json};
+
+use super::Effort;
+use crate::support::{Files, driver, known_small, known_wide, reference};
+
+/// A way to run the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Arm {
+    Untraced,
+    /// Another process of that kind: what is found here is not the tracer's.
+    UntracedToo,
+    Attached,
+    Logged,
+    /// After a tracer was there.
+    Detached,
+    TopK,
+    MulMatId,
+    CountScript,
+    EveryNodeScript,
+}
+
+impl Arm {
+    fn name(self) -> &'static str {
+        match self {
+            Arm::Untraced => "untraced",
+            Arm::UntracedToo => "untraced, another process",
+            Arm::Attached => "attach",
+            Arm::Logged => "attach --log",
+            Arm::Detached => "after attach has ended",
+            Arm::TopK => "callback on ffn_moe_topk",
+            Arm::MulMatId => "callback on MUL_MAT_ID",
+            Arm::CountScript => "bpftrace, the same counts",
+            Arm::EveryNodeScript => "bpftrace, empty probe on every node",
+        }
+    }
+
+    fn callback(self) -> Callback {
+        match self {
+            Arm::TopK => Callback::TopK,
+            Arm::MulMatId => Callback::MulMatId,
+            _ => Callback::None,
+        }
+    }
+
+    /// Every how many rounds it has its turn: what has no goal needs not be known as well.
+    fn every(self) -> u64 {
+        match self {
+            Arm::UntracedToo | Arm::MulMatId => 4,
+            _ => 1,
+        }
+    }
+}
+
+/// Those that are processes side by side.
+const COPIES: [Arm; 7] = [
+    Arm::Untraced,
+    Arm::UntracedToo,
+    Arm::Attached,
+    Arm::Logged,
+    Arm::Detached,
+    Arm::TopK,
+    Arm::MulMatId,
+];
+
+/// Those that take turns on one process, because bpftrace probes all that map the library.
+const SCRIPTED: [Arm; 3] = [Arm::Untraced, Arm::CountScript, Arm::EveryNodeScript];
+
+struct Comparison {
+    arm: Arm,
+    baseline: Arm,
+    goal: Option<Goal>,
+}
+
+const fn compare(arm: Arm, baseline: Arm, goal: Option<Goal>) -> Comparison {
+    Comparison {
+        arm,
+        baseline,
+        goal,
+    }
+}
+
+const COMPARISONS: [Comparison; 9] = [
+    compare(Arm::UntracedToo, Arm::Untraced, None),
+    compare(Arm::Attached, Arm::Untraced, Some(Goal::AtMost(0.005))),
+    compare(Arm::Logged, Arm::Untraced, Some(Goal::AtMost(0.01))),
+    compare(Arm::Detached, Arm::Untraced, Some(Goal::Unchanged)),
+    compare(Arm::TopK, Arm::Untraced, None),
+    compare(Arm::Attached, Arm::TopK, Some(Goal::NotMore)),
+    compare(Arm::MulMatId, Arm::Untraced, None),
+    compare(Arm::CountScript, Arm::Untraced, None),
+    compare(Arm::EveryNodeScript, Arm::Untraced, None),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Prompt,
+    Decode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Measure {
+    /// What a clock shows.
+    Wall,
+    /// What the target's threads use of processors.
+    Cpu,
+}
+
+const ASPECTS: [(Phase, Measure); 4] = [
+    (Phase::Prompt, Measure::Wall),
+    (Phase::Prompt, Measure::Cpu),
+    (Phase::Decode, Measure::Wall),
+    (Phase::Decode, Measure::Cpu),
+];
+
+/// Seconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Times {
+    wall: f64,
+    cpu: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sample {
+    prompt: Times,
+    decode: Times,
+}
+
+impl Sample {
+    fn of(&self, (phase, measure): (Phase, Measure)) -> f64 {
+        let times = match phase {
+            Phase::Prompt => self.prompt,
+            Phase::Decode => self.decode,
+        };
+        match measure {
+            Measure::Wall => times.wall,
+            Measure::Cpu => times.cpu,
+        }
+    }
+}
+
+/// What an arm decodes in its turn: from an empty context each time, a prompt and tokens after it.
+#[derive(Clone, Copy)]
+struct Unit {
+    repeats: u64,
+    /// Tokens, in one pass.
+    prompt: u64,
+    /// Tokens, in a pass each.
+    decode: u64,
+}
+
+impl Unit {
+    const PROMPT_START: u64 = 1000;
+    const DECODE_START: u64 = 5000;
+
+    fn passes(&self) -> u64 {
+        self.repeats * (1 + self.decode)
+    }
+
+    fn tokens(&self, phase: Phase) -> u64 {
+        self.repeats
+            * match phase {
+                Phase::Prompt => self.prompt,
+                Phase::Decode => self.decode,
+            }
+    }
+
+    fn passes_of(&self, phase: Phase) -> u64 {
+        match phase {
+            Phase::Prompt => self.repeats,
+            Phase::Decode => self.repeats * self.decode,
+        }
+    }
+
+    fn run(&self, target: &mut Oracle) -> Sample {
+        let prompt = format!("prompt 0 {} {}", self.prompt, Self::PROMPT_START);
+        let decode = format!("forced 0 {} {}", self.decode, Self::DECODE_START);
+        let mut sample = Sample::default();
+        for _ in 0..self.repeats {
+            time(target, &prompt, &mut sample.prompt);
+            time(target, &decode, &mut sample.decode);
+            target.command("clear 0").unwrap();
+        }
+        sample
+    }
+}
+
+fn time(target: &mut Oracle, command: &str, times: &mut Times) {
+    let (start, computed) = (Instant::now(), cpu_time::of(target.pid()).unwrap());
+    target.command(command).unwrap();
+    times.wall += start.elapsed().as_secs_f64();
+    let computed = cpu_time::of(target.pid()).unwrap() - computed;
+    times.cpu += computed.as_secs_f64();
+}
+
+/// Hits of all probes, and in how many passes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hits {
+    hits: u64,
+    passes: u64,
+}
+
+impl Hits {
+    fn add(&mut self, hits: u64, passes: u64) {
+        self.hits += hits;
+        self.passes += passes;
+    }
+
+    fn per_pass(&self) -> f64 {
+        self.hits as f64 / self.passes as f64
+    }
+}
+
+/// A model, with so many threads.
+struct Configuration {
+    model: &'static str,
+    path: &'static Path,
+    threads: usize,
+    unit: Unit,
+    rounds: Vec<BTreeMap<Arm, Sample>>,
+    hits: BTreeMap<Arm, Hits>,
+    /// Activations of one unit, as the callback on ffn_moe_topk counts them.
+    counts: Counts,
+}
+
+impl Configuration {
+    fn new(model: &'static str, path: &'static Path, threads: usize, unit: Unit) -> Self {
+        Self {
+            model,
+            path,
+            threads,
+            unit,
+            rounds: Vec::new(),
+            hits: BTreeMap::new(),
+            counts: Counts::new(),
+        }
+    }
+
+    /// Rounds of [`COPIES`] until it is time; one at least, after one that warms everything up.
+    fn compare_copies(&mut self, root: &mut Oracle, until: Instant) {
+        let mut copies: Vec<Copy> = COPIES
+            .iter()
+            .map(|arm| Copy::start(root, *arm, self.threads, self.unit))
+            .collect();
+        for copy in &mut copies {
+            copy.run();
+        }
+        let before = self.rounds.len();
+        while self.rounds.len() == before || Instant::now() < until {
+            let number = (self.rounds.len() - before) as u64;
+            let mut round = BTreeMap::new();
+            for copy in comparison::order(copies.len(), self.rounds.len() as u64) {
+                let copy = &mut copies[copy];
+                if number.is_multiple_of(copy.arm.every()) {
+                    round.insert(copy.arm, copy.run());
+                }
+            }
+            self.rounds.push(round);
+        }
+        for copy in &mut copies {
+            if copy.arm == Arm::TopK {
+                self.counts = divided(copy.target.counts().unwrap(), copy.units);
+            }
+        }
+        for copy in copies {
+            if let Some((arm, hits, passes)) = copy.finish(&self.counts) {
+                self.hits.entry(arm).or_default().add(hits, passes);
+            }
+        }
+    }
+
+    /// The same of [`SCRIPTED`], after the others.
+    fn compare_scripts(&mut self, root: &mut Oracle, until: Instant) {
+        let mut target = root.copy(self.threads, Callback::None).unwrap();
+        let unit = self.unit;
+        let count_nodes = Running::on(target.pid(), Script::CountNodes).unwrap();
+        unit.run(&mut target);
+        let hits = bpftrace::hits(&count_nodes.end().unwrap()).unwrap();
+        let of_nodes = self.hits.entry(Arm::EveryNodeScript).or_default();
+        of_nodes.add(hits, unit.passes());
+        let before = self.rounds.len();
+        while self.rounds.len() == before || Instant::now() < until {
+            let mut round = BTreeMap::new();
+            for arm in comparison::order(SCRIPTED.len(), self.rounds.len() as u64) {
+                let arm = SCRIPTED[arm];
+                let script = match arm {
+                    Arm::CountScript => Some(Script::Count),
+                    Arm::EveryNodeScript => Some(Script::EveryNode),
+                    _ => None,
+                };
+                let running = script.map(|script| Running::on(target.pid(), script).unwrap());
+                // The target has slept while bpftrace came up.
+                unit.run(&mut target);
+                round.insert(arm, unit.run(&mut target));
+                let printed = running.map(|running| running.end().unwrap());
+                if arm == Arm::CountScript {
+                    let counts = bpftrace::counts(&printed.unwrap_or_default()).unwrap();
+                    assert_eq!(divided(counts, 2), self.counts, "{}", arm.name());
+                }
+            }
+            self.rounds.push(round);
+        }
+    }
+
+    /// The ratio of two arms in rounds that have both, and how many there are.
+    fn ratio(&self, comparison: &Comparison, aspect: (Phase, Measure)) -> (Ratio, usize) {
+        let (times, baselines): (Vec<f64>, Vec<f64>) = self
+            .rounds
+            .iter()
+            .filter_map(|round| {
+                let time = round.get(&comparison.arm)?.of(aspect);
+                let baseline = round.get(&comparison.baseline)?.of(aspect);
+                Some((time, baseline))
+            })
+            .unzip();
+        (comparison::ratio(&times, &baselines), times.len())
+    }
+
+    fn is_resolved(&self) -> bool {
+        // Fewer make no interval.
+        const PAIRS: usize = 20;
+        COMPARISONS.iter().all(|comparison| {
+            let Some(goal) = comparison.goal else {
+                return true;
+            };
+            ASPECTS.iter().all(|aspect| {
+                let (ratio, pairs) = self.ratio(comparison, *aspect);
+                pairs >= PAIRS && goal.judge(&ratio) != Verdict::NotResolved
+            })
+        })
+    }
+
+    /// Median of an untraced turn in these terms, in seconds.
+    fn untraced(&self, aspect: (Phase, Measure)) -> f64 {
+        let rounds = self.rounds.iter();
+        let untraced = rounds.filter_map(|round| Some(round.get(&Arm::Untraced)?.of(aspect)));
+        comparison::median(&untraced.collect::<Vec<f64>>())
+    }
+
+    /// What an arm's hits come to, at so many nanoseconds each.
+    fn hits(&self, arm: Arm, (phase, measure): (Phase, Measure), ns_per_hit: f64) -> Value {
+        let Some(hits) = self.hits.get(&arm) else {
+            return Value::Null;
+        };
+        // Threads are hit side by side.
+        let at_once = match measure {
+            Measure::Wall => self.threads,
+            Measure::Cpu => 1,
+        };
+        let passes = self.unit.passes_of(phase) as f64;
+        let seconds = passes * hits.per_pass() * ns_per_hit * 1e-9 / at_once as f64;
+        json!({
+            "per_pass": hits.per_pass(),
+            "ns": ns_per_hit,
+            "percent": 100.0 * seconds / self.untraced((phase, measure)),
+        })
+    }
+
+    fn results(&self, ns_per_hit: f64) -> Vec<Value> {
+        let mut results = Vec::new();
+        for comparison in &COMPARISONS {
+            for aspect in ASPECTS {
+                let (ratio, pairs) = self.ratio(comparison, aspect);
+                let ends = [ratio.low, ratio.median, ratio.high];
+                let percent = ends.map(|ratio| 100.0 * (ratio - 1.0));
+                let (phase, measure) = aspect;
+                results.push(json!({
+                    "model": self.model,
+                    "threads": self.threads,
+                    "phase": match phase { Phase::Prompt => "prompt", Phase::Decode => "decode" },
+                    "arm": comparison.arm.name(),
+                    "compared_with": comparison.baseline.name(),
+                    "measure": match measure { Measure::Wall => "wall", Measure::Cpu => "cpu" },
+                    "percent_more": percent,
+                    "pairs": pairs,
+                    "goal": comparison.goal.map(goal_in_words),
+                    "met": comparison.goal.map(|goal| verdict(goal.judge(&ratio))),
+                    "hits": self.hits(comparison.arm, aspect, ns_per_hit),
+                    "untraced_ms_per_token":
+                        1e3 * self.untraced(aspect) / self.unit.tokens(phase) as f64,
+                    "unit": {
+                        "repeats": self.unit.repeats,
+                        "prompt": self.unit.prompt,
+                        "decode": self.unit.decode,
+                    },
+                }));
+            }
+        }
+        results
+    }
+}
+
+fn goal_in_words(goal: Goal) -> String {
+    match goal {
+        Goal::AtMost(share) => format!("at most {} %", 100.0 * share),
+        Goal::Unchanged => "no change".to_owned(),
+        Goal::NotMore => "not more".to_owned(),
+    }
+}
+
+fn verdict(verdict: Verdict) -> Value {
+    match verdict {
+        Verdict::Met => true.into(),
+        Verdict::Missed => false.into(),
+        Verdict::NotResolved => "not resolved".into(),
+    }
+}
+
+/// A target, and what traces it.
+struct Copy {
+    arm: Arm,
+    target: Oracle,
+    tracer: Option<(Attached, Files)>,
+    unit: Unit,
+    /// How often it has had its turn.
+    units: u64,
+}
+
+impl Copy {
+    fn start(root: &mut Oracle, arm: Arm, threads: usize, unit: Unit) -> Self {
+        let mut target = root.copy(threads, arm.callback()).unwrap();
+        let pid = target.pid();
+        let tracer = match arm {
+            Arm::Attached => Some(attach(pid, false)),
+            Arm::Logged => Some(attach(pid, true)),
+            Arm::Detached => {
+                let (tracer, files) = attach(pid, false);
+                unit.run(&mut target);
+                tracer.interrupt().unwrap();
+                files.stats().assert_complete();
+                None
+            }
+            _ => None,
+        };
+        Self {
+            arm,
+            target,
+            tracer,
+            unit,
+            units: 0,
+        }
+    }
+
+    fn run(&mut self) -> Sample {
+        self.units += 1;
+        self.unit.run(&mut self.target)
+    }
+
+    /// Ends it. Fails unless it has counted what one unit comes to, each time. Gives the hits of a
+    /// tracer's probes, and in how many passes.
+    fn finish(mut self, of_unit: &Counts) -> Option<(Arm, u64, u64)> {
+        let name = self.arm.name();
+        if self.arm == Arm::MulMatId {
+            // For gate, up and down.
+            let counts = self.target.counts().unwrap();
+            assert_eq!(&divided(counts, 3 * self.units), of_unit, "{name}");
+        }
+        let (tracer, files) = self.tracer?;
+        tracer.interrupt().unwrap();
+        let stats = files.stats();
+        stats.assert_complete();
+        assert_eq!(&divided(stats.counts(), self.units), of_unit, "{name}");
+        if self.arm == Arm::Logged {
+            let log = files.log();
+            let rows = log.iter().map(|(layer, ids)| (*layer, ids.as_slice()));
+            assert_eq!(tracer::count(rows), stats.counts());
+        }
+        Some((self.arm, hits(&stats), self.units * self.unit.passes()))
+    }
+}
+
+fn attach(pid: u32, log: bool) -> (Attached, Files) {
+    let files = Files::new();
+    let mut options = files.options();
+    options.retain(|option| log || !option.starts_with("--log"));
+    (Attached::to(pid, &options).unwrap(), files)
+}
+
+fn hits(stats: &Stats) -> u64 {
+    let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
+    hooks.map(|hook| hook["hits"].as_u64().unwrap()).sum()
+}
+
+/// The counts of one of `n` times the same; fails if it was not the same.
+#[track_caller]
+fn divided(mut counts: Counts, n: u64) -> Counts {
+    for count in counts.values_mut().flat_map(BTreeMap::values_mut) {
+        assert!(count.is_multiple_of(n), "{count} in {n} times the same");
+        *count /= n;
+    }
+    counts
+}
+
+/// What one hit takes on this machine, in nanoseconds.
+fn ns_per_hit() -> f64 {
+    let mut doctor = tracer::command().unwrap();
+    let output = doctor.args(["doctor", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    report["machine"]["hit_ns"]["entry"].as_f64().unwrap()
+}
+
+/// 1, 2, 4, … and all processors.
+fn thread_counts() -> Vec<usize> {
+    let all = thread::available_parallelism().map_or(1, NonZero::get);
+    let mut counts: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n))
+        .take_while(|n| *n < all)
+        .collect();
+    counts.push(all);
+    counts
+}
+
+fn root(path: &Path) -> Oracle {
+    Oracle::spawn(&mut driver(path, &["-c", "1024"])).unwrap()
+}
+
+#[test]
+#[ignore = "a benchmark: cargo xtask bench overhead"]
+fn overhead() {
+    /// So often everything is begun anew, with other places in memory.
+    const BLOCKS: u32 = 5;
+    let Effort::Full { limit } = Effort::asked() else {
+        unreachable!("that is what is asked for");
+    };
+    let models = [
+        (
+            "qwen3moe 128/8, n_embd 2048, 8 layers, Q4_0",
+            reference(),
+            Unit {
+                repeats: 1,
+                prompt: 128,
+                decode: 16,
+            },
+        ),
+        (
+            "qwen3moe 512/10, n_embd 128, 3 layers, F16",
+            known_wide().path.as_path(),
+            Unit {
+                repeats: 4,
+                prompt: 128,
+                decode: 32,
+            },
+        ),
+    ];
+    let start = Instant::now();
+    let mut roots: BTreeMap<&Path, Oracle> = models
+        .iter()
+        .map(|(_, path, _)| (*path, root(path)))
+        .collect();
+    let mut configurations: Vec<Configuration> = models
+        .into_iter()
+        .flat_map(|(model, path, unit)| {
+            let threads = thread_counts().into_iter();
+            threads.map(move |threads| Configuration::new(model, path, threads, unit))
+        })
+        .collect();
+    let block = limit / BLOCKS / configurations.len() as u32;
+    loop {
+        let mut all_resolved = true;
+        for configuration in &mut configurations {
+            let began = Instant::now();
+            // All of them have their turn, whatever the limit.
+            if !configuration.rounds.is_empty()
+                && (began - start + block > limit || configuration.is_resolved())
+            {
+                continue;
+            }
+            all_resolved = false;
+            let root = roots.get_mut(configuration.path).unwrap();
+            configuration.compare_copies(root, began + block * 3 / 4);
+            configuration.compare_scripts(root, began + block);
+        }
+        if all_resolved {
+            break;
+        }
+    }
+    let ns = ns_per_hit();
+    for configuration in &configurations {
+        for result in configuration.results(ns) {
+            println!("RESULT {result}");
+        }
+    }
+}
+
+/// One round of everything. Whoever counts, counts what follows from the tokens.
+#[test]
+fn smoke() {
+    let known = known_small();
+    let unit = Unit {
+        repeats: 1,
+        prompt: 40,
+        decode: 3,
+    };
+    let mut root = root(&known.path);
+    let mut configuration = Configuration::new("small", &known.path, 2, unit);
+    configuration.compare_copies(&mut root, Instant::now());
+    configuration.compare_scripts(&mut root, Instant::now());
+
+    let mut expected = Vec::new();
+    for layer in 0..known.expected.layers() {
+        // The last layer is computed for the last token of the prompt alone.
+        let is_last = layer + 1 == known.expected.layers();
+        let first = if is_last { unit.prompt - 1 } else { 0 };
+        let prompt = first..unit.prompt;
+        let tokens = prompt
+            .map(|i| Unit::PROMPT_START + i)
+            .chain((0..unit.decode).map(|i| Unit::DECODE_START + i));
+        expected.extend(tokens.map(|token| (layer, known.expected.ids(layer, token as u32))));
+    }
+    assert_eq!(configuration.counts, tracer::count(expected));
+
+    let results = configuration.results(ns_per_hit());
+    assert_eq!(results.len(), COMPARISONS.len() * ASPECTS.len());
+    for result in results {
+        let percent = result["percent_more"].as_array().unwrap();
+        assert!(
+            percent
+                .iter()
+                .all(|percent| percent.as_f64() > Some(-100.0))
+        );
+        assert_eq!(result["pairs"], 1, "{result:#}");
+        let of_probes = [
+            "attach",
+            "attach --log",
+            "bpftrace, empty probe on every node",
+        ];
+        let arm = result["arm"].as_str().unwrap();
+        let per_pass = result["hits"]["per_pass"].as_f64();
+        assert_eq!(per_pass > Some(1.0), of_probes.contains(&arm), "{result:#}");
+    }
+}

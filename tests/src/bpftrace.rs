@@ -72,7 +72,7 @@ impl Running {
                 bail!("bpftrace ended: {}", running.said()?.1);
             }
             ensure!(Instant::now() < deadline, "bpftrace sets no probe");
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(10));
         }
         Ok(running)
     }

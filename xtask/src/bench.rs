@@ -2,15 +2,18 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod overhead;
+
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::document::Place;
 use crate::results::ResultFile;
-use crate::{command, llama, results, suite, system, workspace};
+use crate::{command, llama, packages, results, suite, system, workspace};
 
 /// Document that shows the tables.
 const DOCUMENT: &str = "docs/performance.md";
@@ -21,9 +24,38 @@ struct Bench {
     file: ResultFile,
     place: Place,
     table: fn(&[Value]) -> String,
+    picture: Option<Picture>,
+    /// Packages that it takes beside llama.cpp.
+    packages: &'static [&'static str],
 }
 
-static ALL: [Bench; 0] = [];
+/// The results as a file that a document shows.
+struct Picture {
+    path: &'static str,
+    svg: fn(&[Value]) -> String,
+}
+
+/// bpftrace is one of the arms of `overhead`.
+pub const BPFTRACE: &[&str] = &["bpftrace"];
+
+static ALL: [Bench; 1] = [Bench {
+    name: "overhead",
+    file: ResultFile {
+        path: "docs/results/bench-overhead.json",
+        rows: "costs",
+        command: "cargo xtask bench overhead",
+    },
+    place: Place {
+        begin: "<!-- Made by `cargo xtask bench overhead`: begin -->",
+        end: "<!-- end of overhead -->",
+    },
+    table: overhead::table,
+    picture: Some(Picture {
+        path: "docs/overhead.svg",
+        svg: overhead::plot,
+    }),
+    packages: BPFTRACE,
+}];
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -58,6 +90,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
 }
 
 fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
+    packages::ensure(bench.packages, "this benchmark")?;
     let found = suite::run(&mut test_command(root, bench, minutes)?)?;
     let table = (bench.table)(&found.results);
     print!("\n{table}");
@@ -66,6 +99,10 @@ fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
     let mut document = results::header(root, &bench.file, None)?;
     document["processor"] = system::processor()?.into();
     document["tests"] = found.sum.into();
+    if let Some(Picture { path, svg }) = &bench.picture {
+        fs::write(root.join(path), svg(&found.results))
+            .with_context(|| format!("cannot write {path}"))?;
+    }
     document[bench.file.rows] = found.results.into();
     results::write(&root.join(bench.file.path), &document)?;
     bench.place.show(root, DOCUMENT, &table)

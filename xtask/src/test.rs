@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use expert_trace_tests::{builds::Build, llama::LlamaCpp, prebuilt::Prebuilt};
 
-use crate::{command, ebpf, llama, packages, prebuilt, results, system, workspace};
+use crate::{bench, command, ebpf, llama, packages, prebuilt, results, system, workspace};
 use steps::{Results, Steps};
 
 /// File in the directory of build products with the list of builds that tests trace by their names.
@@ -97,6 +97,9 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
         return;
     };
     steps.run("sudo", |_| ensure_sudo());
+    steps.run("bpftrace", |_| {
+        packages::ensure(bench::BPFTRACE, "measuring against scripts")
+    });
     let targets = Targets {
         llama,
         prebuilt,

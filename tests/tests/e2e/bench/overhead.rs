@@ -387,6 +387,7 @@ impl Configuration {
                     "percent_more": percent,
                     "pairs": pairs,
                     "goal": comparison.goal.map(goal_in_words),
+                    "goal_percent": comparison.goal.and_then(goal_in_per_cent),
                     "met": comparison.goal.map(|goal| verdict(goal.judge(&ratio))),
                     "hits": self.hits(comparison.arm, aspect, ns_per_hit),
                     "untraced_ms_per_token":
@@ -408,6 +409,16 @@ fn goal_in_words(goal: Goal) -> String {
         Goal::AtMost(share) => format!("at most {} %", 100.0 * share),
         Goal::Unchanged => "no change".to_owned(),
         Goal::NotMore => "not more".to_owned(),
+    }
+}
+
+/// Between what the interval has to be; the lower end can be open.
+fn goal_in_per_cent(goal: Goal) -> Option<[Option<f64>; 2]> {
+    let resolution = 100.0 * comparison::RESOLUTION;
+    match goal {
+        Goal::AtMost(share) => Some([None, Some(100.0 * share + resolution)]),
+        Goal::Unchanged => Some([Some(-resolution), Some(resolution)]),
+        Goal::NotMore => None,
     }
 }
 

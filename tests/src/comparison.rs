@@ -110,7 +110,7 @@ pub fn ratio(arm: &[f64], baseline: &[f64]) -> Ratio {
 pub fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     let half = values.len() / 2;
-    let even = values.len() % 2 == 0;
+    let even = values.len().is_multiple_of(2);
     let (below, middle, _) = values.select_nth_unstable_by(half, f64::total_cmp);
     match below.iter().copied().max_by(f64::total_cmp) {
         Some(next) if even => (next + *middle) / 2.0,

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,6 +20,8 @@ const COUNT_NODES: &str = "uprobe:LIBRARY:ggml_cpu_extra_compute_forward { @hits
 
 /// Far above what bpftrace takes to compile a script.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// The same of removing its probe and printing its maps.
+const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// What is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,8 @@ impl Script {
 /// A running script. bpftrace of Debian 12 sets its probes in all processes that map the library.
 pub struct Running {
     child: Child,
+    stdout: File,
+    stderr: File,
 }
 
 impl Running {
@@ -58,18 +62,23 @@ impl Running {
         let mapping = Mapping::of(pid)?;
         let library = &mapping.path;
         ensure!(!mapping.is_probed(pid)?, "{library} is probed already");
+        let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
         let child = Command::new("bpftrace")
             .args(["-e", &script.text().replace("LIBRARY", library)])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(stdout.try_clone()?)
+            .stderr(stderr.try_clone()?)
             .spawn()
             .context("bpftrace cannot be run: `cargo xtask test` installs it")?;
-        let mut running = Running { child };
+        let mut running = Running {
+            child,
+            stdout,
+            stderr,
+        };
         let deadline = Instant::now() + START_LIMIT;
         // It says nothing when it is ready.
         while !mapping.is_probed(pid)? {
             if running.child.try_wait()?.is_some() {
-                bail!("bpftrace ended: {}", running.said()?.1);
+                bail!("bpftrace ended: {}", text(&mut running.stderr)?);
             }
             ensure!(Instant::now() < deadline, "bpftrace sets no probe");
             std::thread::sleep(Duration::from_millis(10));
@@ -83,23 +92,41 @@ impl Running {
     ///
     /// If it fails.
     pub fn end(mut self) -> Result<String> {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)?;
-        let (printed, said) = self.said()?;
-        let status = self.child.wait()?;
+        let pid = Pid::from_raw(self.child.id() as i32);
+        let deadline = Instant::now() + END_LIMIT;
+        let status = loop {
+            // bpftrace only notices a signal that interrupts its waiting. Once it has, the next one
+            // would end it before it has printed anything.
+            if catches_sigint(self.child.id())? {
+                kill(pid, Signal::SIGINT)?;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            ensure!(Instant::now() < deadline, "bpftrace does not end");
+        };
+        let said = text(&mut self.stderr)?;
         ensure!(status.success(), "bpftrace ended with {status}: {said}");
-        Ok(printed)
+        text(&mut self.stdout)
     }
+}
 
-    fn said(&mut self) -> Result<(String, String)> {
-        let (mut printed, mut said) = Default::default();
-        if let Some(stdout) = &mut self.child.stdout {
-            stdout.read_to_string(&mut printed)?;
-        }
-        if let Some(stderr) = &mut self.child.stderr {
-            stderr.read_to_string(&mut said)?;
-        }
-        Ok((printed, said))
-    }
+fn catches_sigint(pid: u32) -> Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let mut lines = status.lines();
+    let mask = lines.find_map(|line| line.strip_prefix("SigCgt:"));
+    // A process that has ended, and was not waited for, has none.
+    let mask = u64::from_str_radix(mask.unwrap_or("0").trim(), 16)?;
+    Ok(mask & (1 << (Signal::SIGINT as i32 - 1)) != 0)
+}
+
+/// What was written to a file that another process writes to, too.
+fn text(file: &mut File) -> Result<String> {
+    let mut text = String::new();
+    file.rewind()?;
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 impl Drop for Running {

@@ -24,18 +24,11 @@ struct Bench {
     file: ResultFile,
     place: Place,
     table: fn(&[Value]) -> String,
-    picture: Option<Picture>,
-    /// Packages that it takes beside llama.cpp.
-    packages: &'static [&'static str],
+    /// A plot beside the table: the file it goes to, and what makes it.
+    plot: Option<(&'static str, fn(&[Value]) -> String)>,
 }
 
-/// The results as a file that a document shows.
-struct Picture {
-    path: &'static str,
-    svg: fn(&[Value]) -> String,
-}
-
-/// bpftrace is one of the arms of `overhead`.
+/// What `overhead` compares with.
 pub const BPFTRACE: &[&str] = &["bpftrace"];
 
 static ALL: [Bench; 1] = [Bench {
@@ -50,11 +43,7 @@ static ALL: [Bench; 1] = [Bench {
         end: "<!-- end of overhead -->",
     },
     table: overhead::table,
-    picture: Some(Picture {
-        path: "docs/overhead.svg",
-        svg: overhead::plot,
-    }),
-    packages: BPFTRACE,
+    plot: Some(("docs/results/bench-overhead.svg", overhead::plot)),
 }];
 
 #[derive(clap::Args)]
@@ -77,6 +66,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         system::is_root(),
         "tracing another process needs root: run `sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask bench`"
     );
+    packages::ensure(BPFTRACE, "measuring against scripts")?;
     let wanted = |bench: &&Bench| {
         arguments
             .name
@@ -90,7 +80,6 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
 }
 
 fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
-    packages::ensure(bench.packages, "this benchmark")?;
     let found = suite::run(&mut test_command(root, bench, minutes)?)?;
     let table = (bench.table)(&found.results);
     print!("\n{table}");
@@ -99,8 +88,8 @@ fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
     let mut document = results::header(root, &bench.file, None)?;
     document["processor"] = system::processor()?.into();
     document["tests"] = found.sum.into();
-    if let Some(Picture { path, svg }) = &bench.picture {
-        fs::write(root.join(path), svg(&found.results))
+    if let Some((path, plot)) = bench.plot {
+        fs::write(root.join(path), plot(&found.results))
             .with_context(|| format!("cannot write {path}"))?;
     }
     document[bench.file.rows] = found.results.into();

@@ -30,7 +30,9 @@ impl Interval {
 
     fn text(self) -> String {
         let Self { low, median, high } = self;
-        format!("{median:+.2} ({low:+.2} – {high:+.2})")
+        // Of a multiple, nobody wants hundredths.
+        let places = if median.abs() < 10.0 { 2 } else { 0 };
+        format!("{median:+.places$} ({low:+.places$} – {high:+.places$})")
     }
 }
 

@@ -24,8 +24,14 @@ struct Bench {
     file: ResultFile,
     place: Place,
     table: fn(&[Value]) -> String,
-    /// A plot beside the table: the file it goes to, and what makes it.
-    plot: Option<(&'static str, fn(&[Value]) -> String)>,
+    /// Beside the table.
+    plot: Option<Plot>,
+}
+
+/// The results as a picture that the document shows.
+struct Plot {
+    path: &'static str,
+    svg: fn(&[Value]) -> String,
 }
 
 /// What `overhead` compares with.
@@ -43,7 +49,10 @@ static ALL: [Bench; 1] = [Bench {
         end: "<!-- end of overhead -->",
     },
     table: overhead::table,
-    plot: Some(("docs/results/bench-overhead.svg", overhead::plot)),
+    plot: Some(Plot {
+        path: "docs/results/bench-overhead.svg",
+        svg: overhead::plot,
+    }),
 }];
 
 #[derive(clap::Args)]
@@ -88,8 +97,8 @@ fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
     let mut document = results::header(root, &bench.file, None)?;
     document["processor"] = system::processor()?.into();
     document["tests"] = found.sum.into();
-    if let Some((path, plot)) = bench.plot {
-        fs::write(root.join(path), plot(&found.results))
+    if let Some(Plot { path, svg }) = &bench.plot {
+        fs::write(root.join(path), svg(&found.results))
             .with_context(|| format!("cannot write {path}"))?;
     }
     document[bench.file.rows] = found.results.into();

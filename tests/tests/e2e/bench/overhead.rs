@@ -625,7 +625,7 @@ fn smoke() {
         decode: 3,
     };
     let mut root = root(&known.path);
-    let mut configuration = Configuration::new("small", &known.path, 2, unit);
+    let mut configuration = Configuration::new("small", &known.path, 1, unit);
     configuration.compare_copies(&mut root, Instant::now());
     configuration.compare_scripts(&mut root, Instant::now());
 
@@ -642,7 +642,7 @@ fn smoke() {
     }
     assert_eq!(configuration.counts, tracer::count(expected));
 
-    let results = configuration.results(ns_per_hit());
+    let results = configuration.results(1000.0);
     assert_eq!(results.len(), COMPARISONS.len() * ASPECTS.len());
     for result in results {
         let percent = result["percent_more"].as_array().unwrap();

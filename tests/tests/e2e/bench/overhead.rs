@@ -561,7 +561,7 @@ fn overhead() {
             reference(),
             Unit {
                 repeats: 1,
-                prompt: 64,
+                prompt: 32,
                 decode: 16,
             },
         ),

@@ -21,6 +21,7 @@ const STYLE: &str = "<style>\
     .goal{fill:#2a8f4f;fill-opacity:.25}\
     .wall{stroke:#c5601a;fill:#c5601a}\
     .cpu{stroke:#2b6cb0;fill:#2b6cb0}\
+    text.wall,text.cpu{stroke:none}\
     @media(prefers-color-scheme:dark){text{fill:#ddd}.wall{stroke:#f0924c;fill:#f0924c}\
     .cpu{stroke:#6cacf0;fill:#6cacf0}}\
     </style>";
@@ -145,8 +146,7 @@ fn put_text(body: &mut String, x: f64, y: f64, class: &str, anchor: &str, text: 
     let text = text.replace('&', "&amp;").replace('<', "&lt;");
     let _ = writeln!(
         body,
-        "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" \
-         stroke=\"none\">{text}</text>"
+        "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>"
     );
 }
 

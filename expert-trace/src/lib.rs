@@ -12,7 +12,7 @@
 //! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
-//! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
+//! - [`symbols`]: ELF bytes to file offsets. [`prologue`]: where in a function to probe. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
@@ -53,6 +53,7 @@ pub mod model;
 pub mod models;
 pub mod placement;
 pub mod probes;
+pub mod prologue;
 pub mod redact;
 pub mod remedy;
 pub mod requirements;

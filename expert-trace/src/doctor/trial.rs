@@ -191,6 +191,7 @@ fn probe(hook: Hook, number: u32, function: extern "C" fn()) -> io::Result<Probe
             address,
             file_offset,
             skipped: 0,
+            instruction: None,
         },
         site: Site {
             source: 0,

@@ -3,8 +3,9 @@
 mod multi;
 
 use std::{
+    collections::{BTreeSet, HashSet},
     ffi::{CString, c_void},
-    fs::File,
+    fs::{self, File},
     io,
     num::{NonZeroU32, NonZeroUsize},
     os::{
@@ -12,6 +13,7 @@ use std::{
         linux::fs::MetadataExt as _,
         unix::{ffi::OsStrExt as _, fs::FileExt as _},
     },
+    panic::resume_unwind,
     path::Path,
     ptr::NonNull,
     thread,
@@ -26,17 +28,20 @@ use aya::{
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
     },
 };
-use btf_rs::{Btf, Type};
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
     DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
 };
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::{
+    mman::{MapFlags, ProtFlags, mmap, munmap},
+    signal::SigSet,
+};
 use thiserror::Error;
 
 pub use self::multi::is_supported as has_uprobe_multi;
 use crate::{
+    kernel_types,
     layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
@@ -129,12 +134,34 @@ struct Plain<T>(T);
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
 
+/// Most processes that are followed at once, for which the kernel makes room beforehand.
+fn most_followed(scope: Scope) -> u32 {
+    /// Most process numbers that the kernel gives on 64-bit machines (PID_MAX_LIMIT in
+    /// include/linux/threads.h).
+    const LIMIT: u32 = 4 << 20;
+    match scope {
+        Scope::Process(_) => 1,
+        Scope::FirstChild { .. } => {
+            let most = fs::read_to_string("/proc/sys/kernel/pid_max").ok();
+            let most = most.and_then(|most| most.trim().parse().ok());
+            most.unwrap_or(LIMIT).clamp(1, LIMIT)
+        }
+    }
+}
+
+/// Leaves signals to other threads: while one is to be handled, the kernel breaks the verification of a
+/// program off with EAGAIN.
+fn leave_signals() {
+    // It does not fail with a set that is one.
+    let _ = SigSet::all().thread_block();
+}
+
 /// What keeps probes in their places.
 enum Uprobes {
     /// By links of the kind `uprobe_multi`, and programs that are loaded for it.
     Multi(multi::Programs),
-    /// By perf events, with the programs that aya has loaded.
-    PerfEvents,
+    /// By perf events, with the programs of these names, which aya has loaded.
+    PerfEvents(HashSet<&'static str>),
 }
 
 /// A probe, until it is dropped.
@@ -159,28 +186,24 @@ pub struct Session {
 }
 
 impl Session {
-    /// Loads the programs, with a ring buffer of `ring_bytes` (a power of two, at least a page).
-    /// Nothing is counted until [`Session::set_active`].
+    /// Makes the maps, with a ring buffer of `ring_bytes` (a power of two, at least a page), and loads the
+    /// program that every capture needs: a kernel that refuses it is no use. Others are loaded when a
+    /// probe needs them. Nothing is counted until [`Session::set_active`].
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn load(ring_bytes: u32, scope: Scope) -> Result<(Self, Events), AttachError> {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("EVENTS", ring_bytes)
+            .map_max_entries("FOLLOWED", most_followed(scope))
             .load(&OBJECT.0)
             .map_err(load_error)?;
-        let mut programs = Hook::ALL.map(Hook::program).to_vec();
-        programs.sort_unstable();
-        programs.dedup();
         let uprobes = if has_uprobe_multi() {
-            let programs = multi::Programs::load(&OBJECT.0, &ebpf, programs);
-            Uprobes::Multi(programs.map_err(load_error)?)
+            let programs = multi::Programs::of(&OBJECT.0, &ebpf).map_err(load_error)?;
+            Uprobes::Multi(programs)
         } else {
             tracing::debug!("no uprobe_multi links: probes are set by perf events");
-            for program in programs {
-                uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
-            }
-            Uprobes::PerfEvents
+            Uprobes::PerfEvents(HashSet::new())
         };
         let mut take = |name: &str| {
             ebpf.take_map(name)
@@ -204,6 +227,7 @@ impl Session {
             links: Links::default(),
             tracepoints: Vec::new(),
         };
+        session.load_programs([Hook::ExpertIds])?;
         match scope {
             Scope::Process(_) => {}
             Scope::FirstChild { forks: false } => session.follow(Follow::FirstChild)?,
@@ -212,9 +236,42 @@ impl Session {
         Ok((session, Events(ring)))
     }
 
+    /// Loads the programs that hooks need, at once: the kernel takes milliseconds to verify one, and
+    /// [`Session::attach`] would load one after the other.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn load_programs(
+        &mut self,
+        hooks: impl IntoIterator<Item = Hook>,
+    ) -> Result<(), AttachError> {
+        let programs: BTreeSet<&str> = hooks.into_iter().map(Hook::program).collect();
+        match &mut self.uprobes {
+            Uprobes::Multi(loaded) => loaded.load(programs).map_err(load_error),
+            Uprobes::PerfEvents(loaded) => {
+                for name in programs {
+                    if loaded.contains(name) {
+                        continue;
+                    }
+                    let program = uprobe(&mut self.ebpf, name)?;
+                    let load = || {
+                        leave_signals();
+                        program.load()
+                    };
+                    let loaded_by = thread::scope(|scope| scope.spawn(load).join());
+                    loaded_by
+                        .unwrap_or_else(|panic| resume_unwind(panic))
+                        .map_err(load_error)?;
+                    loaded.insert(name);
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn follow(&mut self, follow: Follow) -> Result<(), AttachError> {
         let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
-        let namespace = std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
+        let namespace = fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
         let [device, inode] = CONTROL_NAMESPACE;
         let [tgid, exit_code] = task_offsets(["tgid", "exit_code"]).map_err(AttachError::Follow)?;
         // The kernel's numbers, as the helper compares them, fit in 32 bits.
@@ -280,7 +337,7 @@ impl Session {
     pub fn attached_by(&self) -> &'static str {
         match self.uprobes {
             Uprobes::Multi(_) => "uprobe_multi",
-            Uprobes::PerfEvents => "perf_event",
+            Uprobes::PerfEvents(_) => "perf_event",
         }
     }
 
@@ -316,6 +373,7 @@ impl Session {
         if site.probe >= MAX_PROBES || site.source >= MAX_SOURCES {
             return Err(refused("there are too many probes by now".to_owned()));
         }
+        self.load_programs([probe.hook])?;
         if let Some(declared) = declared {
             self.declare(site.source, *declared)?;
         }
@@ -362,7 +420,7 @@ impl Session {
                 let _link = link.map_err(|error| error.to_string())?;
                 Ok(Link::Multi { _link })
             }
-            Uprobes::PerfEvents => {
+            Uprobes::PerfEvents(_) => {
                 let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
                 let point = UProbeAttachPoint {
                     location: UProbeAttachLocation::AbsoluteOffset(offset),
@@ -542,24 +600,9 @@ const PAGE: NonZeroUsize = NonZeroUsize::new(64 << 10).unwrap();
 /// Offsets of members of the running kernel's `task_struct`, in bytes.
 fn task_offsets<const N: usize>(names: [&str; N]) -> Result<[u32; N], String> {
     const BTF: &str = "/sys/kernel/btf/vmlinux";
-    let failed = |error: btf_rs::Error| format!("{BTF}: {error}");
-    let btf = Btf::from_file(BTF).map_err(failed)?;
-    let mut offsets = [None; N];
-    for kind in btf.resolve_types_by_name("task_struct").map_err(failed)? {
-        let Type::Struct(task) = kind else { continue };
-        for member in &task.members {
-            let member_name = btf.resolve_name(member).map_err(failed)?;
-            for (name, offset) in names.iter().zip(&mut offsets) {
-                if *name == member_name {
-                    *offset = Some(member.bit_offset() / 8);
-                }
-            }
-        }
-    }
-    for (name, offset) in names.iter().zip(offsets) {
-        offset.ok_or_else(|| format!("{BTF}: task_struct has no {name}"))?;
-    }
-    Ok(offsets.map(Option::unwrap_or_default))
+    let btf = fs::read(BTF).map_err(|error| format!("{BTF}: {error}"))?;
+    let offsets = kernel_types::member_offsets(&btf, "task_struct", names);
+    offsets.map_err(|error| format!("{BTF}: {error}"))
 }
 
 fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {

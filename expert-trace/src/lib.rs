@@ -14,6 +14,7 @@
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
 //! - [`symbols`]: ELF bytes to file offsets. [`prologue`]: where in a function to probe. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
 //! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
+//!   [`kernel_types`]: where the kernel's structs have their members.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
 //! - [`placement`] and [`remedy`]: where llama.cpp keeps routers and experts, and what options bring their
@@ -47,6 +48,7 @@ pub mod eval_callback;
 pub mod export;
 pub mod gate;
 pub mod gguf;
+pub mod kernel_types;
 pub mod launch;
 pub mod layout;
 pub mod model;

@@ -14,6 +14,8 @@ use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
+    panic::resume_unwind,
+    thread,
 };
 
 use aya::{Ebpf, maps::Map};
@@ -21,6 +23,7 @@ use aya_obj::{Function, Object, ParseError, btf::BtfError, relocation::EbpfReloc
 use nix::errno::Errno;
 use thiserror::Error;
 
+use super::leave_signals;
 use crate::bpf::{self, Command, PROG_TYPE_KPROBE, ProgLoad};
 
 /// BPF_TRACE_UPROBE_MULTI
@@ -32,6 +35,9 @@ const ON_RETURN: u32 = 1;
 const LOG_LEVEL: u32 = 1;
 /// Room for it. The end is what counts, and what kernels with these links keep.
 const LOG_BYTES: usize = 64 << 10;
+
+/// How often the kernel may break off, as it does when we are stopped meanwhile.
+const ATTEMPTS: u32 = 5;
 
 /// `bpf_attr` for BPF_LINK_CREATE with this attach type.
 #[repr(C)]
@@ -155,19 +161,20 @@ fn link(program: BorrowedFd, place: Place) -> Result<OwnedFd, Errno> {
     unsafe { bpf::descriptor(Command::LinkCreate, &create) }
 }
 
-/// Programs that are loaded for such links, by their names.
-pub struct Programs(HashMap<&'static str, OwnedFd>);
+/// Programs for such links: those of an object, and of these the ones that are loaded, by their names.
+pub struct Programs {
+    object: Object,
+    /// Types that the programs' functions are described by.
+    types: Option<OwnedFd>,
+    loaded: HashMap<&'static str, OwnedFd>,
+}
 
 impl Programs {
-    /// Loads programs of an object whose maps aya has made.
+    /// The programs of an object whose maps aya has made.
     ///
     /// # Errors
-    /// When the kernel refuses, or the object is not what it should be.
-    pub fn load(
-        object: &[u8],
-        maps: &Ebpf,
-        names: impl IntoIterator<Item = &'static str>,
-    ) -> Result<Self, LoadError> {
+    /// When the object is not what it should be, or the kernel refuses its types.
+    pub fn of(object: &[u8], maps: &Ebpf) -> Result<Self, LoadError> {
         let mut object = Object::parse(object)?;
         let types = match aya::features().btf() {
             Some(features) => object.fixup_and_sanitize_btf(features)?,
@@ -177,15 +184,51 @@ impl Programs {
             .map(|types| load_types(&types.to_bytes()))
             .transpose()?;
         relocate(&mut object, maps)?;
-        let mut programs = HashMap::new();
-        for name in names {
-            let program = object.programs.get(name);
-            let program = program.ok_or(LoadError::Missing(name))?;
-            let function = &object.functions[&program.function_key()];
-            let loaded = load_program(name, program, function, types.as_ref())?;
-            programs.insert(name, loaded);
+        Ok(Self {
+            object,
+            types,
+            loaded: HashMap::new(),
+        })
+    }
+
+    /// Loads programs, unless they are. The kernel verifies them at the same time, on as many CPUs as it
+    /// has for that.
+    ///
+    /// # Errors
+    /// When the kernel refuses one, or the object does not have it. The others are loaded all the same.
+    pub fn load(&mut self, names: impl IntoIterator<Item = &'static str>) -> Result<(), LoadError> {
+        let Self {
+            object,
+            types,
+            loaded,
+        } = self;
+        let missing = names.into_iter().filter(|name| !loaded.contains_key(name));
+        let missing: Vec<&'static str> = missing.collect();
+        let (object, types) = (&*object, types.as_ref());
+        let results: Vec<_> = thread::scope(|scope| {
+            let load = |name| {
+                move || {
+                    leave_signals();
+                    load_program(name, object, types)
+                }
+            };
+            let workers = missing.iter().map(|name| scope.spawn(load(*name)));
+            let workers: Vec<_> = workers.collect();
+            let joined = workers.into_iter().map(|worker| worker.join());
+            joined
+                .map(|result| result.unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        let mut refusal = Ok(());
+        for (name, result) in missing.into_iter().zip(results) {
+            match result {
+                Ok(program) => {
+                    loaded.insert(name, program);
+                }
+                Err(error) => refusal = refusal.and(Err(error)),
+            }
         }
-        Ok(Self(programs))
+        refusal
     }
 
     /// Sets a probe, for as long as what it gives is open.
@@ -193,7 +236,7 @@ impl Programs {
     /// # Errors
     /// When the kernel refuses.
     pub fn attach(&self, name: &str, place: Place) -> Result<OwnedFd, Errno> {
-        let program = self.0.get(name).ok_or(Errno::ENOENT)?;
+        let program = self.loaded.get(name).ok_or(Errno::ENOENT)?;
         link(program.as_fd(), place)
     }
 }
@@ -245,10 +288,11 @@ fn load_types(types: &[u8]) -> Result<OwnedFd, LoadError> {
 
 fn load_program(
     name: &'static str,
-    program: &aya_obj::Program,
-    function: &Function,
+    object: &Object,
     types: Option<&OwnedFd>,
 ) -> Result<OwnedFd, LoadError> {
+    let program = object.programs.get(name);
+    let program = program.ok_or(LoadError::Missing(name))?;
     let Function {
         instructions,
         func_info,
@@ -256,7 +300,7 @@ fn load_program(
         line_info,
         line_info_rec_size,
         ..
-    } = function;
+    } = &object.functions[&program.function_key()];
     let functions = func_info.func_info_bytes();
     let lines = line_info.line_info_bytes();
     let mut load = ProgLoad {
@@ -282,7 +326,12 @@ fn load_program(
     }
     // SAFETY: instructions and records are as many as is said, and the license ends with a zero; so is
     // the room for the log.
-    let attempt = |load: &ProgLoad| unsafe { bpf::descriptor(Command::ProgLoad, load) };
+    let once = |load: &ProgLoad| unsafe { bpf::descriptor(Command::ProgLoad, load) };
+    let attempt = |load: &ProgLoad| {
+        let mut attempts = (0..ATTEMPTS).map(|_| once(load));
+        let settled = attempts.find(|loaded| !matches!(loaded, Err(Errno::EAGAIN)));
+        settled.unwrap_or(Err(Errno::EAGAIN))
+    };
     attempt(&load).or_else(|_| {
         // A log costs time, so that it is asked for when it is needed.
         let mut log = vec![0; LOG_BYTES];

@@ -1,10 +1,12 @@
 //! From a plan to running probes. The only module that names aya.
 
 mod multi;
+mod perf_event;
+mod programs;
 
 use std::{
-    collections::{BTreeSet, HashSet},
-    ffi::{CString, c_void},
+    collections::BTreeSet,
+    ffi::{CStr, CString, c_void},
     fs::{self, File},
     io,
     num::{NonZeroU32, NonZeroUsize},
@@ -13,35 +15,28 @@ use std::{
         linux::fs::MetadataExt as _,
         unix::{ffi::OsStrExt as _, fs::FileExt as _},
     },
-    panic::resume_unwind,
     path::Path,
     ptr::NonNull,
     thread,
 };
 
 use aya::{
-    Ebpf, EbpfLoader, Pod,
-    maps::{Array, MapData, PerCpuArray, RingBuf},
-    programs::{
-        RawTracePoint, UProbe,
-        raw_trace_point::RawTracePointLink,
-        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
-    },
+    Pod,
+    maps::{Array, Map, MapData, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
     DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
 };
-use nix::sys::{
-    mman::{MapFlags, ProtFlags, mmap, munmap},
-    signal::SigSet,
-};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
+use tracing::level_filters::LevelFilter;
 
 pub use self::multi::is_supported as has_uprobe_multi;
+use self::programs::Programs;
 use crate::{
-    kernel_types,
+    bpf, kernel_types,
     layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
@@ -149,31 +144,34 @@ fn most_followed(scope: Scope) -> u32 {
     }
 }
 
-/// Leaves signals to other threads: while one is to be handled, the kernel breaks the verification of a
-/// program off with EAGAIN.
-fn leave_signals() {
-    // It does not fail with a set that is one.
-    let _ = SigSet::all().thread_block();
-}
-
 /// What keeps probes in their places.
-enum Uprobes {
-    /// By links of the kind `uprobe_multi`, and programs that are loaded for it.
-    Multi(multi::Programs),
-    /// By perf events, with the programs of these names, which aya has loaded.
-    PerfEvents(HashSet<&'static str>),
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Means {
+    /// Links of the kind `uprobe_multi`.
+    Multi,
+    /// Links of perf events.
+    PerfEvents,
 }
 
-/// A probe, until it is dropped.
-enum Link {
-    Multi { _link: OwnedFd },
-    PerfEvent { _link: UProbeLink },
+/// Where a probe is set, and what its hits are told.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    /// The file.
+    path: &'a CStr,
+    /// Offset of the instruction in it.
+    offset: u64,
+    /// What the program gets from `bpf_get_attach_cookie`.
+    cookie: u64,
+    /// The process in whose memory, by its number; 0 for all that map the file.
+    process: i32,
+    /// Whether the function that begins there hits it when it returns.
+    on_return: bool,
 }
 
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
-    ebpf: Ebpf,
-    uprobes: Uprobes,
+    programs: Programs,
+    means: Means,
     scope: Scope,
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
@@ -182,7 +180,7 @@ pub struct Session {
     hits: PerCpuArray<MapData, u64>,
     links: Links,
     /// Keep the tracepoints' programs attached.
-    tracepoints: Vec<RawTracePointLink>,
+    tracepoints: Vec<OwnedFd>,
 }
 
 impl Session {
@@ -193,31 +191,29 @@ impl Session {
     /// # Errors
     /// When the kernel refuses.
     pub fn load(ring_bytes: u32, scope: Scope) -> Result<(Self, Events), AttachError> {
-        let mut ebpf = EbpfLoader::new()
-            .map_max_entries("EVENTS", ring_bytes)
-            .map_max_entries("FOLLOWED", most_followed(scope))
-            .load(&OBJECT.0)
-            .map_err(load_error)?;
-        let uprobes = if has_uprobe_multi() {
-            let programs = multi::Programs::of(&OBJECT.0, &ebpf).map_err(load_error)?;
-            Uprobes::Multi(programs)
-        } else {
-            tracing::debug!("no uprobe_multi links: probes are set by perf events");
-            Uprobes::PerfEvents(HashSet::new())
+        let (means, attach_type) = match has_uprobe_multi() {
+            true => (Means::Multi, multi::ATTACH_TYPE),
+            false => {
+                tracing::debug!("no uprobe_multi links: probes are set by perf events");
+                (Means::PerfEvents, 0)
+            }
         };
+        let entries = [("EVENTS", ring_bytes), ("FOLLOWED", most_followed(scope))];
+        let (programs, mut maps) =
+            Programs::of(&OBJECT.0, &entries, attach_type).map_err(load_error)?;
         let mut take = |name: &str| {
-            ebpf.take_map(name)
+            maps.remove(name)
                 .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
         };
-        let ring = RingBuf::try_from(take("EVENTS")?).map_err(map_error)?;
-        let control = Array::try_from(take("CONTROL")?).map_err(map_error)?;
-        let counts = PerCpuArray::try_from(take("COUNTS")?).map_err(map_error)?;
-        let layouts = Array::try_from(take("LAYOUT")?).map_err(map_error)?;
-        let declared = Array::try_from(take("DECLARED")?).map_err(map_error)?;
-        let hits = PerCpuArray::try_from(take("HITS")?).map_err(map_error)?;
+        let ring = RingBuf::try_from(Map::RingBuf(take("EVENTS")?)).map_err(map_error)?;
+        let control = Array::try_from(Map::Array(take("CONTROL")?)).map_err(map_error)?;
+        let counts = PerCpuArray::try_from(Map::PerCpuArray(take("COUNTS")?)).map_err(map_error)?;
+        let layouts = Array::try_from(Map::Array(take("LAYOUT")?)).map_err(map_error)?;
+        let declared = Array::try_from(Map::Array(take("DECLARED")?)).map_err(map_error)?;
+        let hits = PerCpuArray::try_from(Map::PerCpuArray(take("HITS")?)).map_err(map_error)?;
         let mut session = Self {
-            ebpf,
-            uprobes,
+            programs,
+            means,
             scope,
             control,
             counts,
@@ -246,27 +242,7 @@ impl Session {
         hooks: impl IntoIterator<Item = Hook>,
     ) -> Result<(), AttachError> {
         let programs: BTreeSet<&str> = hooks.into_iter().map(Hook::program).collect();
-        match &mut self.uprobes {
-            Uprobes::Multi(loaded) => loaded.load(programs).map_err(load_error),
-            Uprobes::PerfEvents(loaded) => {
-                for name in programs {
-                    if loaded.contains(name) {
-                        continue;
-                    }
-                    let program = uprobe(&mut self.ebpf, name)?;
-                    let load = || {
-                        leave_signals();
-                        program.load()
-                    };
-                    let loaded_by = thread::scope(|scope| scope.spawn(load).join());
-                    loaded_by
-                        .unwrap_or_else(|panic| resume_unwind(panic))
-                        .map_err(load_error)?;
-                    loaded.insert(name);
-                }
-                Ok(())
-            }
-        }
+        self.programs.load(programs).map_err(load_error)
     }
 
     fn follow(&mut self, follow: Follow) -> Result<(), AttachError> {
@@ -286,21 +262,18 @@ impl Session {
         for (index, value) in settings {
             self.control.set(index, value, 0).map_err(map_error)?;
         }
-        for (program, tracepoint) in [
-            ("new_task", "task_newtask"),
-            ("end_task", "sched_process_exit"),
-        ] {
-            let missing = || AttachError::Load(format!("the BPF object has no program {program}"));
-            let program: &mut RawTracePoint = self
-                .ebpf
-                .program_mut(program)
-                .ok_or_else(missing)?
-                .try_into()
-                .map_err(load_error)?;
-            program.load().map_err(load_error)?;
-            let link = program.attach(tracepoint).map_err(|error| failed(&error))?;
-            self.tracepoints
-                .push(program.take_link(link).map_err(|error| failed(&error))?);
+        let tracepoints = [
+            ("new_task", c"task_newtask"),
+            ("end_task", c"sched_process_exit"),
+        ];
+        self.programs
+            .load(tracepoints.map(|(program, _)| program))
+            .map_err(load_error)?;
+        for (program, tracepoint) in tracepoints {
+            if let Some(program) = self.programs.get(program) {
+                let link = bpf::attach_to_tracepoint(program, tracepoint);
+                self.tracepoints.push(link.map_err(|error| failed(&error))?);
+            }
         }
         Ok(())
     }
@@ -313,9 +286,14 @@ impl Session {
         self.control.get(&CONTROL_FIRST_CHILD, 0).map_err(map_error)
     }
 
-    /// Starts forwarding what the BPF programs log. Needs a tokio runtime.
-    pub fn forward_log(&mut self) {
-        let logger = match aya_log::EbpfLogger::init(&mut self.ebpf) {
+    /// Starts forwarding what the BPF programs log, where that is to be seen. Needs a tokio runtime.
+    pub fn forward_log(&self) {
+        if LevelFilter::current() < LevelFilter::DEBUG {
+            return;
+        }
+        let program = self.programs.get(Hook::ExpertIds.program());
+        let id = program.and_then(|program| bpf::program_id(program).ok());
+        let logger = match aya_log::EbpfLogger::init_from_id(id.unwrap_or_default()) {
             Ok(logger) => logger,
             Err(error) => return tracing::debug!("no log from the BPF programs: {error}"),
         };
@@ -335,9 +313,9 @@ impl Session {
 
     /// What keeps the probes in their places, as the document has it.
     pub fn attached_by(&self) -> &'static str {
-        match self.uprobes {
-            Uprobes::Multi(_) => "uprobe_multi",
-            Uprobes::PerfEvents(_) => "perf_event",
+        match self.means {
+            Means::Multi => "uprobe_multi",
+            Means::PerfEvents => "perf_event",
         }
     }
 
@@ -347,7 +325,7 @@ impl Session {
     /// `uprobe_prog_run` (kernel/trace/bpf_trace.c) has compared thread groups since late 2024; before, it
     /// compared memory, of which that thread has none any more. Nothing but the version tells which.
     pub fn outlives_main_thread(&self) -> bool {
-        matches!(self.uprobes, Uprobes::Multi(_)) && requirements::kernel_is_at_least((6, 13))
+        self.means == Means::Multi && requirements::kernel_is_at_least((6, 13))
     }
 
     /// Attaches a probe.
@@ -401,38 +379,22 @@ impl Session {
     }
 
     /// Gives the kernel's answer when it refuses.
-    fn link(&mut self, probe: &Probe, process: Option<NonZeroU32>) -> Result<Link, String> {
-        let program = probe.hook.program();
-        let path = &probe.attach_path;
-        let offset = probe.definition.file_offset;
-        let cookie = probe.site.cookie();
-        match &self.uprobes {
-            Uprobes::Multi(programs) => {
-                let path = CString::new(path.as_os_str().as_bytes());
-                let place = multi::Place {
-                    path: &path.map_err(|error| error.to_string())?,
-                    offset,
-                    cookie,
-                    process: process.map_or(0, |pid| pid.get() as i32),
-                    on_return: probe.hook.on_return(),
-                };
-                let link = programs.attach(program, place);
-                let _link = link.map_err(|error| error.to_string())?;
-                Ok(Link::Multi { _link })
-            }
-            Uprobes::PerfEvents(_) => {
-                let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
-                let point = UProbeAttachPoint {
-                    location: UProbeAttachLocation::AbsoluteOffset(offset),
-                    cookie: Some(cookie),
-                };
-                let scope = process.map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
-                let link = program.attach(point, path, scope);
-                let link = link.and_then(|link| program.take_link(link));
-                let _link = link.map_err(|error| chain(&error))?;
-                Ok(Link::PerfEvent { _link })
-            }
-        }
+    fn link(&self, probe: &Probe, process: Option<NonZeroU32>) -> Result<OwnedFd, String> {
+        let program = self.programs.get(probe.hook.program());
+        let program = program.ok_or("its BPF program is not loaded")?;
+        let path = CString::new(probe.attach_path.as_os_str().as_bytes());
+        let place = Place {
+            path: &path.map_err(|error| error.to_string())?,
+            offset: probe.definition.file_offset,
+            cookie: probe.site.cookie(),
+            process: process.map_or(0, |pid| pid.get() as i32),
+            on_return: probe.hook.on_return(),
+        };
+        let link = match self.means {
+            Means::Multi => multi::link(program, place).map_err(io::Error::from),
+            Means::PerfEvents => perf_event::link(program, place),
+        };
+        link.map_err(|error| error.to_string())
     }
 
     /// Detaches the probes of a file.
@@ -519,7 +481,7 @@ impl Session {
 
 /// Probes that are set, with the files that they are in.
 #[derive(Default)]
-struct Links(Vec<(FileId, Link)>);
+struct Links(Vec<(FileId, OwnedFd)>);
 
 impl Drop for Links {
     /// Takes them away at once: with each the kernel waits for grace periods, and those of several can
@@ -603,13 +565,6 @@ fn task_offsets<const N: usize>(names: [&str; N]) -> Result<[u32; N], String> {
     let btf = fs::read(BTF).map_err(|error| format!("{BTF}: {error}"))?;
     let offsets = kernel_types::member_offsets(&btf, "task_struct", names);
     offsets.map_err(|error| format!("{BTF}: {error}"))
-}
-
-fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {
-    ebpf.program_mut(name)
-        .ok_or_else(|| AttachError::Load(format!("the BPF object has no program {name}")))?
-        .try_into()
-        .map_err(load_error)
 }
 
 /// Sums of the kernel's counters.

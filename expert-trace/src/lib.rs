@@ -13,7 +13,7 @@
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
 //! - [`symbols`]: ELF bytes to file offsets. [`prologue`]: where in a function to probe. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
-//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
+//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`], [`uprobe_event`]: bpf(2) and perf_event_open(2).
 //!   [`kernel_types`]: where the kernel's structs have their members.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
@@ -69,6 +69,7 @@ pub mod stats;
 pub mod summary;
 pub mod symbols;
 pub mod target;
+pub mod uprobe_event;
 pub mod users;
 pub mod variables;
 pub mod visibility;

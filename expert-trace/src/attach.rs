@@ -266,10 +266,8 @@ impl Session {
             ("new_task", c"task_newtask"),
             ("end_task", c"sched_process_exit"),
         ];
-        self.programs
-            .load(tracepoints.map(|(program, _)| program))
-            .map_err(load_error)?;
         for (program, tracepoint) in tracepoints {
+            self.programs.load([program]).map_err(load_error)?;
             if let Some(program) = self.programs.get(program) {
                 let link = bpf::attach_to_tracepoint(program, tracepoint);
                 self.tracepoints.push(link.map_err(|error| failed(&error))?);

@@ -18,7 +18,10 @@ use aya::maps::{MapData, MapError};
 use aya_obj::{
     Function, Object, ParseError, ProgramSection, btf::BtfError, relocation::EbpfRelocationError,
 };
-use nix::{errno::Errno, sys::signal::SigSet};
+use nix::{
+    errno::Errno,
+    sys::signal::{SigSet, SigmaskHow},
+};
 use thiserror::Error;
 
 use crate::bpf::{self, Command, PROG_TYPE_KPROBE, PROG_TYPE_RAW_TRACEPOINT, ProgLoad};
@@ -128,21 +131,12 @@ impl Programs {
             .into_iter()
             .filter(|name| !self.loaded.contains_key(name));
         let missing: Vec<&'static str> = missing.collect();
-        let this = &*self;
-        let results: Vec<_> = thread::scope(|scope| {
-            let load = |name| {
-                move || {
-                    leave_signals();
-                    this.load_program(name)
-                }
-            };
-            let workers = missing.iter().map(|name| scope.spawn(load(*name)));
-            let workers: Vec<_> = workers.collect();
-            let joined = workers.into_iter().map(|worker| worker.join());
-            joined
-                .map(|result| result.unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
-        });
+        let results = match missing.as_slice() {
+            // Without a thread: the first one has glibc take a signal of its own, which a program that
+            // we start is to find as it was.
+            [name] => vec![without_signals(|| self.load_program(name))],
+            _ => self.load_together(&missing),
+        };
         let mut refusal = Ok(());
         for (name, result) in missing.into_iter().zip(results) {
             match result {
@@ -153,6 +147,18 @@ impl Programs {
             }
         }
         refusal
+    }
+
+    fn load_together(&self, names: &[&'static str]) -> Vec<Result<OwnedFd, LoadError>> {
+        thread::scope(|scope| {
+            let load = |name| move || without_signals(|| self.load_program(name));
+            let workers = names.iter().map(|name| scope.spawn(load(*name)));
+            let workers: Vec<_> = workers.collect();
+            let joined = workers.into_iter().map(|worker| worker.join());
+            joined
+                .map(|result| result.unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        })
     }
 
     /// A program that is loaded.
@@ -226,11 +232,16 @@ impl Programs {
     }
 }
 
-/// Leaves signals to other threads: while one is to be handled, the kernel breaks the verification of a
-/// program off with EAGAIN.
-fn leave_signals() {
-    // It does not fail with a set that is one.
-    let _ = SigSet::all().thread_block();
+/// Does something while the thread takes no signals: when one is to be handled, the kernel breaks the
+/// verification of a program off with EAGAIN.
+fn without_signals<T>(work: impl FnOnce() -> T) -> T {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let done = work();
+    if let Ok(before) = before {
+        // It does not fail with a set that was one.
+        let _ = before.thread_set_mask();
+    }
+    done
 }
 
 fn make_maps(object: &Object) -> Result<Maps, LoadError> {

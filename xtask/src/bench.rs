@@ -2,15 +2,18 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod start;
+
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
+use expert_trace_tests::builds::Build;
 use serde_json::Value;
 
 use crate::document::Place;
 use crate::results::ResultFile;
-use crate::{command, llama, results, suite, system, workspace};
+use crate::{command, llama, prebuilt, results, suite, system, test, workspace};
 
 /// Document that shows the tables.
 const DOCUMENT: &str = "docs/performance.md";
@@ -23,7 +26,19 @@ struct Bench {
     table: fn(&[Value]) -> String,
 }
 
-static ALL: [Bench; 0] = [];
+static ALL: [Bench; 1] = [Bench {
+    name: "start",
+    file: ResultFile {
+        path: "docs/results/bench-start.json",
+        rows: "times",
+        command: "cargo xtask bench start",
+    },
+    place: Place {
+        begin: "<!-- Made by `cargo xtask bench start`: begin -->",
+        end: "<!-- end of start -->",
+    },
+    table: start::table,
+}];
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -73,6 +88,8 @@ fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
 
 fn test_command(root: &Path, bench: &Bench, minutes: u32) -> Result<Command> {
     let llama = llama::provision(root)?;
+    let builds = prebuilt::some(root)?;
+    let list = workspace::target()?.join(test::BUILDS);
     command::run(&mut workspace::release_build(root))?;
     let mut cargo = workspace::cargo(root);
     cargo
@@ -82,6 +99,7 @@ fn test_command(root: &Path, bench: &Bench, minutes: u32) -> Result<Command> {
         .args(["--ignored", &format!("bench::{}::", bench.name)])
         .env("EXPERT_TRACE_TEST_BIN", workspace::release_program()?)
         .env("EXPERT_TRACE_BENCH_MINUTES", minutes.to_string())
-        .envs(llama.to_env());
+        .envs(llama.to_env())
+        .envs([Build::write_list(&list, &builds)?]);
     Ok(cargo)
 }

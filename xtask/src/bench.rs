@@ -3,57 +3,90 @@
 //! Most are end-to-end tests that print results; what they measure is described there.
 
 mod overhead;
+mod start;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use expert_trace_tests::builds::Build;
 use serde_json::Value;
 
 use crate::document::Place;
 use crate::results::ResultFile;
-use crate::{command, llama, packages, results, suite, system, workspace};
+use crate::{command, llama, packages, prebuilt, results, suite, system, test, workspace};
 
 /// Document that shows the tables.
 const DOCUMENT: &str = "docs/performance.md";
 
-/// A benchmark of end-to-end tests.
+/// What `overhead` compares with.
+pub const BPFTRACE: &[&str] = &["bpftrace"];
+
+/// A benchmark.
 struct Bench {
     name: &'static str,
     file: ResultFile,
     place: Place,
+    source: Source,
     table: fn(&[Value]) -> String,
-    /// Beside the table.
     plot: Option<Plot>,
 }
 
-/// The results as a picture that the document shows.
+/// Where results come from.
+enum Source {
+    /// The end-to-end tests `bench::NAME::`.
+    Tests,
+    /// Something else that gives them in rows.
+    Rows(fn(&Path) -> Result<Vec<Value>>),
+}
+
+/// The results as a picture that the document shows beside the table.
 struct Plot {
     path: &'static str,
     svg: fn(&[Value]) -> String,
 }
 
-/// What `overhead` compares with.
-pub const BPFTRACE: &[&str] = &["bpftrace"];
+/// A benchmark whose files go by its name; `$rows` is the member of its results that has them.
+macro_rules! bench {
+    ($name:literal, $rows:literal, $source:expr, $table:path) => {
+        bench!($name, $rows, $source, $table, None)
+    };
+    ($name:literal, $rows:literal, $source:expr, $table:path, plot $svg:path) => {
+        bench!(
+            $name,
+            $rows,
+            $source,
+            $table,
+            Some(Plot {
+                path: concat!("docs/results/bench-", $name, ".svg"),
+                svg: $svg,
+            })
+        )
+    };
+    ($name:literal, $rows:literal, $source:expr, $table:path, $plot:expr) => {
+        Bench {
+            name: $name,
+            file: ResultFile {
+                path: concat!("docs/results/bench-", $name, ".json"),
+                rows: $rows,
+                command: concat!("cargo xtask bench ", $name),
+            },
+            place: Place {
+                begin: concat!("<!-- Made by `cargo xtask bench ", $name, "`: begin -->\n"),
+                end: concat!("<!-- end of ", $name, " -->\n"),
+            },
+            source: $source,
+            table: $table,
+            plot: $plot,
+        }
+    };
+}
 
-static ALL: [Bench; 1] = [Bench {
-    name: "overhead",
-    file: ResultFile {
-        path: "docs/results/bench-overhead.json",
-        rows: "costs",
-        command: "cargo xtask bench overhead",
-    },
-    place: Place {
-        begin: "<!-- Made by `cargo xtask bench overhead`: begin -->",
-        end: "<!-- end of overhead -->",
-    },
-    table: overhead::table,
-    plot: Some(Plot {
-        path: "docs/results/bench-overhead.svg",
-        svg: overhead::plot,
-    }),
-}];
+static ALL: [Bench; 2] = [
+    bench!("overhead", "costs", Source::Tests, overhead::table, plot overhead::plot),
+    bench!("start", "times", Source::Tests, start::table),
+];
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -75,39 +108,45 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         system::is_root(),
         "tracing another process needs root: run `sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask bench`"
     );
-    packages::ensure(BPFTRACE, "measuring against scripts")?;
-    let wanted = |bench: &&Bench| {
-        arguments
-            .name
-            .as_ref()
-            .is_none_or(|name| name == bench.name)
-    };
-    for bench in ALL.iter().filter(wanted) {
-        measure(root, bench, arguments.minutes)?;
+    let name = arguments.name.as_deref();
+    for bench in &ALL {
+        if name.is_none_or(|name| name == bench.name) {
+            measure(root, bench, arguments.minutes)?;
+        }
     }
     Ok(())
 }
 
 fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
-    let found = suite::run(&mut test_command(root, bench, minutes)?)?;
-    let table = (bench.table)(&found.results);
+    let (rows, sum) = match bench.source {
+        Source::Tests => {
+            let found = suite::run(&mut test_command(root, bench, minutes)?)?;
+            found.ensure_passed()?;
+            (found.results, Some(found.sum))
+        }
+        Source::Rows(rows) => (rows(root)?, None),
+    };
+    ensure!(!rows.is_empty(), "nothing was measured");
+    let table = (bench.table)(&rows);
     print!("\n{table}");
-    found.ensure_passed()?;
-    ensure!(!found.results.is_empty(), "nothing was measured");
     let mut document = results::header(root, &bench.file, None)?;
     document["processor"] = system::processor()?.into();
-    document["tests"] = found.sum.into();
-    if let Some(Plot { path, svg }) = &bench.plot {
-        fs::write(root.join(path), svg(&found.results))
-            .with_context(|| format!("cannot write {path}"))?;
+    if let Some(sum) = sum {
+        document["tests"] = sum.into();
     }
-    document[bench.file.rows] = found.results.into();
+    if let Some(Plot { path, svg }) = &bench.plot {
+        fs::write(root.join(path), svg(&rows)).with_context(|| format!("cannot write {path}"))?;
+    }
+    document[bench.file.rows] = rows.into();
     results::write(&root.join(bench.file.path), &document)?;
     bench.place.show(root, DOCUMENT, &table)
 }
 
 fn test_command(root: &Path, bench: &Bench, minutes: u32) -> Result<Command> {
+    packages::ensure(BPFTRACE, "measuring against scripts")?;
     let llama = llama::provision(root)?;
+    let builds = prebuilt::some(root)?;
+    let list = workspace::target()?.join(test::BUILDS);
     command::run(&mut workspace::release_build(root))?;
     let mut cargo = workspace::cargo(root);
     cargo
@@ -117,6 +156,7 @@ fn test_command(root: &Path, bench: &Bench, minutes: u32) -> Result<Command> {
         .args(["--ignored", &format!("bench::{}::", bench.name)])
         .env("EXPERT_TRACE_TEST_BIN", workspace::release_program()?)
         .env("EXPERT_TRACE_BENCH_MINUTES", minutes.to_string())
-        .envs(llama.to_env());
+        .envs(llama.to_env())
+        .envs([Build::write_list(&list, &builds)?]);
     Ok(cargo)
 }

@@ -137,6 +137,10 @@ impl Capture {
         if let Some(file) = change.stale {
             self.session.detach_file(file);
         }
+        // What is refused here is told by each probe that needs it.
+        let _ = self
+            .session
+            .load_programs(change.probes.iter().map(|probe| probe.hook));
         for probe in change.probes {
             match self.session.attach(&probe) {
                 Ok(()) => self.hooks.push(probe),

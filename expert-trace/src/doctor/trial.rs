@@ -110,6 +110,7 @@ pub fn trace_ourselves() -> Result<HitCosts, TrialError> {
     let pid =
         NonZeroU32::new(std::process::id()).ok_or(io::Error::from(io::ErrorKind::NotFound))?;
     let (mut session, mut events) = Session::load(RING_BYTES, Scope::Process(pid))?;
+    session.load_programs(Hook::ALL)?;
     let mut costs = [0.0; 3];
     let mut number = 0;
     for (cost, (hook, function)) in costs.iter_mut().zip([
@@ -191,6 +192,7 @@ fn probe(hook: Hook, number: u32, function: extern "C" fn()) -> io::Result<Probe
             address,
             file_offset,
             skipped: 0,
+            instruction: None,
         },
         site: Site {
             source: 0,

@@ -4,12 +4,12 @@
 //! docs/performance.md are made.
 
 mod overhead;
+mod start;
 
 use std::{env, time::Duration};
 
 /// How much of a benchmark is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "the benchmarks that use it come next")]
 pub enum Effort {
     /// Every part once, with models that are there anyway: it has to work, and says nothing of speed.
     Smoke,

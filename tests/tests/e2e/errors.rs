@@ -38,7 +38,7 @@ pub struct Idle {
 }
 
 impl Idle {
-    fn start(mut command: Command) -> Self {
+    pub fn start(mut command: Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -78,7 +78,7 @@ pub fn idle() -> &'static Path {
     program
 }
 
-fn compile_idle(flags: &[&str]) -> (TempDir, PathBuf) {
+pub fn compile_idle(flags: &[&str]) -> (TempDir, PathBuf) {
     let (directory, program) = compile("idle.c", &[&["-pthread"], flags].concat());
     // Other users run it, too.
     let all = fs::Permissions::from_mode(0o755);

@@ -10,6 +10,7 @@ use std::{
 
 use expert_trace::{
     probes::{Hook, Plan, Probe},
+    prologue::Step,
     routes::Routes,
 };
 
@@ -53,20 +54,22 @@ fn assert_probes(library: &Path, expected: &[(Hook, &str)]) {
     }
 }
 
-/// Fails unless a probe is at the one function with its symbol, behind the instruction that indirect
-/// jumps end at.
+/// Fails unless a probe is at the one function with its symbol: behind the instruction that indirect jumps
+/// end at, and behind the test whether the first argument is null, which a jump follows.
 fn assert_at_symbol(elf: &Elf, probe: &Probe) {
     const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    const TEST_RDI: [u8; 3] = [0x48, 0x85, 0xff];
     let addresses = &elf.functions()[probe.symbol];
     let [address] = addresses[..] else {
         panic!("{}: {addresses:x?}", probe.symbol);
     };
     let offset = elf.offset_of(address);
-    let skipped = if elf.bytes(offset, 4) == ENDBR64 {
-        4
-    } else {
-        0
-    };
+    let mut skipped = 0;
+    for passed in [&ENDBR64[..], &TEST_RDI] {
+        if elf.bytes(offset + skipped, passed.len()) == passed {
+            skipped += passed.len() as u64;
+        }
+    }
     let definition = &probe.definition;
     assert_eq!(
         (
@@ -78,6 +81,7 @@ fn assert_at_symbol(elf: &Elf, probe: &Probe) {
         "{}",
         probe.symbol
     );
+    assert_eq!(definition.instruction, Some(Step::Emulated));
 }
 
 #[test]

@@ -155,6 +155,13 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
     let ids = || {
         let ids = Numbers(routed()?);
         let experts = expert_bound(&header);
+        // A sign for each that is negative or beyond, without a branch: many ids at a time.
+        let signs = ids
+            .iter()
+            .fold(0, |signs, id| signs | id | (experts - 1).wrapping_sub(id));
+        if signs >= 0 {
+            return Ok(ids);
+        }
         match ids.iter().find(|id| !(0..experts).contains(id)) {
             Some(id) => Err(Malformed::ExpertId(id)),
             None => Ok(ids),

@@ -105,7 +105,10 @@ fn export(criterion: &mut Criterion) {
     let mut model = Model::new(FROM_START);
     count(&mut model, &passes.records());
     let context = &model.contexts()[0];
-    let activated = context.layers.values().map(|layer| layer.tally.experts.len());
+    let activated = context
+        .layers
+        .iter()
+        .map(|(_, layer)| layer.tally.experts.len());
     assert_eq!(activated.sum::<usize>(), 128 * 512);
 
     let account = Account::current().expect("a process has a user");
@@ -118,7 +121,9 @@ fn export(criterion: &mut Criterion) {
             |output| {
                 let layers = stats::specified_layers(context);
                 let context = stats::context_stats(0, context, &[], &[], 1);
-                output.write_json(&(layers, context)).expect("it is written");
+                output
+                    .write_json(&(layers, context))
+                    .expect("it is written");
             },
             BatchSize::PerIteration,
         );

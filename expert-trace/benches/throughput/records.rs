@@ -32,10 +32,7 @@ const ROW_NARROW: usize = 256;
 impl Passes {
     /// Expert ids in all passes.
     pub fn ids(&self) -> u64 {
-        u64::from(self.rows)
-            * u64::from(self.layers)
-            * u64::from(self.k)
-            * u64::from(self.passes)
+        u64::from(self.rows) * u64::from(self.layers) * u64::from(self.k) * u64::from(self.passes)
     }
 
     /// Their records, with ids drawn at random, each at most once in a row.

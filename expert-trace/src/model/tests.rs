@@ -1,7 +1,7 @@
 use expert_trace_common::{Header, Kind, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};
 
 use super::*;
-use crate::decode::decode;
+use crate::{decode::decode, routes::Routes};
 
 const SCHED: u64 = 0x5000;
 
@@ -563,7 +563,7 @@ fn what_the_scheduler_copies_is_not_called_the_targets_own() {
         assert_eq!(model.received().repeated_rows, 4);
         assert_eq!(model.received().differing_rows, 0);
         let layer = &model.contexts()[0].layers[&2];
-        assert_eq!(layer.routes, [expected].into(), "{routes:?}");
+        assert_eq!(layer.routes, Routes::of(&[expected]), "{routes:?}");
     }
 }
 
@@ -585,7 +585,7 @@ fn ids_take_the_place_of_a_choice_from_logits() {
     assert_eq!(model.received().repeated_rows, 4);
     assert_eq!(model.received().differing_rows, 1);
     let layer = &model.contexts()[0].layers[&2];
-    assert_eq!(layer.routes, [Route::DeviceCopy].into());
+    assert_eq!(layer.routes, Routes::of(&[Route::DeviceCopy]));
     assert!(layer.close_calls.is_empty());
 }
 

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::{
     CloseCall, Layers, Pass,
+    layer::LayerSet,
     pass::{RowPhases, Sequence},
 };
 
@@ -319,17 +320,19 @@ impl Context {
         self.passes += 1;
         self.by_phase.note(phase, no_output);
         self.knows_layers |= !no_output;
-        for layer in pass.layers().iter() {
-            self.layers.entry(layer).passes.note(phase, no_output);
-        }
         self.passes_with_ubatch += u64::from(pass.has_ubatch());
         for (number, call) in &pass.close_calls {
             let layer = self.layers.entry(*number);
             let row = layer.tally.total_tokens() + call.row;
             layer.close_calls.push(CloseCall { row, ..*call });
         }
+        let mut noted = LayerSet::default();
         for block in &pass.blocks {
             let layer = self.layers.entry(block.layer);
+            if !noted.contains(block.layer) {
+                noted.insert(block.layer);
+                layer.passes.note(phase, no_output);
+            }
             layer.routes.insert(block.route);
             layer.n_expert = layer.n_expert.max(block.n_expert());
             layer.tally.add(pass, block, phases);

@@ -4,12 +4,22 @@ use std::collections::HashMap;
 
 use expert_trace_common::Header;
 
-/// Process, address, and generation.
-pub(super) type Key = (u32, u64, u32);
-
 /// What a record says of its context.
-pub(super) fn of(header: &Header) -> Key {
-    (header.process, header.context, header.generation)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    process: u32,
+    address: u64,
+    generation: u32,
+}
+
+impl Key {
+    fn of(header: &Header) -> Self {
+        Self {
+            process: header.process,
+            address: header.context,
+            generation: header.generation,
+        }
+    }
 }
 
 /// Contexts that go on, by what their records say of them.
@@ -22,36 +32,43 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    pub(super) fn find(&mut self, key: Key) -> Option<usize> {
-        if let Some((last, index)) = self.last
-            && last == key
+    #[inline]
+    pub(super) fn find(&mut self, header: &Header) -> Option<usize> {
+        if let Some((last, index)) = &self.last
+            && last.address == header.context
+            && last.process == header.process
+            && last.generation == header.generation
         {
-            return Some(index);
+            return Some(*index);
         }
+        self.look_up(Key::of(header))
+    }
+
+    fn look_up(&mut self, key: Key) -> Option<usize> {
         let index = *self.indices.get(&key)?;
         self.last = Some((key, index));
         Some(index)
     }
 
     /// Adds a context, unless its key is another's.
-    pub(super) fn insert_new(&mut self, key: Key, index: usize) {
-        self.indices.entry(key).or_insert(index);
+    pub(super) fn insert_new(&mut self, header: &Header, index: usize) {
+        self.indices.entry(Key::of(header)).or_insert(index);
     }
 
-    pub(super) fn remove(&mut self, key: Key) {
+    pub(super) fn remove(&mut self, header: &Header) {
         self.last = None;
-        self.indices.remove(&key);
+        self.indices.remove(&Key::of(header));
     }
 
     pub(super) fn forget_process(&mut self, process: u32) {
         self.last = None;
-        self.indices.retain(|(of, ..), _| *of != process);
+        self.indices.retain(|key, _| key.process != process);
     }
 
     /// Takes out the context that is known by this scheduler, whatever its generation.
     pub(super) fn take_scheduler(&mut self, process: u32, sched: u64) -> Option<usize> {
         self.last = None;
-        let is_it = |(of, address, _): &&Key| (*of, *address) == (process, sched);
+        let is_it = |key: &&Key| key.process == process && key.address == sched;
         let key = self.indices.keys().find(is_it).copied()?;
         self.indices.remove(&key)
     }

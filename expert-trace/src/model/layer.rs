@@ -1,6 +1,6 @@
 //! Counts of layers.
 
-use std::ops::Index;
+use std::{iter, ops::Index};
 
 use expert_trace_common::{MAX_LAYERS, Phase};
 use serde::Serialize;
@@ -52,6 +52,7 @@ impl Tally {
         }
     }
 
+    #[inline]
     fn count(&mut self, phase: Phase, rows: u32, ids: &[u16]) {
         let column = usize::from(phase == Phase::Decode);
         self.tokens[column] += u64::from(rows);
@@ -136,6 +137,7 @@ impl Layers {
     }
 
     /// A layer to count in.
+    #[inline]
     pub(super) fn entry(&mut self, number: u16) -> &mut Layer {
         let index = usize::from(number);
         if index >= self.0.len() {
@@ -162,20 +164,26 @@ impl Index<u16> for Layers {
 pub(super) struct LayerSet([u64; MAX_LAYERS as usize / 64]);
 
 impl LayerSet {
+    #[inline]
     pub(super) fn insert(&mut self, layer: u16) {
         self.0[usize::from(layer / 64)] |= 1 << (layer % 64);
     }
 
+    #[inline]
     pub(super) fn contains(&self, layer: u16) -> bool {
         self.0[usize::from(layer / 64)] & (1 << (layer % 64)) != 0
     }
 
     /// In ascending order.
     pub(super) fn iter(&self) -> impl Iterator<Item = u16> {
-        let words = (0..).zip(&self.0).filter(|(_, word)| **word != 0);
+        let words = (0..).zip(&self.0);
         words.flat_map(|(index, word)| {
-            let set = move |bit: &u16| word & (1 << bit) != 0;
-            (0..64).filter(set).map(move |bit| index * 64 + bit)
+            let mut left = *word;
+            iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros() as u16)?;
+                left &= left - 1;
+                Some(index * 64 + bit)
+            })
         })
     }
 }

@@ -239,7 +239,7 @@ impl Model {
         };
         if let Body::ContextEnd = body {
             self.finish_pass(index, on_pass);
-            self.keys.remove(keys::of(&header));
+            self.keys.remove(&header);
             return;
         }
         if let Body::Owner(_) = body {
@@ -330,21 +330,25 @@ impl Model {
         if let Some(index) = self.keys.take_scheduler(owner.process, sched) {
             // The owner numbers its passes anew.
             self.finish_pass(index, on_pass);
-            self.keys.insert_new(keys::of(owner), index);
+            self.keys.insert_new(owner, index);
         }
     }
 
+    #[inline]
     fn context_index(&mut self, header: &Header) -> Option<usize> {
-        let key = keys::of(header);
-        if let Some(index) = self.keys.find(key) {
-            return Some(index);
+        match self.keys.find(header) {
+            Some(index) => Some(index),
+            None => self.new_context(header),
         }
+    }
+
+    fn new_context(&mut self, header: &Header) -> Option<usize> {
         if self.contexts.len() >= MAX_CONTEXTS {
             return None;
         }
+        let index = self.contexts.len();
         self.contexts.push(Context::new(header));
-        let index = self.contexts.len() - 1;
-        self.keys.insert_new(key, index);
+        self.keys.insert_new(header, index);
         Some(index)
     }
 

@@ -47,6 +47,21 @@ pub(super) enum Added {
 }
 
 impl Block {
+    /// That of a record, whose ids begin at `start`.
+    #[inline]
+    fn new(header: &Header, route: Route, start: usize) -> Self {
+        Self {
+            layer: header.layer,
+            k: header.k,
+            first_row: header.first_row,
+            rows: header.rows,
+            total_rows: header.total_rows,
+            route,
+            row_stride: header.row_stride,
+            start,
+        }
+    }
+
     /// Experts to choose from; 0 when the tensor does not show it.
     pub fn n_expert(&self) -> u32 {
         if self.row_stride > u32::from(self.k) {
@@ -150,12 +165,18 @@ impl Pass {
         if header.total_rows == 0 {
             return Added::Counted;
         }
-        let block = self.block(header, route, ids);
-        if !self.layers.contains(block.layer) {
-            self.layers.insert(block.layer);
-            self.blocks.push(block);
+        let start = self.ids.len();
+        self.ids.extend(ids);
+        if !self.layers.contains(header.layer) {
+            self.layers.insert(header.layer);
+            self.blocks.push(Block::new(header, route, start));
             return Added::Counted;
         }
+        self.add_to_layer(Block::new(header, route, start))
+    }
+
+    /// The same of a layer that has rows already, whose ids have been taken in.
+    fn add_to_layer(&mut self, block: Block) -> Added {
         let known = self.blocks.iter().chain(&self.replaced);
         let repeats: Vec<Block> = known
             .filter(|known| known.is_repeated_by(&block))
@@ -163,11 +184,11 @@ impl Pass {
             .collect();
         if !repeats.is_empty() {
             let differing = self.differing(&block, &repeats);
-            let wins =
-                route != Route::Logits && repeats.iter().all(|known| known.route == Route::Logits);
+            let wins = block.route != Route::Logits
+                && repeats.iter().all(|known| known.route == Route::Logits);
             if !wins {
                 self.ids.truncate(block.start);
-                self.name_after(route, &repeats);
+                self.name_after(block.route, &repeats);
             } else {
                 let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
                 self.replaced.extend(replaced);
@@ -191,26 +212,11 @@ impl Pass {
             return Added::Refused;
         }
         if header.total_rows > 0 {
-            let block = self.block(header, route, ids);
-            append(&mut self.second_blocks, block);
+            let start = self.ids.len();
+            self.ids.extend(ids);
+            append(&mut self.second_blocks, Block::new(header, route, start));
         }
         Added::Counted
-    }
-
-    /// Takes in a record's ids.
-    fn block(&mut self, header: &Header, route: Route, ids: impl Iterator<Item = u16>) -> Block {
-        let start = self.ids.len();
-        self.ids.extend(ids);
-        Block {
-            layer: header.layer,
-            k: header.k,
-            first_row: header.first_row,
-            rows: header.rows,
-            total_rows: header.total_rows,
-            route,
-            row_stride: header.row_stride,
-            start,
-        }
     }
 
     /// Rows that the target's own code seemed to ask for, and that come by this route as well, are the
@@ -559,6 +565,7 @@ impl RowPhases {
 
     /// Phase of a row of a layer that has `total_rows` rows, and where the rows end, at most at `end`,
     /// that have the same.
+    #[inline]
     pub(super) fn run(&self, row: u32, end: u32, total_rows: u32) -> (Phase, u32) {
         let total = total_rows as usize;
         let phases = if total == self.tokens.len() {

@@ -3,6 +3,7 @@
 pub mod account;
 pub mod builds;
 pub mod comparison;
+pub mod cpu_time;
 pub mod driver;
 mod environment;
 pub mod imatrix;

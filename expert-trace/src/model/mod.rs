@@ -233,7 +233,8 @@ impl Model {
         if let Body::Owner(sched) = body {
             self.adopt(&header, sched, on_pass);
         }
-        let Some(index) = self.context_index(&header) else {
+        let known = self.keys.find(&header);
+        let Some(index) = known.or_else(|| self.new_context(&header)) else {
             self.received.rejected += 1;
             return;
         };
@@ -245,21 +246,14 @@ impl Model {
         if let Body::Owner(_) = body {
             return;
         }
-        let begins = self.contexts[index]
-            .current
-            .as_ref()
-            .is_none_or(|pass| pass.number != header.pass);
-        if begins {
-            self.finish_pass(index, on_pass);
-            let mut blind = self.blind.iter_mut();
-            if let Some(time) = blind.find(|time| time.contains(header.time_ns)) {
-                time.passes += 1;
-            }
+        let current = self.contexts[index].current.as_ref();
+        if current.is_none_or(|pass| pass.number != header.pass) {
+            self.begin_pass(index, &header, on_pass);
         }
         let context = &mut self.contexts[index];
-        let pass = context
-            .current
-            .get_or_insert_with(|| Pass::new(index, &header, mem::take(&mut self.spare)));
+        let Some(pass) = &mut context.current else {
+            return;
+        };
         match body {
             Body::Rows(ids) => {
                 context.source = header.source;
@@ -334,14 +328,6 @@ impl Model {
         }
     }
 
-    #[inline]
-    fn context_index(&mut self, header: &Header) -> Option<usize> {
-        match self.keys.find(header) {
-            Some(index) => Some(index),
-            None => self.new_context(header),
-        }
-    }
-
     fn new_context(&mut self, header: &Header) -> Option<usize> {
         if self.contexts.len() >= MAX_CONTEXTS {
             return None;
@@ -350,6 +336,16 @@ impl Model {
         self.contexts.push(Context::new(header));
         self.keys.insert_new(header, index);
         Some(index)
+    }
+
+    fn begin_pass(&mut self, index: usize, header: &Header, on_pass: &mut OnPass<'_>) {
+        self.finish_pass(index, on_pass);
+        let mut blind = self.blind.iter_mut();
+        if let Some(time) = blind.find(|time| time.contains(header.time_ns)) {
+            time.passes += 1;
+        }
+        let spare = mem::take(&mut self.spare);
+        self.contexts[index].current = Some(Pass::new(index, header, spare));
     }
 
     /// The pass is followed by another, or by the context's end: nothing of it is to come.

@@ -39,7 +39,7 @@ impl Plot<'_> {
              font-family=\"sans-serif\" font-size=\"12\">\n\
              <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
         );
-        let mut text = |svg: &mut String, x: f64, y: f64, anchor: &str, more: &str, text: &str| {
+        let text = |svg: &mut String, x: f64, y: f64, anchor: &str, more: &str, text: &str| {
             // Writing to a string does not fail.
             let _ = writeln!(
                 svg,
@@ -47,11 +47,32 @@ impl Plot<'_> {
                 escaped(text)
             );
         };
-        text(&mut svg, WIDTH / 2.0, 22.0, "middle", " font-size=\"15\"", self.title);
-        text(&mut svg, WIDTH / 2.0, HEIGHT - 15.0, "middle", "", self.x_label);
+        text(
+            &mut svg,
+            WIDTH / 2.0,
+            22.0,
+            "middle",
+            " font-size=\"15\"",
+            self.title,
+        );
+        text(
+            &mut svg,
+            WIDTH / 2.0,
+            HEIGHT - 15.0,
+            "middle",
+            "",
+            self.x_label,
+        );
         let turned = format!(" transform=\"rotate(-90 18 {:.1})\"", HEIGHT / 2.0);
-        text(&mut svg, 18.0, HEIGHT / 2.0, "middle", &turned, self.y_label);
-        let mut line = |svg: &mut String, from: (f64, f64), to: (f64, f64)| {
+        text(
+            &mut svg,
+            18.0,
+            HEIGHT / 2.0,
+            "middle",
+            &turned,
+            self.y_label,
+        );
+        let line = |svg: &mut String, from: (f64, f64), to: (f64, f64)| {
             let _ = writeln!(
                 svg,
                 "<path d=\"M{:.1} {:.1}L{:.1} {:.1}\" stroke=\"#ddd\"/>",
@@ -61,7 +82,14 @@ impl Plot<'_> {
         for value in x.marks() {
             let at = at_x(value);
             line(&mut svg, (at, top), (at, HEIGHT - bottom));
-            text(&mut svg, at, HEIGHT - bottom + 18.0, "middle", "", &short(value));
+            text(
+                &mut svg,
+                at,
+                HEIGHT - bottom + 18.0,
+                "middle",
+                "",
+                &short(value),
+            );
         }
         for value in y.marks() {
             let at = at_y(value);
@@ -81,7 +109,10 @@ impl Plot<'_> {
             );
             for place in &places {
                 let (x, y) = place.split_once(',').unwrap_or_default();
-                let _ = writeln!(svg, "<circle cx=\"{x}\" cy=\"{y}\" r=\"3.5\" fill=\"{colour}\"/>");
+                let _ = writeln!(
+                    svg,
+                    "<circle cx=\"{x}\" cy=\"{y}\" r=\"3.5\" fill=\"{colour}\"/>"
+                );
             }
             let at = top + 18.0 * (index as f64 + 1.0);
             let fill = format!(" fill=\"{colour}\"");
@@ -100,13 +131,24 @@ struct Axis {
 impl Axis {
     fn around(values: impl Iterator<Item = f64>) -> Self {
         let logarithms: Vec<f64> = values.map(f64::log10).collect();
-        let low = logarithms.iter().copied().fold(f64::INFINITY, f64::min).floor();
-        let high = logarithms.iter().copied().fold(f64::NEG_INFINITY, f64::max).ceil();
+        let low = logarithms
+            .iter()
+            .copied()
+            .fold(f64::INFINITY, f64::min)
+            .floor();
+        let high = logarithms
+            .iter()
+            .copied()
+            .fold(f64::NEG_INFINITY, f64::max)
+            .ceil();
         if low.is_finite() && high > low {
             Self { low, high }
         } else {
             let low = if low.is_finite() { low } else { 0.0 };
-            Self { low, high: low + 1.0 }
+            Self {
+                low,
+                high: low + 1.0,
+            }
         }
     }
 

@@ -79,7 +79,9 @@ pub fn table(rows: &[Value]) -> String {
         let goal = match judged.as_slice() {
             [] => String::new(),
             judged if judged.iter().all(|row| row["met"] == true) => {
-                let fastest = judged.iter().filter_map(|row| row["wanted_passes_per_second"].as_f64());
+                let fastest = judged
+                    .iter()
+                    .filter_map(|row| row["wanted_passes_per_second"].as_f64());
                 let fastest = fastest.fold(0.0, f64::max);
                 format!("nothing lost up to {fastest} prompts/s: met")
             }

@@ -138,10 +138,18 @@ fn bytes_of_pass(rows: u64, k: u64, layers: u64) -> u64 {
         HEADER + SMALL
     } else {
         let fitting = |payload: u64| (payload - ROW_NARROW) / row + 1;
-        let payload = if rows * row <= MEDIUM - ROW_NARROW { MEDIUM } else { LARGE };
+        let payload = if rows * row <= MEDIUM - ROW_NARROW {
+            MEDIUM
+        } else {
+            LARGE
+        };
         rows.div_ceil(fitting(payload)) * (HEADER + payload)
     };
-    let smallest = |bytes: u64| [SMALL, MEDIUM, LARGE].into_iter().find(|size| bytes <= *size);
+    let smallest = |bytes: u64| {
+        [SMALL, MEDIUM, LARGE]
+            .into_iter()
+            .find(|size| bytes <= *size)
+    };
     let infos = rows * ROW_INFO;
     let of_ubatch = match smallest(infos) {
         Some(payload) => HEADER + payload,
@@ -182,7 +190,8 @@ pub fn compute(root: &Path) -> Result<Vec<Value>> {
         hits_path: hits["commit"],
         FLOOD.path: flood["commit"],
     });
-    let mut rows = vec![json!({ "what": "terms", "measured": describe(&terms), "of_commit": from })];
+    let mut rows =
+        vec![json!({ "what": "terms", "measured": describe(&terms), "of_commit": from })];
     for kernel in [Kernel::New, Kernel::Old] {
         for (threads, layers, ubatch, tokens_per_second) in CASES {
             let case = Case {
@@ -283,7 +292,12 @@ const COLUMNS: [&str; 10] = [
 pub fn table(rows: &[Value]) -> String {
     let mut table = head(&["term", "measured", "of commit"]);
     for row in rows.iter().filter(|row| row["what"] == "terms") {
-        let of = |path: &str| row["of_commit"][path].as_str().unwrap_or_default().to_owned();
+        let of = |path: &str| {
+            row["of_commit"][path]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
         let (hits, flood) = (of(HITS.0), of(FLOOD.path));
         let terms = row["measured"].as_object();
         for (name, value) in terms.into_iter().flatten() {
@@ -301,7 +315,10 @@ pub fn table(rows: &[Value]) -> String {
             row["threads"].to_string(),
             row["layers"].to_string(),
             row["ubatch"].to_string(),
-            format!("{:.0}", row["tokens_per_second"].as_f64().unwrap_or(f64::NAN)),
+            format!(
+                "{:.0}",
+                row["tokens_per_second"].as_f64().unwrap_or(f64::NAN)
+            ),
             format!("{:.3}", computed("hits_per_token_and_thread")),
             format!("{:.1}", computed("ns_per_token") / 1e3),
             format!("{:.2}", computed("percent_of_a_token")),
@@ -341,23 +358,35 @@ mod tests {
         assert_eq!(cost.ns_per_token, 1000.0 + 2.0 * 150.0 + 48.0 * 200.0);
         assert!((cost.percent - 0.109).abs() < 1e-9);
         assert_eq!(cost.margin, 50.0);
-        let more_threads = Case { threads: 128, ..DECODE };
+        let more_threads = Case {
+            threads: 128,
+            ..DECODE
+        };
         assert_eq!(more_threads.cost(&TERMS), cost);
     }
 
     #[test]
     fn on_old_kernels_the_other_threads_come_on_top() {
-        let old = Case { kernel: Kernel::Old, ..DECODE };
+        let old = Case {
+            kernel: Kernel::Old,
+            ..DECODE
+        };
         let more = old.cost(&TERMS).ns_per_token - DECODE.cost(&TERMS).ns_per_token;
         assert_eq!(more, 7.0 * 50.0 * 100.0);
         assert_eq!(old.cost(&TERMS).detach_ms, 270.0);
         let alone = Case { threads: 1, ..old };
-        assert_eq!(alone.cost(&TERMS).ns_per_token, DECODE.cost(&TERMS).ns_per_token);
+        assert_eq!(
+            alone.cost(&TERMS).ns_per_token,
+            DECODE.cost(&TERMS).ns_per_token
+        );
     }
 
     #[test]
     fn a_prompt_shares_its_hits() {
-        let prompt = Case { ubatch: 512, ..DECODE };
+        let prompt = Case {
+            ubatch: 512,
+            ..DECODE
+        };
         let cost = prompt.cost(&TERMS);
         assert_eq!(cost.hits_per_token_and_thread, 50.0 / 512.0);
         let pass = 1300.0 + 48.0 * (200.0 + 511.0 * 10.0);
@@ -372,12 +401,16 @@ mod tests {
         assert_eq!(bytes_of_pass(24, 8, 1), 2 * (72 + 1024));
         // 249 rows of 8 ids in a large one.
         assert_eq!(bytes_of_pass(512, 8, 1), 3 * (72 + 8192) + (72 + 8192));
-        assert_eq!(bytes_of_pass(8192, 8, 1), 33 * (72 + 8192) + 8 * (72 + 8192));
+        assert_eq!(
+            bytes_of_pass(8192, 8, 1),
+            33 * (72 + 8192) + 8 * (72 + 8192)
+        );
     }
 
     #[test]
     fn terms_come_from_the_results() {
-        let hit = |name: &str, ns: f64| json!({ "hit": name, "untraced_ns": 5.0, "attached_ns": ns });
+        let hit =
+            |name: &str, ns: f64| json!({ "hit": name, "untraced_ns": 5.0, "attached_ns": ns });
         let mut rows = vec![
             hit("another thread", 105.0),
             hit("another tensor", 155.0),
@@ -395,7 +428,10 @@ mod tests {
             json!({ "what": "terms", "measured": describe(&TERMS), "of_commit": { HITS.0: "abc" } }),
             row(&DECODE, &DECODE.cost(&TERMS)),
         ]);
-        assert!(table.contains("| hit of one row ns | 200 | abc |"), "{table}");
+        assert!(
+            table.contains("| hit of one row ns | 200 | abc |"),
+            "{table}"
+        );
         let line = "| 6.13 and newer | 8 | 48 | 1 | 100 | 50.000 | 10.9 | 0.11 | 0.67 | 50 × |";
         assert!(table.contains(line), "{table}");
     }

@@ -24,7 +24,13 @@ pub fn measure(root: &Path) -> Result<Vec<Value>> {
     }
     let mut cargo = workspace::cargo(root);
     cargo
-        .args(["bench", "--package", "expert-trace", "--bench", "throughput"])
+        .args([
+            "bench",
+            "--package",
+            "expert-trace",
+            "--bench",
+            "throughput",
+        ])
         .args(["--", "--noplot"])
         .env("CRITERION_HOME", &directory);
     command::run(&mut cargo)?;
@@ -46,8 +52,8 @@ pub fn measure(root: &Path) -> Result<Vec<Value>> {
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(directory)
-        .with_context(|| format!("cannot read {}", directory.display()))?;
+    let entries =
+        fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
     entries.map(|entry| Ok(entry?.path())).collect()
 }
 

@@ -20,7 +20,6 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::Effort;
 use crate::{layouts::compile, support::scratch};
 
 /// What passes look like.
@@ -145,7 +144,9 @@ impl Tracer {
     /// Anonymous memory, in bytes.
     fn anonymous(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.attached.pid())).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))?;
         let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
         Some(kib << 10)
     }
@@ -170,7 +171,14 @@ fn smoke() {
 }
 
 /// Sizes of the ring buffer, in bytes; the one in the middle is the default.
-const BUFFERS: [u64; 6] = [128 << 10, 512 << 10, 2 << 20, DEFAULT_BUFFER, 32 << 20, 128 << 20];
+const BUFFERS: [u64; 6] = [
+    128 << 10,
+    512 << 10,
+    2 << 20,
+    DEFAULT_BUFFER,
+    32 << 20,
+    128 << 20,
+];
 const DEFAULT_BUFFER: u64 = 8 << 20;
 
 /// Prompts in a second; at last, as many as are possible.
@@ -241,7 +249,10 @@ fn memory() {
         flood.pass(decode, DECODES, Some(1000.0));
         readings.push(tracer.anonymous().unwrap());
     }
-    let (early, last) = (readings[STEPS as usize / 10], readings[STEPS as usize - 1]);
+    let (early, last) = (
+        readings[STEPS as usize / 10 - 1],
+        readings[STEPS as usize - 1],
+    );
     let most = readings.iter().copied().max().unwrap();
 
     // The document is made when the capture has ended.
@@ -261,7 +272,11 @@ fn memory() {
     let rows = [
         ("attached", at_start, None),
         ("while tracing, most of all", most, Some(MEMORY_GOAL)),
-        ("while the document is made, most of all", at_end, Some(MEMORY_GOAL)),
+        (
+            "while the document is made, most of all",
+            at_end,
+            Some(MEMORY_GOAL),
+        ),
     ];
     for (when, bytes, goal) in rows {
         let row = json!({

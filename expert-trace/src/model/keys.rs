@@ -73,3 +73,50 @@ impl Keys {
         self.indices.remove(&key)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one() -> Header {
+        Header {
+            process: 7,
+            context: 0x5000,
+            generation: 3,
+            ..Header::default()
+        }
+    }
+
+    #[test]
+    fn what_was_found_last_is_forgotten_with_its_key() {
+        let forget: [fn(&mut Keys); 3] = [
+            |keys| keys.remove(&one()),
+            |keys| keys.forget_process(7),
+            |keys| assert_eq!(keys.take_scheduler(7, 0x5000), Some(4)),
+        ];
+        for forget in forget {
+            let mut keys = Keys::default();
+            keys.insert_new(&one(), 4);
+            assert_eq!(keys.find(&one()), Some(4));
+            assert_eq!(keys.find(&one()), Some(4));
+            for other in [
+                Header {
+                    process: 8,
+                    ..one()
+                },
+                Header {
+                    context: 0x5008,
+                    ..one()
+                },
+                Header {
+                    generation: 4,
+                    ..one()
+                },
+            ] {
+                assert_eq!(keys.find(&other), None);
+            }
+            forget(&mut keys);
+            assert_eq!(keys.find(&one()), None);
+        }
+    }
+}

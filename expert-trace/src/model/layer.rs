@@ -187,3 +187,32 @@ impl LayerSet {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_has_what_was_put_in() {
+        let mut set = LayerSet::default();
+        let layers = [0, 1, 63, 64, 500, MAX_LAYERS - 1];
+        for layer in layers.into_iter().rev() {
+            assert!(!set.contains(layer));
+            set.insert(layer);
+            assert!(set.contains(layer));
+        }
+        assert!(set.iter().eq(layers));
+    }
+
+    #[test]
+    fn layers_are_those_that_were_asked_for() {
+        let mut layers = Layers::default();
+        assert!(layers.is_empty());
+        for number in [5, 2, 5] {
+            layers.entry(number).n_expert += 1;
+        }
+        assert!(layers.numbers().eq([2, 5]));
+        assert_eq!([layers[2].n_expert, layers[5].n_expert], [1, 2]);
+        assert!(layers.get(3).is_none() && layers.get(900).is_none());
+    }
+}

@@ -1045,3 +1045,29 @@ fn the_last_token_of_a_prompt_asked_again_is_prefill() {
         );
     }
 }
+
+#[test]
+fn records_that_contradict_each_other_are_counted_without_a_panic() {
+    // Of two records that go on with each other, the second says that there are more rows than tokens.
+    let pass = TestPass {
+        ubatch: &[(5, 0, false), (6, 0, true)],
+        ..TestPass::default()
+    };
+    let mut model = Model::new(FROM_START);
+    push(&mut model, &pass);
+    for (first_row, total_rows) in [(0, 2), (2, 9)] {
+        let header = Header {
+            layer: 1,
+            k: 1,
+            row_stride: 8,
+            first_row,
+            rows: 2,
+            total_rows,
+            ..pass.header(Kind::Rows)
+        };
+        let ids: Vec<u8> = [3_i32, 4].into_iter().flat_map(i32::to_ne_bytes).collect();
+        model.push(decode(&record(header, &ids)), &mut |_| {});
+    }
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(model.contexts()[0].layers[1].tally.tokens, [4, 0]);
+}

@@ -128,47 +128,15 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
     if last_row.is_none_or(|last| last > header.total_rows) {
         return Err(Malformed::Shape);
     }
-    let payload_of = |element: usize, count: u64| {
-        usize::try_from(count)
-            .ok()
-            .and_then(|count| count.checked_mul(element))
-            .and_then(|length| payload.get(..length))
-            .ok_or(Malformed::Short)
-    };
-    let rows = u64::from(header.rows);
-    let routed = || {
-        let sane = (1..=MAX_EXPERTS).contains(&usize::from(header.k))
-            && header.layer < MAX_LAYERS
-            && usize::from(header.route) < Route::ALL.len();
-        if sane {
-            payload_of(4, rows * u64::from(header.k))
-        } else {
-            Err(Malformed::Shape)
-        }
-    };
-    let scores = |stage| {
-        Ok(Body::Scores(Scores {
-            stage,
-            values: routed()?,
-        }))
-    };
-    let ids = || {
-        let ids = Numbers(routed()?);
-        let experts = expert_bound(&header);
-        match ids.iter().find(|id| !(0..experts).contains(id)) {
-            Some(id) => Err(Malformed::ExpertId(id)),
-            None => Ok(ids),
-        }
-    };
     let body = match kind {
-        Kind::Rows => Body::Rows(ids()?),
-        Kind::SecondBlock => Body::SecondBlock(ids()?),
-        Kind::Logits => scores(Stage::Logits)?,
-        Kind::BiasedLogits => scores(Stage::BiasedLogits)?,
-        Kind::Probs => scores(Stage::Probs)?,
-        Kind::Selection => scores(Stage::Selection)?,
-        Kind::Pass => Body::Pass(RowInfos(payload_of(size_of::<RowInfo>(), rows)?)),
-        Kind::Tokens => Body::Tokens(Numbers(payload_of(4, rows)?)),
+        Kind::Rows => Body::Rows(ids(&header, payload)?),
+        Kind::SecondBlock => Body::SecondBlock(ids(&header, payload)?),
+        Kind::Logits => scores(Stage::Logits, &header, payload)?,
+        Kind::BiasedLogits => scores(Stage::BiasedLogits, &header, payload)?,
+        Kind::Probs => scores(Stage::Probs, &header, payload)?,
+        Kind::Selection => scores(Stage::Selection, &header, payload)?,
+        Kind::Pass => Body::Pass(RowInfos(of_rows::<RowInfo>(&header, 1, payload)?)),
+        Kind::Tokens => Body::Tokens(Numbers(of_rows::<i32>(&header, 1, payload)?)),
         Kind::ContextEnd => Body::ContextEnd,
         Kind::Libraries => Body::Libraries,
         Kind::ProcessStart => Body::ProcessStart,
@@ -180,6 +148,53 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
         Kind::EvalCallback => Body::EvalCallback(address(payload)?),
     };
     Ok(Event { header, body })
+}
+
+/// The bytes of the payload that are used: `per_row` elements for each row.
+#[inline]
+fn of_rows<'a, T>(header: &Header, per_row: u16, payload: &'a [u8]) -> Result<&'a [u8], Malformed> {
+    let count = u64::from(header.rows) * u64::from(per_row);
+    usize::try_from(count)
+        .ok()
+        .and_then(|count| count.checked_mul(size_of::<T>()))
+        .and_then(|length| payload.get(..length))
+        .ok_or(Malformed::Short)
+}
+
+/// k elements for each row of a layer.
+#[inline]
+fn routed<'a>(header: &Header, payload: &'a [u8]) -> Result<&'a [u8], Malformed> {
+    let sane = (1..=MAX_EXPERTS).contains(&usize::from(header.k))
+        && header.layer < MAX_LAYERS
+        && usize::from(header.route) < Route::ALL.len();
+    if sane {
+        of_rows::<i32>(header, header.k, payload)
+    } else {
+        Err(Malformed::Shape)
+    }
+}
+
+fn scores<'a>(stage: Stage, header: &Header, payload: &'a [u8]) -> Result<Body<'a>, Malformed> {
+    let values = routed(header, payload)?;
+    Ok(Body::Scores(Scores { stage, values }))
+}
+
+#[inline]
+fn ids<'a>(header: &Header, payload: &'a [u8]) -> Result<Numbers<'a>, Malformed> {
+    let ids = Numbers(routed(header, payload)?);
+    let bound = expert_bound(header);
+    // The sign of this is set when any is negative or beyond. There is no branch in it, so that many ids
+    // are looked at at once.
+    let signs = ids
+        .iter()
+        .fold(0, |signs, id| signs | id | (bound - 1).wrapping_sub(id));
+    if signs >= 0 {
+        return Ok(ids);
+    }
+    match ids.iter().find(|id| !(0..bound).contains(id)) {
+        Some(id) => Err(Malformed::ExpertId(id)),
+        None => Ok(ids),
+    }
 }
 
 fn address(payload: &[u8]) -> Result<u64, Malformed> {

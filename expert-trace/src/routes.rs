@@ -54,6 +54,11 @@ impl Routes {
         }
     }
 
+    /// Adds one.
+    pub fn insert(&mut self, route: Route) {
+        self.0 |= Self::bit(route);
+    }
+
     /// Whether this one is among them.
     pub const fn has(self, route: Route) -> bool {
         self.0 & Self::bit(route) != 0

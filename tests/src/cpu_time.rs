@@ -28,5 +28,6 @@ mod tests {
         let pid = std::process::id();
         let before = of(pid).unwrap();
         while of(pid).unwrap() < before + Duration::from_millis(1) {}
+        assert!(of(0x7fff_ffff).is_err());
     }
 }

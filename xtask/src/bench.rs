@@ -2,8 +2,11 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod flood;
 mod overhead;
+mod scale;
 mod start;
+mod throughput;
 
 use std::fs;
 use std::path::Path;
@@ -83,9 +86,23 @@ macro_rules! bench {
     };
 }
 
-static ALL: [Bench; 2] = [
+static ALL: [Bench; 5] = [
     bench!("overhead", "costs", Source::Tests, overhead::table, plot overhead::plot),
     bench!("start", "times", Source::Tests, start::table),
+    bench!(
+        "throughput",
+        "benchmarks",
+        Source::Rows(throughput::measure),
+        throughput::table
+    ),
+    bench!("flood", "measured", Source::Tests, flood::table, plot flood::plot),
+    // After those that it computes from.
+    bench!(
+        "scale",
+        "computed",
+        Source::Rows(scale::compute),
+        scale::table
+    ),
 ];
 
 #[derive(clap::Args)]
@@ -140,6 +157,23 @@ fn measure(root: &Path, bench: &Bench, minutes: u32) -> Result<()> {
     document[bench.file.rows] = rows.into();
     results::write(&root.join(bench.file.path), &document)?;
     bench.place.show(root, DOCUMENT, &table)
+}
+
+/// The result file of a benchmark.
+fn file(name: &str) -> &'static ResultFile {
+    let named = ALL.iter().find(|bench| bench.name == name);
+    named
+        .map(|bench| &bench.file)
+        .expect("a benchmark of that name")
+}
+
+/// What a result says of its goal.
+fn met(met: &Value) -> &str {
+    match met {
+        Value::Bool(true) => "met",
+        Value::Bool(false) => "not met",
+        other => other.as_str().unwrap_or_default(),
+    }
 }
 
 fn test_command(root: &Path, bench: &Bench, minutes: u32) -> Result<Command> {

@@ -14,6 +14,7 @@ mod npm;
 mod packages;
 mod pip;
 mod planned;
+mod plot;
 mod prebuilt;
 mod results;
 mod suite;

@@ -169,9 +169,12 @@ fn age(root: &Path, file: &ResultFile) -> Result<Age> {
 /// What is wrong with the results themselves.
 fn faults_of_results(file: &ResultFile, document: &Value) -> Vec<String> {
     let mut faults = Vec::new();
-    let sum = document["tests"].as_str().unwrap_or_default();
-    if !suite::all_passed(sum) {
-        faults.push(format!("not all of its tests passed: {sum:?}"));
+    // Not all results are of tests.
+    if let Some(sum) = document.get("tests") {
+        let sum = sum.as_str().unwrap_or_default();
+        if !suite::all_passed(sum) {
+            faults.push(format!("not all of its tests passed: {sum:?}"));
+        }
     }
     if document[file.rows].as_array().is_none_or(Vec::is_empty) {
         faults.push(format!("it has no rows in {:?}", file.rows));

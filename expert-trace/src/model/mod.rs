@@ -3,18 +3,25 @@
 //! Rows are collected pass by pass, and a pass is counted as a whole when the next one begins, so
 //! that warm-up passes and passes seen in part can be left out. Contexts are never summed.
 
+mod context;
+mod keys;
+mod layer;
 mod pass;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    ops::{Add, Sub},
+    mem,
 };
 
-use expert_trace_common::{Header, PassSource, Phase, Route};
+use expert_trace_common::{Header, Route};
 use serde::Serialize;
 
-use self::pass::{Added, RowPhases, Sequence};
-pub use self::pass::{Block, Pass};
+pub use self::{
+    context::{Context, Coverage, Ends, Excluded, Exclusion, Passes, PhasePasses},
+    layer::{CloseCall, Layer, Layers, SecondBlock, Tally},
+    pass::{Block, Pass},
+};
+use self::{keys::Keys, pass::Added};
 use crate::{
     decode::{Body, Event, Malformed, Scores},
     selection::{self, CLOSE_CALL, Refusal, Router},
@@ -47,25 +54,6 @@ pub struct ModelFacts {
     /// How each model with experts chooses them, by the process that has it, as the initial PID namespace
     /// numbers it.
     pub routers: BTreeMap<u32, Vec<Router>>,
-}
-
-/// Why a pass is not counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Exclusion {
-    /// Evaluated before any other pass of its context, to warm up.
-    Warmup,
-    /// Only a part of it was seen, at the start or the end of the capture.
-    Partial,
-}
-
-/// Passes that were left out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Excluded {
-    /// Number of passes.
-    pub passes: u64,
-    /// Their tokens.
-    pub tokens: u64,
 }
 
 /// What arrived from the kernel.
@@ -120,320 +108,6 @@ impl BlindTime {
     }
 }
 
-/// Layers that do not work on all rows of all passes of a context, by the model file.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Ends {
-    /// Whether the model is known.
-    pub known: bool,
-    /// The last layer that every decode goes through, if it has experts: it may work on output rows
-    /// alone.
-    pub last: Option<u16>,
-    /// The first NextN block, if there is one: blocks that predict further tokens come after all other
-    /// layers, work on output rows alone, and each of them runs in passes of its own.
-    pub nextn: Option<u16>,
-}
-
-impl Ends {
-    fn is_nextn(self, layer: u16) -> bool {
-        self.nextn.is_some_and(|first| layer >= first)
-    }
-
-    /// Whether a layer may have nothing to do in a pass without output.
-    fn may_idle(self, layer: u16) -> bool {
-        self.last == Some(layer) || self.is_nextn(layer)
-    }
-}
-
-/// Whether the routing of a layer was seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Coverage {
-    /// In every pass in which it had something to do.
-    Observed,
-    /// In some passes, and not in others.
-    PartlyObserved,
-    /// In no pass.
-    NotVisible,
-    /// In all passes in which it is known to have had something to do, which can be none; there may have
-    /// been others.
-    NotKnown,
-}
-
-/// Passes by phase. A pass that works on any token of a prompt is one of prefill.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct PhasePasses {
-    /// Passes with tokens of prompts.
-    pub prefill: u64,
-    /// All others.
-    pub decode: u64,
-}
-
-impl PhasePasses {
-    /// Of both phases.
-    pub fn sum(self) -> u64 {
-        self.prefill + self.decode
-    }
-
-    fn note(&mut self, phase: Phase) {
-        match phase {
-            Phase::Prefill => self.prefill += 1,
-            Phase::Decode | Phase::Unknown => self.decode += 1,
-        }
-    }
-}
-
-impl Add for PhasePasses {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            prefill: self.prefill + other.prefill,
-            decode: self.decode + other.decode,
-        }
-    }
-}
-
-impl Sub for PhasePasses {
-    type Output = Self;
-
-    /// Passes that `other`, a part of these, has not.
-    fn sub(self, other: Self) -> Self {
-        Self {
-            prefill: self.prefill - other.prefill,
-            decode: self.decode - other.decode,
-        }
-    }
-}
-
-/// Passes, those in which no output was wanted apart: the last layers had nothing to do in them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Passes {
-    /// Passes with an output, and such of which that is not known.
-    pub with_output: PhasePasses,
-    /// Passes without.
-    pub without_output: PhasePasses,
-}
-
-impl Passes {
-    /// All of them.
-    pub fn sum(self) -> u64 {
-        self.all().sum()
-    }
-
-    /// The same by phase alone.
-    pub fn all(self) -> PhasePasses {
-        self.with_output + self.without_output
-    }
-
-    fn note(&mut self, pass: &Pass, phase: Phase) {
-        if pass.has_no_output() {
-            self.without_output.note(phase);
-        } else {
-            self.with_output.note(phase);
-        }
-    }
-}
-
-/// A row whose last chosen value lies less than [`CLOSE_CALL`] above the next.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct CloseCall {
-    /// Number of the row among those that are counted in its layer, from 0: its line in the log.
-    pub row: u64,
-    /// The distance, in units of what is chosen from.
-    pub margin: f32,
-}
-
-/// Tokens routed, and what they activated. Index 0 is prefill, 1 is decode.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Experts chosen per token; the largest seen.
-    pub k: u16,
-    /// Tokens routed.
-    pub tokens: [u64; 2],
-    /// Activations by expert.
-    pub experts: Vec<[u64; 2]>,
-}
-
-impl Tally {
-    /// Tokens routed, prefill and decode.
-    pub fn total_tokens(&self) -> u64 {
-        self.tokens.iter().sum()
-    }
-
-    /// (token, expert) pairs, prefill and decode.
-    pub fn activations(&self) -> u64 {
-        self.experts.iter().flatten().sum()
-    }
-
-    fn add(&mut self, pass: &Pass, block: &Block, phases: &RowPhases) {
-        self.k = self.k.max(block.k);
-        for (i, ids) in pass.rows(block).enumerate() {
-            let phase = phases.of(block.first_row as usize + i, block.total_rows);
-            let column = usize::from(phase == Phase::Decode);
-            self.tokens[column] += 1;
-            for id in ids {
-                let id = usize::from(*id);
-                if self.experts.len() <= id {
-                    self.experts.resize(id + 1, [0; 2]);
-                }
-                self.experts[id][column] += 1;
-            }
-        }
-    }
-}
-
-/// The second block of experts that a layer has (GroveMoE): fewer, larger experts, which the same
-/// router's choice stands for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SecondBlock {
-    /// Passes in which it was seen.
-    pub passes: u64,
-    /// What was counted. A token that has several experts in one group activates its second expert as
-    /// many times.
-    pub tally: Tally,
-}
-
-/// Counts of one layer in one context.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Layer {
-    /// Experts to choose from, when the target's tensors show it; else 0.
-    pub n_expert: u32,
-    /// Passes in which it was seen.
-    pub passes: Passes,
-    /// Where it was read.
-    pub routes: BTreeSet<Route>,
-    /// Rows whose experts the target, which rounds in its own way, may have chosen otherwise.
-    pub close_calls: Vec<CloseCall>,
-    /// What was counted.
-    pub tally: Tally,
-    /// Its second block of experts, if one was seen. In no other count.
-    pub second_block: Option<SecondBlock>,
-}
-
-/// Counts of one context.
-#[derive(Debug, Default)]
-pub struct Context {
-    /// Process, as the initial PID namespace numbers it.
-    pub process: u32,
-    /// How its passes were told apart.
-    pub layer_order: bool,
-    /// Library that its ids were read in: [`crate::probes::Probe::source`].
-    pub source: u32,
-    /// Passes counted.
-    pub passes: u64,
-    /// The same by phase.
-    pub by_phase: Passes,
-    /// Those of them whose ubatch was read, so that prefill and decode are known row by row.
-    pub passes_with_ubatch: u64,
-    /// Passes that computed tokens for an output, and of which no routing was seen.
-    pub unseen: Excluded,
-    /// Passes that computed tokens, none of them for an output, and of which no routing was seen.
-    pub unseen_without_output: Excluded,
-    /// Both by phase.
-    pub unseen_by_phase: Passes,
-    /// Passes without a ubatch, of which no routing was seen.
-    silent: u64,
-    /// Passes whose ubatch could not be read, and of which no routing was seen.
-    unread: u64,
-    /// Counts by layer.
-    pub layers: BTreeMap<u16, Layer>,
-    /// Passes left out.
-    pub excluded: BTreeMap<Exclusion, Excluded>,
-
-    current: Option<Pass>,
-    held: Option<Pass>,
-    /// Whether a pass that is no warm-up has been seen.
-    worked: bool,
-    /// Whether a pass has been counted that had an output, and so went through all layers.
-    knows_layers: bool,
-    /// Where each sequence is.
-    sequences: BTreeMap<u16, Sequence>,
-    /// Sequences that the last pass had equal parts of.
-    equal_parts: BTreeSet<u16>,
-}
-
-impl Context {
-    /// Tokens of the layer that routed most: what passed through the model.
-    pub fn tokens(&self) -> u64 {
-        self.layers
-            .values()
-            .map(|layer| layer.tally.total_tokens())
-            .max()
-            .unwrap_or(0)
-    }
-
-    /// Passes of which no routing was seen, though a layer with experts had something to do.
-    pub fn not_visible(&self, ends: Ends) -> Excluded {
-        let idle = self.layers.keys().all(|layer| ends.may_idle(*layer));
-        if idle && !self.layers.is_empty() {
-            return self.unseen;
-        }
-        Excluded {
-            passes: self.unseen.passes + self.unseen_without_output.passes,
-            tokens: self.unseen.tokens + self.unseen_without_output.tokens,
-        }
-    }
-
-    /// Whether the routing of a layer was seen in all passes in which it ran. One that had nothing to do
-    /// in any pass is not visible when no other layer of the context is.
-    pub fn coverage(&self, layer: u16, ends: Ends) -> Coverage {
-        let seen = self.layers.contains_key(&layer);
-        let not_seen = self.passes_not_seen(layer, ends).sum();
-        let nothing_seen = self.layers.is_empty() && self.unseen_by_phase.sum() > 0;
-        match (seen, not_seen) {
-            (true, 0) if self.passes_not_known() == 0 => Coverage::Observed,
-            (true, 1..) => Coverage::PartlyObserved,
-            (false, 1..) => Coverage::NotVisible,
-            (false, 0) if nothing_seen => Coverage::NotVisible,
-            (_, 0) => Coverage::NotKnown,
-        }
-    }
-
-    /// Passes in which a layer had something to do, and was not seen. Of a model that is not known, the
-    /// last layer that was seen stands for the last one with experts.
-    pub fn passes_not_seen(&self, layer: u16, ends: Ends) -> PhasePasses {
-        let last_seen = self.layers.keys().next_back().copied();
-        let ends = Ends {
-            last: if ends.known { ends.last } else { last_seen },
-            ..ends
-        };
-        let unseen = self.unseen_by_phase;
-        if ends.is_nextn(layer) {
-            // Passes that were seen without it are those of other blocks.
-            return unseen.with_output;
-        }
-        let seen = self.layers.get(&layer);
-        let seen = seen.map_or(Passes::default(), |layer| layer.passes);
-        if ends.may_idle(layer) {
-            // Empty nodes are not computed.
-            return self.by_phase.with_output - seen.with_output + unseen.with_output;
-        }
-        self.by_phase.all() - seen.all() + unseen.all()
-    }
-
-    /// Passes of which neither the routing nor the ubatch was seen: whether they computed tokens is not
-    /// known. Where ubatches are read, passes without one have no tokens.
-    pub fn passes_not_known(&self) -> u64 {
-        let silent = if self.reads_ubatches() {
-            0
-        } else {
-            self.silent
-        };
-        self.unread + silent
-    }
-
-    /// The same of a context in a process whose ubatches are read: one whose passes never have any is
-    /// that of other graphs than a language model's.
-    pub fn passes_unread(&self) -> u64 {
-        self.unread
-    }
-
-    /// Whether the ubatch of any pass was read.
-    pub fn reads_ubatches(&self) -> bool {
-        self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes > 0
-    }
-}
-
 /// Gets every pass that is counted, in order.
 pub type OnPass<'a> = dyn FnMut(&Pass) + 'a;
 
@@ -443,12 +117,14 @@ pub struct Model {
     options: Options,
     facts: ModelFacts,
     contexts: Vec<Context>,
-    by_key: HashMap<(u32, u64, u32), usize>,
+    keys: Keys,
     received: Received,
     from_logits: FromLogits,
     blind: Vec<BlindTime>,
     /// Status, as waitpid tells it, of processes that have ended.
     ended: HashMap<u32, u32>,
+    /// The pass that was judged last, for its memory.
+    spare: Pass,
 }
 
 impl Model {
@@ -539,8 +215,7 @@ impl Model {
         }
         if let Body::ProcessStart = body {
             // Its number can have been another's before.
-            self.by_key
-                .retain(|(process, ..), _| *process != header.process);
+            self.keys.forget_process(header.process);
             self.ended.remove(&header.process);
             return;
         }
@@ -558,33 +233,27 @@ impl Model {
         if let Body::Owner(sched) = body {
             self.adopt(&header, sched, on_pass);
         }
-        let Some(index) = self.context_index(&header) else {
+        let known = self.keys.find(&header);
+        let Some(index) = known.or_else(|| self.new_context(&header)) else {
             self.received.rejected += 1;
             return;
         };
         if let Body::ContextEnd = body {
             self.finish_pass(index, on_pass);
-            self.by_key.remove(&context_key(&header));
+            self.keys.remove(&header);
             return;
         }
         if let Body::Owner(_) = body {
             return;
         }
-        let begins = self.contexts[index]
-            .current
-            .as_ref()
-            .is_none_or(|pass| pass.number != header.pass);
-        if begins {
-            self.finish_pass(index, on_pass);
-            let mut blind = self.blind.iter_mut();
-            if let Some(time) = blind.find(|time| time.contains(header.time_ns)) {
-                time.passes += 1;
-            }
+        let current = self.contexts[index].current.as_ref();
+        if current.is_none_or(|pass| pass.number != header.pass) {
+            self.begin_pass(index, &header, on_pass);
         }
         let context = &mut self.contexts[index];
-        let pass = context
-            .current
-            .get_or_insert_with(|| Pass::new(index, &header));
+        let Some(pass) = &mut context.current else {
+            return;
+        };
         match body {
             Body::Rows(ids) => {
                 context.source = header.source;
@@ -642,7 +311,7 @@ impl Model {
             };
             self.settle_held(index, Some(&pass), on_pass);
             if self.is_whole(index, &pass, end) {
-                self.judge(index, pass, on_pass);
+                self.judge(index, &pass, on_pass);
             } else {
                 self.exclude(index, &pass, Exclusion::Partial);
             }
@@ -652,34 +321,31 @@ impl Model {
     /// Passes that were numbered by the scheduler, because we came when the thread had already
     /// entered its `llama_context`, are that context's.
     fn adopt(&mut self, owner: &Header, sched: u64, on_pass: &mut OnPass<'_>) {
-        let of_sched = |(process, address, _): &&(u32, u64, u32)| {
-            *process == owner.process && *address == sched
-        };
-        let Some(key) = self.by_key.keys().find(of_sched).copied() else {
-            return;
-        };
-        if let Some(index) = self.by_key.remove(&key) {
+        if let Some(index) = self.keys.take_scheduler(owner.process, sched) {
             // The owner numbers its passes anew.
             self.finish_pass(index, on_pass);
-            self.by_key.entry(context_key(owner)).or_insert(index);
+            self.keys.insert_new(owner, index);
         }
     }
 
-    fn context_index(&mut self, header: &Header) -> Option<usize> {
-        let key = context_key(header);
-        if let Some(index) = self.by_key.get(&key) {
-            return Some(*index);
-        }
+    fn new_context(&mut self, header: &Header) -> Option<usize> {
         if self.contexts.len() >= MAX_CONTEXTS {
             return None;
         }
-        self.contexts.push(Context {
-            process: header.process,
-            layer_order: header.pass_source == PassSource::LayerOrder as u8,
-            ..Context::default()
-        });
-        self.by_key.insert(key, self.contexts.len() - 1);
-        Some(self.contexts.len() - 1)
+        let index = self.contexts.len();
+        self.contexts.push(Context::new(header));
+        self.keys.insert_new(header, index);
+        Some(index)
+    }
+
+    fn begin_pass(&mut self, index: usize, header: &Header, on_pass: &mut OnPass<'_>) {
+        self.finish_pass(index, on_pass);
+        let mut blind = self.blind.iter_mut();
+        if let Some(time) = blind.find(|time| time.contains(header.time_ns)) {
+            time.passes += 1;
+        }
+        let spare = mem::take(&mut self.spare);
+        self.contexts[index].current = Some(Pass::new(index, header, spare));
     }
 
     /// The pass is followed by another, or by the context's end: nothing of it is to come.
@@ -699,7 +365,8 @@ impl Model {
             return;
         }
         self.settle_held(index, Some(&pass), on_pass);
-        self.judge(index, pass, on_pass);
+        self.judge(index, &pass, on_pass);
+        self.spare = pass;
     }
 
     fn settle_held(&mut self, index: usize, next: Option<&Pass>, on_pass: &mut OnPass<'_>) {
@@ -707,17 +374,17 @@ impl Model {
             return;
         };
         if next.is_some_and(|next| next.first_layer() == held.first_layer()) {
-            self.judge(index, held, on_pass);
+            self.judge(index, &held, on_pass);
         } else {
             self.exclude(index, &held, Exclusion::Partial);
         }
     }
 
-    fn judge(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
-        self.settle_refusals(&pass);
+    fn judge(&mut self, index: usize, pass: &Pass, on_pass: &mut OnPass<'_>) {
+        self.settle_refusals(pass);
         let mut blind = self.blind.iter().filter(|time| time.until_ns.is_some());
         if blind.any(|time| time.contains(pass.began_ns)) {
-            self.exclude(index, &pass, Exclusion::Partial);
+            self.exclude(index, pass, Exclusion::Partial);
             return;
         }
         let context = &self.contexts[index];
@@ -728,7 +395,7 @@ impl Model {
                 return;
             }
             if !self.options.include_warmup {
-                self.exclude(index, &pass, Exclusion::Warmup);
+                self.exclude(index, pass, Exclusion::Warmup);
                 return;
             }
             self.commit(index, pass, on_pass);
@@ -764,11 +431,11 @@ impl Model {
             return false;
         }
         let nextn = |layer: u16| self.facts.nextn.is_some_and(|first| layer >= first);
-        if pass.layers().into_iter().all(nextn) {
+        if pass.layers().iter().all(nextn) {
             // Each block runs in passes of its own.
             return !pass.lacks_rows();
         }
-        let mut expected: BTreeSet<u16> = context.layers.keys().copied().collect();
+        let mut expected: BTreeSet<u16> = context.layers.numbers().collect();
         if !context.knows_layers {
             match (end, &self.facts.moe_layers) {
                 // Another thread can have ended the process in the middle of its first pass, or an
@@ -783,11 +450,11 @@ impl Model {
             expected.pop_last();
         }
         let has_second = |layer: &u16| {
-            let layer = context.layers.get(layer);
+            let layer = context.layers.get(*layer);
             layer.is_some_and(|layer| layer.second_block.is_some())
         };
         let expected_second: BTreeSet<u16> = expected.iter().copied().filter(has_second).collect();
-        expected.is_subset(&pass.layers())
+        expected.iter().all(|layer| pass.layers().contains(*layer))
             && expected_second.is_subset(&pass.second_layers())
             && !pass.lacks_rows()
     }
@@ -805,62 +472,11 @@ impl Model {
         excluded.tokens += u64::from(pass.token_count());
     }
 
-    fn commit(&mut self, index: usize, pass: Pass, on_pass: &mut OnPass<'_>) {
-        let context = &mut self.contexts[index];
-        let goes_on = pass.goes_on_with(&context.equal_parts);
-        let phases = pass.row_phases(&context.sequences, goes_on);
-        let phase = phases.of_pass();
-        pass.note_sequences(&mut context.sequences, goes_on);
-        context.equal_parts = pass.equal_parts(goes_on);
-        if !pass.has_rows() {
-            if pass.has_ubatch() {
-                context.unseen_by_phase.note(&pass, phase);
-                let unseen = if pass.has_no_output() {
-                    &mut context.unseen_without_output
-                } else {
-                    &mut context.unseen
-                };
-                unseen.passes += 1;
-                unseen.tokens += u64::from(pass.token_count());
-            } else if pass.ubatch_unreadable {
-                context.unread += 1;
-            } else {
-                context.silent += 1;
-            }
-            return;
+    fn commit(&mut self, index: usize, pass: &Pass, on_pass: &mut OnPass<'_>) {
+        self.contexts[index].count(pass);
+        if pass.has_rows() {
+            on_pass(pass);
         }
-        context.passes += 1;
-        context.by_phase.note(&pass, phase);
-        context.knows_layers |= !pass.has_no_output();
-        for layer in pass.layers() {
-            let layer = context.layers.entry(layer).or_default();
-            layer.passes.note(&pass, phase);
-        }
-        context.passes_with_ubatch += u64::from(pass.has_ubatch());
-        for (number, call) in &pass.close_calls {
-            let layer = context.layers.entry(*number).or_default();
-            let row = layer.tally.total_tokens() + call.row;
-            layer.close_calls.push(CloseCall { row, ..*call });
-        }
-        for block in &pass.blocks {
-            let layer = context.layers.entry(block.layer).or_default();
-            layer.routes.insert(block.route);
-            layer.n_expert = layer.n_expert.max(block.n_expert());
-            layer.tally.add(&pass, block, &phases);
-        }
-        // A second block has no place without its layer.
-        for number in pass.second_layers() {
-            if let Some(layer) = context.layers.get_mut(&number) {
-                layer.second_block.get_or_insert_default().passes += 1;
-            }
-        }
-        for block in &pass.second_blocks {
-            let layer = context.layers.get_mut(&block.layer);
-            if let Some(second) = layer.and_then(|layer| layer.second_block.as_mut()) {
-                second.tally.add(&pass, block, &phases);
-            }
-        }
-        on_pass(&pass);
     }
 }
 
@@ -911,10 +527,6 @@ impl Choice {
             ..*header
         })
     }
-}
-
-fn context_key(header: &Header) -> (u32, u64, u32) {
-    (header.process, header.context, header.generation)
 }
 
 #[cfg(test)]

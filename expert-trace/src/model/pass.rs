@@ -9,7 +9,7 @@ use expert_trace_common::{
     Header, MAX_WARMUP_TOKENS, PassSource, Phase, ROW_OUTPUT, Route, RowInfo, UBATCH_UNREADABLE,
 };
 
-use super::{CloseCall, ModelFacts};
+use super::{CloseCall, ModelFacts, layer::LayerSet};
 use crate::{decode::RowInfos, selection::Refusal};
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
@@ -47,6 +47,21 @@ pub(super) enum Added {
 }
 
 impl Block {
+    /// That of a record, whose ids begin at `start`.
+    #[inline]
+    fn new(header: &Header, route: Route, start: usize) -> Self {
+        Self {
+            layer: header.layer,
+            k: header.k,
+            first_row: header.first_row,
+            rows: header.rows,
+            total_rows: header.total_rows,
+            route,
+            row_stride: header.row_stride,
+            start,
+        }
+    }
+
     /// Experts to choose from; 0 when the tensor does not show it.
     pub fn n_expert(&self) -> u32 {
         if self.row_stride > u32::from(self.k) {
@@ -76,8 +91,12 @@ impl Block {
     }
 }
 
+/// Ids for which a pass that has been counted leaves room to the next one: 2 MiB, for a prompt of 2,048
+/// tokens, 48 layers and 10 experts each.
+const MAX_SPARE_IDS: usize = 1 << 20;
+
 /// Rows of one ubatch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Pass {
     /// Index of its context.
     pub context: usize,
@@ -91,6 +110,8 @@ pub struct Pass {
     pub second_blocks: Vec<Block>,
     /// Its tokens, when it is short enough to be a warm-up; else empty.
     pub(super) tokens: Vec<i32>,
+    /// Layers of `blocks`.
+    layers: LayerSet,
     ids: Vec<u16>,
     /// By layer; rows are counted within the pass.
     pub(super) close_calls: Vec<(u16, CloseCall)>,
@@ -106,20 +127,25 @@ pub struct Pass {
 }
 
 impl Pass {
-    pub(super) fn new(context: usize, header: &Header) -> Self {
+    /// Nothing of it but a record's header. `spare` is a pass that nobody needs, whose memory it takes.
+    pub(super) fn new(context: usize, header: &Header, mut spare: Pass) -> Self {
+        if spare.ids.capacity() > MAX_SPARE_IDS {
+            spare.ids = Vec::new();
+        }
         Self {
             context,
             number: header.pass,
             began_ns: header.time_ns,
-            blocks: Vec::new(),
-            second_blocks: Vec::new(),
-            tokens: Vec::new(),
-            ids: Vec::new(),
-            close_calls: Vec::new(),
+            layers: LayerSet::default(),
+            blocks: emptied(spare.blocks),
+            second_blocks: emptied(spare.second_blocks),
+            tokens: emptied(spare.tokens),
+            ids: emptied(spare.ids),
+            close_calls: emptied(spare.close_calls),
             refused: BTreeMap::new(),
-            replaced: Vec::new(),
+            replaced: emptied(spare.replaced),
             ubatch_tokens: header.ubatch_tokens,
-            infos: Vec::new(),
+            infos: emptied(spare.infos),
             ubatch_unreadable: false,
             scheduler: header.pass_source == PassSource::Scheduler as u8,
         }
@@ -139,7 +165,18 @@ impl Pass {
         if header.total_rows == 0 {
             return Added::Counted;
         }
-        let block = self.block(header, route, ids);
+        let start = self.ids.len();
+        self.ids.extend(ids);
+        if !self.layers.contains(header.layer) {
+            self.layers.insert(header.layer);
+            self.blocks.push(Block::new(header, route, start));
+            return Added::Counted;
+        }
+        self.add_to_layer(Block::new(header, route, start))
+    }
+
+    /// The same of a layer that has rows already, whose ids have been taken in.
+    fn add_to_layer(&mut self, block: Block) -> Added {
         let known = self.blocks.iter().chain(&self.replaced);
         let repeats: Vec<Block> = known
             .filter(|known| known.is_repeated_by(&block))
@@ -147,11 +184,11 @@ impl Pass {
             .collect();
         if !repeats.is_empty() {
             let differing = self.differing(&block, &repeats);
-            let wins =
-                route != Route::Logits && repeats.iter().all(|known| known.route == Route::Logits);
+            let wins = block.route != Route::Logits
+                && repeats.iter().all(|known| known.route == Route::Logits);
             if !wins {
                 self.ids.truncate(block.start);
-                self.name_after(route, &repeats);
+                self.name_after(block.route, &repeats);
             } else {
                 let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
                 self.replaced.extend(replaced);
@@ -175,26 +212,11 @@ impl Pass {
             return Added::Refused;
         }
         if header.total_rows > 0 {
-            let block = self.block(header, route, ids);
-            append(&mut self.second_blocks, block);
+            let start = self.ids.len();
+            self.ids.extend(ids);
+            append(&mut self.second_blocks, Block::new(header, route, start));
         }
         Added::Counted
-    }
-
-    /// Takes in a record's ids.
-    fn block(&mut self, header: &Header, route: Route, ids: impl Iterator<Item = u16>) -> Block {
-        let start = self.ids.len();
-        self.ids.extend(ids);
-        Block {
-            layer: header.layer,
-            k: header.k,
-            first_row: header.first_row,
-            rows: header.rows,
-            total_rows: header.total_rows,
-            route,
-            row_stride: header.row_stride,
-            start,
-        }
     }
 
     /// Rows that the target's own code seemed to ask for, and that come by this route as well, are the
@@ -234,13 +256,18 @@ impl Pass {
 
     /// Expert ids of a block, row by row, in router order.
     pub fn rows(&self, block: &Block) -> impl Iterator<Item = &[u16]> {
-        self.ids[block.ids()].chunks_exact(usize::from(block.k))
+        self.ids(block).chunks_exact(usize::from(block.k))
+    }
+
+    /// The same, one row after the other.
+    pub(super) fn ids(&self, block: &Block) -> &[u16] {
+        &self.ids[block.ids()]
     }
 
     /// Whether a row of a layer was seen.
     pub(super) fn has_row(&self, layer: u16, row: u32) -> bool {
         let mut blocks = self.blocks.iter();
-        blocks.any(|block| block.layer == layer && block.has(row))
+        self.layers.contains(layer) && blocks.any(|block| block.layer == layer && block.has(row))
     }
 
     /// Whether anything was routed.
@@ -263,8 +290,9 @@ impl Pass {
         self.blocks.first().map(|block| block.layer)
     }
 
-    pub(super) fn layers(&self) -> BTreeSet<u16> {
-        self.blocks.iter().map(|block| block.layer).collect()
+    /// Layers that were seen.
+    pub(super) fn layers(&self) -> &LayerSet {
+        &self.layers
     }
 
     /// Layers of which the second block of experts was seen.
@@ -315,36 +343,33 @@ impl Pass {
     /// Sequences of a batch of which the pass has as many tokens of each (`split_equal` in
     /// llama-batch.cpp), from the first on, and all with an output, as embeddings are computed: of longer
     /// ones the next pass has the rest. Empty for any other pass, unless it `goes_on` with such a batch.
-    pub(super) fn equal_parts(&self, goes_on: bool) -> BTreeSet<u16> {
-        let sequences = self.sequences();
-        let parts = sequences.len().max(1);
-        let length = self.infos.len() / parts;
-        let counts = |test: fn(&RowInfo) -> bool| self.infos.iter().filter(|row| test(row)).count();
-        let from_the_first = length > 1 && counts(|row| row.position == 0) == parts;
-        let all_outputs = counts(|row| row.flags & ROW_OUTPUT == 0) == 0;
-        let of = |sequence: &u16| {
-            let rows = self.infos.iter();
-            rows.filter(|row| row.sequence == *sequence).count()
-        };
-        let equal = sequences.iter().all(|sequence| of(sequence) == length);
-        if self.has_ubatch() && equal && all_outputs && (from_the_first || goes_on) {
-            sequences
+    pub(super) fn equal_parts(&self, parts: &BTreeMap<u16, Part>, goes_on: bool) -> BTreeSet<u16> {
+        let all_outputs = || self.infos.iter().all(|row| row.flags & ROW_OUTPUT != 0);
+        let is_long = self.infos.len() > parts.len();
+        if !self.has_ubatch() || !(is_long || goes_on) || !all_outputs() {
+            return BTreeSet::new();
+        }
+        let length = self.infos.len() / parts.len();
+        let firsts = self.infos.iter().filter(|row| row.position == 0).count();
+        let from_the_first = length > 1 && firsts == parts.len();
+        let equal = parts.values().all(|part| part.tokens as usize == length);
+        if equal && (from_the_first || goes_on) {
+            parts.keys().copied().collect()
         } else {
             BTreeSet::new()
         }
     }
 
     /// Whether it has the rest of some, and not of all, of these sequences.
-    pub(super) fn goes_on_with(&self, parts: &BTreeSet<u16>) -> bool {
-        let sequences = self.sequences();
+    pub(super) fn goes_on_with(
+        &self,
+        equal_parts: &BTreeSet<u16>,
+        parts: &BTreeMap<u16, Part>,
+    ) -> bool {
         self.has_ubatch()
-            && sequences.len() < parts.len()
-            && sequences.is_subset(parts)
+            && parts.len() < equal_parts.len()
+            && parts.keys().all(|sequence| equal_parts.contains(sequence))
             && self.infos.iter().all(|row| row.position > 0)
-    }
-
-    fn sequences(&self) -> BTreeSet<u16> {
-        self.infos.iter().map(|row| row.sequence).collect()
     }
 
     /// Prefill or decode, for each token of the ubatch.
@@ -353,7 +378,12 @@ impl Pass {
     /// first, and does not go on with a prompt of which the pass before had no output, or a part, nor is
     /// the prompt's last one anew. So are tokens that were guessed and are checked together. Where the
     /// ubatch was not read, a pass of one token is a decode.
-    pub(super) fn row_phases(&self, before: &BTreeMap<u16, Sequence>, goes_on: bool) -> RowPhases {
+    pub(super) fn row_phases(
+        &self,
+        parts: &BTreeMap<u16, Part>,
+        before: &BTreeMap<u16, Sequence>,
+        goes_on: bool,
+    ) -> RowPhases {
         let mut phases = RowPhases {
             otherwise: if self.token_count() > 1 {
                 Phase::Prefill
@@ -366,7 +396,6 @@ impl Pass {
         if !self.has_ubatch() {
             return phases;
         }
-        let parts = self.parts();
         for info in &self.infos {
             let part = parts[&info.sequence];
             let phase = part.phase(before.get(&info.sequence), goes_on);
@@ -378,20 +407,12 @@ impl Pass {
         phases
     }
 
-    /// Remembers how the pass has left each sequence.
-    pub(super) fn note_sequences(&self, sequences: &mut BTreeMap<u16, Sequence>, goes_on: bool) {
-        if !self.has_ubatch() {
-            return;
-        }
-        for (number, part) in self.parts() {
-            let after = part.after(sequences.get(&number), goes_on);
-            sequences.insert(number, after);
-        }
-    }
-
-    /// What the pass has of each sequence.
-    fn parts(&self) -> BTreeMap<u16, Part> {
+    /// What the pass has of each sequence; nothing when its ubatch was not read.
+    pub(super) fn parts(&self) -> BTreeMap<u16, Part> {
         let mut parts: BTreeMap<u16, Part> = BTreeMap::new();
+        if !self.has_ubatch() {
+            return parts;
+        }
         for info in &self.infos {
             let part = parts.entry(info.sequence).or_insert(Part {
                 first_position: info.position,
@@ -433,7 +454,7 @@ enum SequenceState {
 
 /// What a pass has of one sequence.
 #[derive(Clone, Copy)]
-struct Part {
+pub(super) struct Part {
     first_position: i32,
     last_position: i32,
     tokens: u32,
@@ -466,7 +487,8 @@ impl Part {
             && !before.may_be_guesses
     }
 
-    fn after(self, before: Option<&Sequence>, goes_on: bool) -> Sequence {
+    /// The sequence after the pass.
+    pub(super) fn after(self, before: Option<&Sequence>, goes_on: bool) -> Sequence {
         let state = before.map(|before| before.state);
         let prompt_end = match self.phase(before, goes_on) {
             Phase::Prefill => Some(self.last_position),
@@ -512,7 +534,8 @@ fn append(blocks: &mut Vec<Block>, block: Block) {
                 && last.route == block.route
                 && last.k == block.k
                 && block.first_row > 0
-                && last.first_row + last.rows == block.first_row =>
+                && last.first_row + last.rows == block.first_row
+                && last.ids().end == block.start =>
         {
             last.rows += block.rows;
         }
@@ -540,16 +563,29 @@ impl RowPhases {
         }
     }
 
-    /// Phase of a row of a layer that has `total_rows` rows.
-    pub(super) fn of(&self, row: usize, total_rows: u32) -> Phase {
+    /// Phase of a row of a layer that has `total_rows` rows, and where the rows end, at most at `end`,
+    /// that have the same.
+    #[inline]
+    pub(super) fn run(&self, row: u32, end: u32, total_rows: u32) -> (Phase, u32) {
         let total = total_rows as usize;
         let phases = if total == self.tokens.len() {
             &self.tokens
         } else if total == self.outputs.len() {
             &self.outputs
         } else {
-            return self.otherwise;
+            return (self.otherwise, end);
         };
-        phases.get(row).copied().unwrap_or(self.otherwise)
+        let end_known = (end as usize).min(total);
+        let rest = phases.get(row as usize..end_known).unwrap_or_default();
+        let Some(first) = rest.first() else {
+            return (self.otherwise, end);
+        };
+        let others = rest.iter().position(|phase| phase != first);
+        (*first, row + others.unwrap_or(rest.len()) as u32)
     }
+}
+
+fn emptied<T>(mut vec: Vec<T>) -> Vec<T> {
+    vec.clear();
+    vec
 }

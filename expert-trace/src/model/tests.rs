@@ -1,7 +1,7 @@
-use expert_trace_common::{Header, Kind, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};
+use expert_trace_common::{Header, Kind, PassSource, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};
 
 use super::*;
-use crate::decode::decode;
+use crate::{decode::decode, routes::Routes};
 
 const SCHED: u64 = 0x5000;
 
@@ -146,7 +146,7 @@ fn decode_at(number: u32, ubatch: &[(i32, u16, bool)]) -> TestPass<'_> {
 }
 
 fn tokens(model: &Model, context: usize, layer: u16) -> [u64; 2] {
-    model.contexts()[context].layers[&layer].tally.tokens
+    model.contexts()[context].layers[layer].tally.tokens
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn prefill_and_decode_by_tokens_per_sequence() {
     let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
     assert_eq!(tokens(&model, 0, 0), [4, 2]);
     assert_eq!(tokens(&model, 0, 1), [2, 2]);
-    let layer = &model.contexts()[0].layers[&1];
+    let layer = &model.contexts()[0].layers[1];
     assert_eq!(layer.tally.experts[6], [1, 0]);
     assert_eq!(layer.tally.experts[0], [0, 1]);
     assert_eq!(layer.n_expert, 8);
@@ -409,7 +409,7 @@ fn what_is_rejected_is_counted_and_nowhere_else() {
         (received.events, received.rows, received.rejected),
         (4, 1, 2)
     );
-    assert!(!model.contexts()[0].layers.contains_key(&1));
+    assert!(!model.contexts()[0].layers.get(1).is_some());
 }
 
 #[test]
@@ -491,7 +491,7 @@ fn choosing(stage: selection::Stage) -> Model {
 }
 
 fn experts(model: &Model) -> Vec<u64> {
-    let layer = &model.contexts()[0].layers[&2];
+    let layer = &model.contexts()[0].layers[2];
     layer
         .tally
         .experts
@@ -562,8 +562,8 @@ fn what_the_scheduler_copies_is_not_called_the_targets_own() {
         assert_eq!(experts(&model), [2, 2, 2, 2]);
         assert_eq!(model.received().repeated_rows, 4);
         assert_eq!(model.received().differing_rows, 0);
-        let layer = &model.contexts()[0].layers[&2];
-        assert_eq!(layer.routes, [expected].into(), "{routes:?}");
+        let layer = &model.contexts()[0].layers[2];
+        assert_eq!(layer.routes, Routes::of(&[expected]), "{routes:?}");
     }
 }
 
@@ -584,8 +584,8 @@ fn ids_take_the_place_of_a_choice_from_logits() {
     assert_eq!(experts(&model), [1, 3, 2, 2]);
     assert_eq!(model.received().repeated_rows, 4);
     assert_eq!(model.received().differing_rows, 1);
-    let layer = &model.contexts()[0].layers[&2];
-    assert_eq!(layer.routes, [Route::DeviceCopy].into());
+    let layer = &model.contexts()[0].layers[2];
+    assert_eq!(layer.routes, Routes::of(&[Route::DeviceCopy]));
     assert!(layer.close_calls.is_empty());
 }
 
@@ -596,7 +596,7 @@ fn close_calls_are_named_by_their_row() {
     push_logits(&mut model, Kind::Logits, 0, &LOGITS[..3]);
     push_logits(&mut model, Kind::Logits, 3, &[close]);
     model.end(&|_| End::Exited, &mut |_| {});
-    let calls = &model.contexts()[0].layers[&2].close_calls;
+    let calls = &model.contexts()[0].layers[2].close_calls;
     assert_eq!(calls.iter().map(|call| call.row).collect::<Vec<_>>(), [3]);
     assert!(calls[0].margin < 0.001);
     assert_eq!(model.from_logits().rows, 4);
@@ -893,10 +893,10 @@ fn second_blocks_are_in_no_other_count() {
     let passes = [WITH_SECOND_BLOCKS];
     let model = run(FROM_START, ModelFacts::default(), &passes, End::Exited);
     let layers = &model.contexts()[0].layers;
-    assert_eq!(layers[&0].tally.tokens, [2, 0]);
-    assert_eq!(layers[&0].tally.activations(), 4);
-    assert_eq!(layers[&0].n_expert, 8);
-    let second = layers[&0].second_block.as_ref().unwrap();
+    assert_eq!(layers[0].tally.tokens, [2, 0]);
+    assert_eq!(layers[0].tally.activations(), 4);
+    assert_eq!(layers[0].n_expert, 8);
+    let second = layers[0].second_block.as_ref().unwrap();
     assert_eq!((second.passes, second.tally.k), (1, 2));
     assert_eq!(second.tally.tokens, [2, 0]);
     assert_eq!(second.tally.experts, [[1, 0], [1, 0], [0, 0], [2, 0]]);
@@ -908,7 +908,7 @@ fn second_blocks_are_in_no_other_count() {
         ..WITH_SECOND_BLOCKS
     };
     let model = run(FROM_START, ModelFacts::default(), &[alone], End::Exited);
-    assert_eq!(model.contexts()[0].layers.len(), 1);
+    assert_eq!(model.contexts()[0].layers.numbers().count(), 1);
 }
 
 #[test]
@@ -1044,4 +1044,30 @@ fn the_last_token_of_a_prompt_asked_again_is_prefill() {
             "{from}"
         );
     }
+}
+
+#[test]
+fn records_that_contradict_each_other_are_counted_without_a_panic() {
+    // Of two records that go on with each other, the second says that there are more rows than tokens.
+    let pass = TestPass {
+        ubatch: &[(5, 0, false), (6, 0, true)],
+        ..TestPass::default()
+    };
+    let mut model = Model::new(FROM_START);
+    push(&mut model, &pass);
+    for (first_row, total_rows) in [(0, 2), (2, 9)] {
+        let header = Header {
+            layer: 1,
+            k: 1,
+            row_stride: 8,
+            first_row,
+            rows: 2,
+            total_rows,
+            ..pass.header(Kind::Rows)
+        };
+        let ids: Vec<u8> = [3_i32, 4].into_iter().flat_map(i32::to_ne_bytes).collect();
+        model.push(decode(&record(header, &ids)), &mut |_| {});
+    }
+    model.end(&|_| End::Exited, &mut |_| {});
+    assert_eq!(model.contexts()[0].layers[1].tally.tokens, [4, 0]);
 }

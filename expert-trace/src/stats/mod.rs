@@ -505,7 +505,7 @@ fn ends(shape: &ModelShape) -> Ends {
 /// which run when llama.cpp is asked to speculate with them, in a context of their own, where no other
 /// layer does.
 fn layers(context: &Context, shape: Option<&ModelShape>, ends: Ends) -> Vec<LayerStats> {
-    let mut ids: BTreeSet<u16> = context.layers.keys().copied().collect();
+    let mut ids: BTreeSet<u16> = context.layers.numbers().collect();
     if let Some(shape) = shape {
         let main = shape.main_layers();
         let is_main = |id: &u32| *id < main;
@@ -517,7 +517,7 @@ fn layers(context: &Context, shape: Option<&ModelShape>, ends: Ends) -> Vec<Laye
         ids.extend(expected.filter_map(|id| u16::try_from(*id).ok()));
     }
     let layers = ids.into_iter().map(|id| {
-        let seen = context.layers.get(&id);
+        let seen = context.layers.get(id);
         let stats = seen.map_or_else(|| LayerStats::unseen(id), |layer| layer_stats(id, layer));
         LayerStats {
             coverage: context.coverage(id, ends),
@@ -543,7 +543,7 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
         .layers
         .iter()
         .map(|(layer_id, layer)| SpecifiedLayer {
-            layer_id: *layer_id,
+            layer_id,
             total_tokens: layer.tally.total_tokens(),
             experts: expert_stats(&layer.tally)
                 .into_iter()
@@ -582,7 +582,7 @@ fn expert_stats(tally: &Tally) -> Vec<ExpertStats> {
 fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
     let n_expert = (layer.n_expert > 0).then_some(layer.n_expert);
     // A choice from logits is as wide as the model file says.
-    let chosen = layer.routes.iter().all(|route| *route == Route::Logits);
+    let chosen = layer.routes.iter().all(|route| route == Route::Logits);
     let [prefill_tokens, decode_tokens] = layer.tally.tokens;
     LayerStats {
         layer_id,
@@ -598,7 +598,7 @@ fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
         passes: layer.passes.sum(),
         passes_not_seen: PhasePasses::default(),
         close_calls: layer.close_calls.clone(),
-        routes: layer.routes.iter().copied().map(routes::name).collect(),
+        routes: layer.routes.iter().map(routes::name).collect(),
         experts_never_activated: None,
         total_tokens: layer.tally.total_tokens(),
         prefill_tokens,
@@ -675,7 +675,7 @@ impl LayerStats {
 pub fn fitting_models(context: &Context, models: &[ModelFile], of_process: &[usize]) -> Vec<usize> {
     let fits = |model: &ModelFile| {
         context.layers.iter().all(|(id, layer)| {
-            model.shape.moe_layers.contains(&u32::from(*id))
+            model.shape.moe_layers.contains(&u32::from(id))
                 && (layer.n_expert == 0 || layer.n_expert == model.shape.n_expert)
         })
     };

@@ -3,6 +3,7 @@
 //! A benchmark prints its results as lines `RESULT {…}`, from which the result files and the tables in
 //! docs/performance.md are made.
 
+mod flood;
 mod overhead;
 mod start;
 

@@ -26,10 +26,13 @@ struct Bench {
     file: ResultFile,
     place: Place,
     source: Source,
-    table: fn(&[Value]) -> String,
+    table: Show,
     /// A plot beside the table: the file it goes to, and what makes it.
-    plot: Option<(&'static str, fn(&[Value]) -> String)>,
+    plot: Option<(&'static str, Show)>,
 }
+
+/// Makes the text that shows results.
+type Show = fn(&[Value]) -> String;
 
 /// Where results come from.
 enum Source {

@@ -409,7 +409,7 @@ fn what_is_rejected_is_counted_and_nowhere_else() {
         (received.events, received.rows, received.rejected),
         (4, 1, 2)
     );
-    assert!(!model.contexts()[0].layers.get(1).is_some());
+    assert!(model.contexts()[0].layers.get(1).is_none());
 }
 
 #[test]

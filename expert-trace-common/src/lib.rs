@@ -287,9 +287,8 @@ macro_rules! counters {
 }
 
 counters! {
-    /// `ggml_compute_forward_get_rows` was entered while tracing was on.
-    Entered,
-    /// … by a thread other than the first of its thread pool.
+    /// `ggml_compute_forward_get_rows` was entered while tracing was on (how often in all, the map `HITS`
+    /// says), by a thread other than the first of its thread pool.
     FilteredThread,
     /// … for a tensor that is neither expert ids nor tokens.
     FilteredTensor,

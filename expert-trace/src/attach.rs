@@ -143,6 +143,14 @@ enum Link {
     PerfEvent { _link: UProbeLink },
 }
 
+/// The BPF program that does nothing.
+const NOTHING: &str = "nothing";
+
+/// A probe whose hits do nothing, until it is dropped.
+pub struct EmptyProbe {
+    _link: Link,
+}
+
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
     ebpf: Ebpf,
@@ -170,6 +178,7 @@ impl Session {
             .load(&OBJECT.0)
             .map_err(load_error)?;
         let mut programs = Hook::ALL.map(Hook::program).to_vec();
+        programs.push(NOTHING);
         programs.sort_unstable();
         programs.dedup();
         let uprobes = if has_uprobe_multi() {
@@ -329,7 +338,8 @@ impl Session {
                 (None, Some(code))
             }
         };
-        let link = self.link(probe, process).map_err(|error| {
+        let link = self.link(probe.hook.program(), probe, process);
+        let link = link.map_err(|error| {
             refused(match requirements::old_kernel() {
                 Some(old) => format!("{error}; {old}"),
                 None => error,
@@ -342,9 +352,32 @@ impl Session {
         Ok(())
     }
 
+    /// Sets a probe that does nothing in the memory of one process, whatever the scope.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn attach_empty(
+        &mut self,
+        probe: &Probe,
+        process: NonZeroU32,
+    ) -> Result<EmptyProbe, AttachError> {
+        let _link = self.link(NOTHING, probe, Some(process));
+        let _link = _link.map_err(|reason| AttachError::Probe {
+            symbol: probe.symbol.to_owned(),
+            file: printable(Path::new(&probe.file)),
+            offset: probe.definition.file_offset,
+            reason,
+        })?;
+        Ok(EmptyProbe { _link })
+    }
+
     /// Gives the kernel's answer when it refuses.
-    fn link(&mut self, probe: &Probe, process: Option<NonZeroU32>) -> Result<Link, String> {
-        let program = probe.hook.program();
+    fn link(
+        &mut self,
+        program: &str,
+        probe: &Probe,
+        process: Option<NonZeroU32>,
+    ) -> Result<Link, String> {
         let path = &probe.attach_path;
         let offset = probe.definition.file_offset;
         let cookie = probe.site.cookie();

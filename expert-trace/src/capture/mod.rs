@@ -239,7 +239,11 @@ impl Capture {
         loop {
             while !self.take_events() {}
             let counters = self.session.counters()?;
+            let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
+            let hits = self.hooks.iter().filter(of_ids);
+            let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
             let integrity = Integrity::new(
+                entered?,
                 &counters,
                 self.model.received(),
                 self.model.from_logits(),

@@ -3,11 +3,12 @@
 //! A benchmark prints its results as lines `RESULT {…}`, from which the result files and the tables in
 //! docs/performance.md are made.
 
+mod hits;
+
 use std::{env, time::Duration};
 
 /// How much of a benchmark is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "the benchmarks that use it come next")]
 pub enum Effort {
     /// Every part once, with models that are there anyway: it has to work, and says nothing of speed.
     Smoke,
@@ -15,7 +16,6 @@ pub enum Effort {
     Full { limit: Duration },
 }
 
-#[allow(dead_code, reason = "the benchmarks that use it come next")]
 impl Effort {
     /// What `cargo xtask bench` has asked for.
     pub fn asked() -> Self {

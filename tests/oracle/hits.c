@@ -7,7 +7,9 @@
 //   other N          the index tensor is no one's of a router, nor is dst named
 //   scales N         scales of experts are gathered by a router's ids
 //   decode K N       one row of K ids, in LAYERS layers of each of N passes
-//   prompt K ROWS N  the same with ROWS rows
+//   paced K N        the same, with PACE_NS between two calls, in which a reader falls asleep
+//   prompt K ROWS N  as decode, with ROWS rows
+//   wide K ROWS N    the same, of WIDE experts
 //   pass TOKENS N    a pass begins, N times
 //   quit
 //
@@ -22,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LAYERS = 48, N_EXPERT = 128, MAX_TOKENS = 2048, MAX_BATCHES = 1 << 16 };
+enum { LAYERS = 48, N_EXPERT = 128, WIDE = 512, MAX_TOKENS = 1024, MAX_BATCHES = 1 << 16, PACE_NS = 200000 };
 
 // The first instruction decides what a probe costs: it is that of compilers' functions.
 #if defined(__x86_64__)
@@ -84,7 +86,7 @@ static struct tensor ids[LAYERS], weights[LAYERS];
 static int32_t       sequence, positions[MAX_TOKENS], n_seq_id[MAX_TOKENS];
 static int32_t *     seq_id[MAX_TOKENS];
 static int8_t        output[MAX_TOKENS];
-static int32_t       argsort[MAX_TOKENS][N_EXPERT];
+static int32_t       argsort[MAX_TOKENS * WIDE];
 static struct ubatch ubatch;
 static int64_t       batches[MAX_BATCHES];
 static char          context[8], scheduler[8], graph[64];
@@ -102,12 +104,16 @@ static void begin_pass(int tokens) {
     ggml_backend_sched_graph_compute_async(scheduler, graph);
 }
 
-static void set_up(int k, int rows, const char * ids_name, const char * dst_name) {
+static void set_up(int k, int n_expert, int rows, const char * ids_name, const char * dst_name) {
+    const size_t stride = (size_t) n_expert * sizeof(argsort[0]);
+    for (int i = 0; i < rows * n_expert; i++) {
+        argsort[i] = (i / n_expert + i) % n_expert;
+    }
     for (int layer = 0; layer < LAYERS; layer++) {
         struct tensor * index = &ids[layer];
         *index = (struct tensor) {
             .type = 26, .ne = { k, rows, 1, 1 },
-            .nb = { 4, sizeof(argsort[0]), rows * sizeof(argsort[0]), rows * sizeof(argsort[0]) },
+            .nb = { sizeof(argsort[0]), stride, (size_t) rows * stride, (size_t) rows * stride },
             .data = argsort,
         };
         snprintf(index->name, sizeof(index->name), ids_name, layer);
@@ -137,6 +143,24 @@ static double time_layers(int n, int tokens, const int32_t * params) {
     return (double) batches[n / 2] / LAYERS;
 }
 
+// The same, with time between the calls, of which each is timed by itself.
+static double time_paced(int n, const int32_t * params) {
+    for (int i = 0; i < n; i++) {
+        begin_pass(1);
+        batches[i] = 0;
+        int64_t due = now() + PACE_NS;
+        for (int layer = 0; layer < LAYERS; layer++, due += PACE_NS) {
+            int64_t begin;
+            while ((begin = now()) < due) {
+            }
+            ggml_compute_forward_get_rows(params, &weights[layer]);
+            batches[i] += now() - begin;
+        }
+    }
+    qsort(batches, (size_t) n, sizeof(batches[0]), by_number);
+    return (double) batches[n / 2] / LAYERS;
+}
+
 static double time_passes(int n, int tokens) {
     for (int i = 0; i < n; i++) {
         const int64_t begin = now();
@@ -154,9 +178,6 @@ int main(void) {
         n_seq_id[i]  = 1;
         seq_id[i]    = &sequence;
         output[i]    = 1;
-        for (int j = 0; j < N_EXPERT; j++) {
-            argsort[i][j] = (i + j) % N_EXPERT;
-        }
     }
     ubatch = (struct ubatch) {
         .b_equal_seqs = 1, .n_seqs = 1, .n_seqs_unq = 1, .n_pos = 1, .pos = positions,
@@ -177,19 +198,25 @@ int main(void) {
         }
         if (last > 0 && last <= MAX_BATCHES) {
             if (!strcmp(what, "thread") && fields == 2) {
-                set_up(8, 1, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
+                set_up(8, N_EXPERT, 1, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
                 ns = time_layers(last, 0, second);
             } else if (!strcmp(what, "other") && fields == 2) {
-                set_up(8, 1, "leaf_%d", "node_%d");
+                set_up(8, N_EXPERT, 1, "leaf_%d", "node_%d");
                 ns = time_layers(last, 0, first);
             } else if (!strcmp(what, "scales") && fields == 2) {
-                set_up(8, 1, "ffn_moe_topk-%d", "node_%d");
+                set_up(8, N_EXPERT, 1, "ffn_moe_topk-%d", "node_%d");
                 ns = time_layers(last, 0, first);
             } else if (!strcmp(what, "decode") && fields == 3 && a <= N_EXPERT) {
-                set_up(a, 1, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
+                set_up(a, N_EXPERT, 1, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
                 ns = time_layers(last, 1, first);
+            } else if (!strcmp(what, "paced") && fields == 3 && a <= N_EXPERT) {
+                set_up(a, N_EXPERT, 1, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
+                ns = time_paced(last, first);
             } else if (!strcmp(what, "prompt") && fields == 4 && a <= N_EXPERT && b <= MAX_TOKENS) {
-                set_up(a, b, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
+                set_up(a, N_EXPERT, b, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
+                ns = time_layers(last, b, first);
+            } else if (!strcmp(what, "wide") && fields == 4 && a <= WIDE && b <= MAX_TOKENS) {
+                set_up(a, WIDE, b, "ffn_moe_topk-%d", "ffn_moe_weights-%d");
                 ns = time_layers(last, b, first);
             } else if (!strcmp(what, "pass") && fields == 3 && a <= MAX_TOKENS) {
                 ns = time_passes(last, a);

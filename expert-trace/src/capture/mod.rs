@@ -53,6 +53,8 @@ struct Capture {
     first_process: Option<u32>,
     session: Session,
     events: AsyncFd<Events>,
+    /// When what has come is to be taken.
+    due: Option<Instant>,
     plan: Plan,
     /// Probes that are in place.
     hooks: Vec<Probe>,
@@ -94,6 +96,7 @@ impl Capture {
             first_process,
             session,
             events,
+            due: None,
             plan,
             hooks: Vec::new(),
             problems: Vec::new(),
@@ -148,6 +151,25 @@ impl Capture {
     fn problem(&mut self, problem: String) {
         say!("{problem}");
         self.problems.push(problem);
+    }
+
+    /// Waits until events are to be taken: some time after the first one has come.
+    ///
+    /// To be woken costs the thread that was hit as much as the hit, and us more than the event. The
+    /// kernel wakes whoever has taken all that there was (`ringbuf_commit` in kernel/bpf/ringbuf.c), so
+    /// that nobody is woken by what comes while we wait. It may be broken off, and begun again.
+    async fn events_due(&mut self) -> io::Result<()> {
+        let due = match self.due {
+            Some(due) => due,
+            None => {
+                self.events.readable_mut().await?.clear_ready();
+                let wait = gathering(self.recording.ring_bytes(self.plan.reads_logits()));
+                *self.due.insert(Instant::now() + wait)
+            }
+        };
+        tokio::time::sleep_until(due.into()).await;
+        self.due = None;
+        Ok(())
     }
 
     /// Takes some of the events that are there. Gives whether those were all.
@@ -539,6 +561,18 @@ impl Capture {
                 )),
             }
         }
+    }
+}
+
+/// How long events are left in a ring buffer of this size: never so long that a thread could fill it by
+/// rows, which take more than a nanosecond for a byte, nor that somebody who reads the log would notice.
+fn gathering(ring_bytes: u32) -> Duration {
+    const UNNOTICED: Duration = Duration::from_millis(10);
+    let filled = Duration::from_nanos(ring_bytes.into());
+    // Half of it is for what comes while we are woken. Timers have whole milliseconds.
+    match filled.min(2 * UNNOTICED) / 2 {
+        short if short < Duration::from_millis(1) => Duration::ZERO,
+        long => long,
     }
 }
 

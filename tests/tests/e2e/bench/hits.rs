@@ -47,17 +47,16 @@ enum Goal {
 const FILTERED: Goal = Goal::Ratio(1.3);
 const ONE_ROW: Goal = Goal::Ratio(2.5);
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 11] = [
     Case::new("another thread", "thread", 20, Some(FILTERED)),
     Case::new("another tensor", "other", 20, Some(FILTERED)),
     Case::new("scales of experts", "scales", 20, Some(FILTERED)),
     Case::new("one row, k 4", "decode 4", 20, Some(ONE_ROW)),
     Case::new("one row, k 8", "decode 8", 20, Some(ONE_ROW)),
     Case::new("one row, k 10", "decode 10", 20, Some(ONE_ROW)),
-    Case {
-        rows: Some(512.0),
-        ..Case::new("512 rows, k 8", "prompt 8 512", 4, Some(Goal::RowNs(120.0)))
-    },
+    Case::new("one row, k 8, every 0.2 ms", "paced 8", 5, Some(ONE_ROW)),
+    Case::of_512_rows("512 rows, k 8 of 128", "prompt 8 512"),
+    Case::of_512_rows("512 rows, k 10 of 512", "wide 10 512"),
     Case::new("a pass begins, 1 token", "pass 1", 200, None),
     Case::new("a pass begins, 512 tokens", "pass 512", 40, None),
 ];
@@ -75,6 +74,13 @@ impl Case {
             batches,
             rows: None,
             goal,
+        }
+    }
+
+    const fn of_512_rows(name: &'static str, command: &'static str) -> Self {
+        Self {
+            rows: Some(512.0),
+            ..Self::new(name, command, 4, Some(Goal::RowNs(120.0)))
         }
     }
 

@@ -18,7 +18,6 @@
 //! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | whose pass it is, and the same |
 //! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
 //! | `libraries` | `_dl_debug_state()` of the dynamic linker | the target has mapped libraries |
-//! | `nothing` | a function of the tracer's own | what a hit costs before any program does something |
 //! | `new_task` | tracepoint `task_newtask` | a process that is followed forks |
 //! | `end_task` | tracepoint `sched_process_exit` | a process that is followed ends |
 //!
@@ -224,11 +223,6 @@ fn libraries(ctx: ProbeContext) -> u32 {
             ..Header::default()
         });
     }
-    0
-}
-
-#[uprobe]
-fn nothing(_ctx: ProbeContext) -> u32 {
     0
 }
 

@@ -1,10 +1,13 @@
 //! From a plan to running probes. The only module that names aya.
 
 mod multi;
+mod perf_event;
+mod programs;
 
 use std::{
-    ffi::{CString, c_void},
-    fs::File,
+    collections::BTreeSet,
+    ffi::{CStr, CString, c_void},
+    fs::{self, File},
     io,
     num::{NonZeroU32, NonZeroUsize},
     os::{
@@ -18,15 +21,9 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader, Pod,
-    maps::{Array, MapData, PerCpuArray, RingBuf},
-    programs::{
-        RawTracePoint, UProbe,
-        raw_trace_point::RawTracePointLink,
-        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
-    },
+    Pod,
+    maps::{Array, Map, MapData, PerCpuArray, RingBuf},
 };
-use btf_rs::{Btf, Type};
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
@@ -34,9 +31,13 @@ use expert_trace_common::{
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
+use tracing::level_filters::LevelFilter;
 
 pub use self::multi::is_supported as has_uprobe_multi;
+use self::programs::Programs;
 use crate::{
+    bpf::{self, Command, ProgLoad, RunTime},
+    kernel_types,
     layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
@@ -129,32 +130,59 @@ struct Plain<T>(T);
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
 
+/// Most processes that are followed at once, for which the kernel makes room beforehand.
+fn most_followed(scope: Scope) -> u32 {
+    /// Most process numbers that the kernel gives on 64-bit machines (PID_MAX_LIMIT in
+    /// include/linux/threads.h).
+    const LIMIT: u32 = 4 << 20;
+    match scope {
+        Scope::Process(_) => 1,
+        Scope::FirstChild { .. } => {
+            let most = fs::read_to_string("/proc/sys/kernel/pid_max").ok();
+            let most = most.and_then(|most| most.trim().parse().ok());
+            most.unwrap_or(LIMIT).clamp(1, LIMIT)
+        }
+    }
+}
+
 /// What keeps probes in their places.
-enum Uprobes {
-    /// By links of the kind `uprobe_multi`, and programs that are loaded for it.
-    Multi(multi::Programs),
-    /// By perf events, with the programs that aya has loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Means {
+    /// Links of the kind `uprobe_multi`.
+    Multi,
+    /// Links of perf events.
     PerfEvents,
 }
 
-/// A probe, until it is dropped.
-enum Link {
-    Multi { _link: OwnedFd },
-    PerfEvent { _link: UProbeLink },
+impl Means {
+    /// What programs are loaded for.
+    const fn attach_type(self) -> u32 {
+        match self {
+            Means::Multi => multi::ATTACH_TYPE,
+            Means::PerfEvents => 0,
+        }
+    }
 }
 
-/// The BPF program that does nothing.
-const NOTHING: &str = "nothing";
-
-/// A probe whose hits do nothing, until it is dropped.
-pub struct EmptyProbe {
-    _link: Link,
+/// Where a probe is set, and what its hits are told.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    /// The file.
+    path: &'a CStr,
+    /// Offset of the instruction in it.
+    offset: u64,
+    /// What the program gets from `bpf_get_attach_cookie`.
+    cookie: u64,
+    /// The process in whose memory, by its number; 0 for all that map the file.
+    process: i32,
+    /// Whether the function that begins there hits it when it returns.
+    on_return: bool,
 }
 
 /// Loaded programs and attached probes. Probes are detached when it is dropped.
 pub struct Session {
-    ebpf: Ebpf,
-    uprobes: Uprobes,
+    programs: Programs,
+    means: Means,
     scope: Scope,
     control: Array<MapData, u32>,
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
@@ -163,47 +191,40 @@ pub struct Session {
     hits: PerCpuArray<MapData, u64>,
     links: Links,
     /// Keep the tracepoints' programs attached.
-    tracepoints: Vec<RawTracePointLink>,
+    tracepoints: Vec<OwnedFd>,
 }
 
 impl Session {
-    /// Loads the programs, with a ring buffer of `ring_bytes` (a power of two, at least a page).
-    /// Nothing is counted until [`Session::set_active`].
+    /// Makes the maps, with a ring buffer of `ring_bytes` (a power of two, at least a page), and loads the
+    /// program that every capture needs: a kernel that refuses it is no use. Others are loaded when a
+    /// probe needs them. Nothing is counted until [`Session::set_active`].
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn load(ring_bytes: u32, scope: Scope) -> Result<(Self, Events), AttachError> {
-        let mut ebpf = EbpfLoader::new()
-            .map_max_entries("EVENTS", ring_bytes)
-            .load(&OBJECT.0)
-            .map_err(load_error)?;
-        let mut programs = Hook::ALL.map(Hook::program).to_vec();
-        programs.push(NOTHING);
-        programs.sort_unstable();
-        programs.dedup();
-        let uprobes = if has_uprobe_multi() {
-            let programs = multi::Programs::load(&OBJECT.0, &ebpf, programs);
-            Uprobes::Multi(programs.map_err(load_error)?)
-        } else {
-            tracing::debug!("no uprobe_multi links: probes are set by perf events");
-            for program in programs {
-                uprobe(&mut ebpf, program)?.load().map_err(load_error)?;
+        let means = match has_uprobe_multi() {
+            true => Means::Multi,
+            false => {
+                tracing::debug!("no uprobe_multi links: probes are set by perf events");
+                Means::PerfEvents
             }
-            Uprobes::PerfEvents
         };
+        let entries = [("EVENTS", ring_bytes), ("FOLLOWED", most_followed(scope))];
+        let (programs, mut maps) =
+            Programs::of(&OBJECT.0, &entries, means.attach_type()).map_err(load_error)?;
         let mut take = |name: &str| {
-            ebpf.take_map(name)
+            maps.remove(name)
                 .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
         };
-        let ring = RingBuf::try_from(take("EVENTS")?).map_err(map_error)?;
-        let control = Array::try_from(take("CONTROL")?).map_err(map_error)?;
-        let counts = PerCpuArray::try_from(take("COUNTS")?).map_err(map_error)?;
-        let layouts = Array::try_from(take("LAYOUT")?).map_err(map_error)?;
-        let declared = Array::try_from(take("DECLARED")?).map_err(map_error)?;
-        let hits = PerCpuArray::try_from(take("HITS")?).map_err(map_error)?;
+        let ring = RingBuf::try_from(Map::RingBuf(take("EVENTS")?)).map_err(map_error)?;
+        let control = Array::try_from(Map::Array(take("CONTROL")?)).map_err(map_error)?;
+        let counts = PerCpuArray::try_from(Map::PerCpuArray(take("COUNTS")?)).map_err(map_error)?;
+        let layouts = Array::try_from(Map::Array(take("LAYOUT")?)).map_err(map_error)?;
+        let declared = Array::try_from(Map::Array(take("DECLARED")?)).map_err(map_error)?;
+        let hits = PerCpuArray::try_from(Map::PerCpuArray(take("HITS")?)).map_err(map_error)?;
         let mut session = Self {
-            ebpf,
-            uprobes,
+            programs,
+            means,
             scope,
             control,
             counts,
@@ -213,6 +234,7 @@ impl Session {
             links: Links::default(),
             tracepoints: Vec::new(),
         };
+        session.load_programs([Hook::ExpertIds])?;
         match scope {
             Scope::Process(_) => {}
             Scope::FirstChild { forks: false } => session.follow(Follow::FirstChild)?,
@@ -221,9 +243,22 @@ impl Session {
         Ok((session, Events(ring)))
     }
 
+    /// Loads the programs that hooks need, at once: the kernel takes milliseconds to verify one, and
+    /// [`Session::attach`] would load one after the other.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn load_programs(
+        &mut self,
+        hooks: impl IntoIterator<Item = Hook>,
+    ) -> Result<(), AttachError> {
+        let programs: BTreeSet<&str> = hooks.into_iter().map(Hook::program).collect();
+        self.programs.load(programs).map_err(load_error)
+    }
+
     fn follow(&mut self, follow: Follow) -> Result<(), AttachError> {
         let failed = |error: &dyn std::error::Error| AttachError::Follow(chain(error));
-        let namespace = std::fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
+        let namespace = fs::metadata("/proc/self/ns/pid").map_err(|error| failed(&error))?;
         let [device, inode] = CONTROL_NAMESPACE;
         let [tgid, exit_code] = task_offsets(["tgid", "exit_code"]).map_err(AttachError::Follow)?;
         // The kernel's numbers, as the helper compares them, fit in 32 bits.
@@ -238,21 +273,18 @@ impl Session {
         for (index, value) in settings {
             self.control.set(index, value, 0).map_err(map_error)?;
         }
-        for (program, tracepoint) in [
-            ("new_task", "task_newtask"),
-            ("end_task", "sched_process_exit"),
-        ] {
-            let missing = || AttachError::Load(format!("the BPF object has no program {program}"));
-            let program: &mut RawTracePoint = self
-                .ebpf
-                .program_mut(program)
-                .ok_or_else(missing)?
-                .try_into()
-                .map_err(load_error)?;
-            program.load().map_err(load_error)?;
-            let link = program.attach(tracepoint).map_err(|error| failed(&error))?;
-            self.tracepoints
-                .push(program.take_link(link).map_err(|error| failed(&error))?);
+        let tracepoints = [
+            ("new_task", c"task_newtask"),
+            ("end_task", c"sched_process_exit"),
+        ];
+        self.programs
+            .load(tracepoints.map(|(program, _)| program))
+            .map_err(load_error)?;
+        for (program, tracepoint) in tracepoints {
+            if let Some(program) = self.programs.get(program) {
+                let link = bpf::attach_to_tracepoint(program, tracepoint);
+                self.tracepoints.push(link.map_err(|error| failed(&error))?);
+            }
         }
         Ok(())
     }
@@ -265,9 +297,14 @@ impl Session {
         self.control.get(&CONTROL_FIRST_CHILD, 0).map_err(map_error)
     }
 
-    /// Starts forwarding what the BPF programs log. Needs a tokio runtime.
-    pub fn forward_log(&mut self) {
-        let logger = match aya_log::EbpfLogger::init(&mut self.ebpf) {
+    /// Starts forwarding what the BPF programs log, where that is to be seen. Needs a tokio runtime.
+    pub fn forward_log(&self) {
+        if LevelFilter::current() < LevelFilter::DEBUG {
+            return;
+        }
+        let program = self.programs.get(Hook::ExpertIds.program());
+        let id = program.and_then(|program| bpf::program_id(program).ok());
+        let logger = match aya_log::EbpfLogger::init_from_id(id.unwrap_or_default()) {
             Ok(logger) => logger,
             Err(error) => return tracing::debug!("no log from the BPF programs: {error}"),
         };
@@ -287,9 +324,9 @@ impl Session {
 
     /// What keeps the probes in their places, as the document has it.
     pub fn attached_by(&self) -> &'static str {
-        match self.uprobes {
-            Uprobes::Multi(_) => "uprobe_multi",
-            Uprobes::PerfEvents => "perf_event",
+        match self.means {
+            Means::Multi => "uprobe_multi",
+            Means::PerfEvents => "perf_event",
         }
     }
 
@@ -299,7 +336,7 @@ impl Session {
     /// `uprobe_prog_run` (kernel/trace/bpf_trace.c) has compared thread groups since late 2024; before, it
     /// compared memory, of which that thread has none any more. Nothing but the version tells which.
     pub fn outlives_main_thread(&self) -> bool {
-        matches!(self.uprobes, Uprobes::Multi(_)) && requirements::kernel_is_at_least((6, 13))
+        self.means == Means::Multi && requirements::kernel_is_at_least((6, 13))
     }
 
     /// Attaches a probe.
@@ -325,6 +362,7 @@ impl Session {
         if site.probe >= MAX_PROBES || site.source >= MAX_SOURCES {
             return Err(refused("there are too many probes by now".to_owned()));
         }
+        self.load_programs([probe.hook])?;
         if let Some(declared) = declared {
             self.declare(site.source, *declared)?;
         }
@@ -338,8 +376,7 @@ impl Session {
                 (None, Some(code))
             }
         };
-        let link = self.link(probe.hook.program(), probe, process);
-        let link = link.map_err(|error| {
+        let link = self.link(probe, process).map_err(|error| {
             refused(match requirements::old_kernel() {
                 Some(old) => format!("{error}; {old}"),
                 None => error,
@@ -352,62 +389,64 @@ impl Session {
         Ok(())
     }
 
-    /// Sets a probe that does nothing in the memory of one process, whatever the scope.
+    /// Sets a probe of which the hits do nothing, in the memory of one process, whatever the scope. It is
+    /// there until it is dropped.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn attach_empty(
-        &mut self,
-        probe: &Probe,
-        process: NonZeroU32,
-    ) -> Result<EmptyProbe, AttachError> {
-        let _link = self.link(NOTHING, probe, Some(process));
-        let _link = _link.map_err(|reason| AttachError::Probe {
+    pub fn attach_empty(&self, probe: &Probe, process: NonZeroU32) -> Result<OwnedFd, AttachError> {
+        let load = ProgLoad {
+            expected_attach_type: self.means.attach_type(),
+            ..ProgLoad::nothing()
+        };
+        // SAFETY: the attributes are complete.
+        let program = unsafe { bpf::descriptor(Command::ProgLoad, &load) };
+        let program = program.map_err(|error| AttachError::Load(error.to_string()))?;
+        let link = self.link_program(program.as_fd(), probe, Some(process));
+        link.map_err(|reason| AttachError::Probe {
             symbol: probe.symbol.to_owned(),
             file: printable(Path::new(&probe.file)),
             offset: probe.definition.file_offset,
             reason,
-        })?;
-        Ok(EmptyProbe { _link })
+        })
+    }
+
+    /// What the hits of a hook's program have taken, while the kernel took their times; those of all
+    /// processes, also such as do not count.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn run_time(&self, hook: Hook) -> io::Result<RunTime> {
+        let program = self.programs.get(hook.program());
+        bpf::run_time(program.ok_or(io::ErrorKind::NotFound)?)
     }
 
     /// Gives the kernel's answer when it refuses.
-    fn link(
-        &mut self,
-        program: &str,
+    fn link(&self, probe: &Probe, process: Option<NonZeroU32>) -> Result<OwnedFd, String> {
+        let program = self.programs.get(probe.hook.program());
+        let program = program.ok_or("its BPF program is not loaded")?;
+        self.link_program(program, probe, process)
+    }
+
+    fn link_program(
+        &self,
+        program: BorrowedFd,
         probe: &Probe,
         process: Option<NonZeroU32>,
-    ) -> Result<Link, String> {
-        let path = &probe.attach_path;
-        let offset = probe.definition.file_offset;
-        let cookie = probe.site.cookie();
-        match &self.uprobes {
-            Uprobes::Multi(programs) => {
-                let path = CString::new(path.as_os_str().as_bytes());
-                let place = multi::Place {
-                    path: &path.map_err(|error| error.to_string())?,
-                    offset,
-                    cookie,
-                    process: process.map_or(0, |pid| pid.get() as i32),
-                    on_return: probe.hook.on_return(),
-                };
-                let link = programs.attach(program, place);
-                let _link = link.map_err(|error| error.to_string())?;
-                Ok(Link::Multi { _link })
-            }
-            Uprobes::PerfEvents => {
-                let program = uprobe(&mut self.ebpf, program).map_err(|error| error.to_string())?;
-                let point = UProbeAttachPoint {
-                    location: UProbeAttachLocation::AbsoluteOffset(offset),
-                    cookie: Some(cookie),
-                };
-                let scope = process.map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
-                let link = program.attach(point, path, scope);
-                let link = link.and_then(|link| program.take_link(link));
-                let _link = link.map_err(|error| chain(&error))?;
-                Ok(Link::PerfEvent { _link })
-            }
-        }
+    ) -> Result<OwnedFd, String> {
+        let path = CString::new(probe.attach_path.as_os_str().as_bytes());
+        let place = Place {
+            path: &path.map_err(|error| error.to_string())?,
+            offset: probe.definition.file_offset,
+            cookie: probe.site.cookie(),
+            process: process.map_or(0, |pid| pid.get() as i32),
+            on_return: probe.hook.on_return(),
+        };
+        let link = match self.means {
+            Means::Multi => multi::link(program, place).map_err(io::Error::from),
+            Means::PerfEvents => perf_event::link(program, place),
+        };
+        link.map_err(|error| error.to_string())
     }
 
     /// Detaches the probes of a file.
@@ -486,6 +525,11 @@ impl Session {
         Ok(hits.iter().sum())
     }
 
+    /// Keeps an empty probe, to be detached with the others at the end.
+    pub fn keep(&mut self, empty: OwnedFd) {
+        self.links.0.push((FileId::default(), empty));
+    }
+
     /// Detaches all probes. The kernel waits for grace periods.
     pub fn detach(self) {
         drop(self);
@@ -494,7 +538,7 @@ impl Session {
 
 /// Probes that are set, with the files that they are in.
 #[derive(Default)]
-struct Links(Vec<(FileId, Link)>);
+struct Links(Vec<(FileId, OwnedFd)>);
 
 impl Drop for Links {
     /// Takes them away at once: with each the kernel waits for grace periods, and those of several can
@@ -575,31 +619,9 @@ const PAGE: NonZeroUsize = NonZeroUsize::new(64 << 10).unwrap();
 /// Offsets of members of the running kernel's `task_struct`, in bytes.
 fn task_offsets<const N: usize>(names: [&str; N]) -> Result<[u32; N], String> {
     const BTF: &str = "/sys/kernel/btf/vmlinux";
-    let failed = |error: btf_rs::Error| format!("{BTF}: {error}");
-    let btf = Btf::from_file(BTF).map_err(failed)?;
-    let mut offsets = [None; N];
-    for kind in btf.resolve_types_by_name("task_struct").map_err(failed)? {
-        let Type::Struct(task) = kind else { continue };
-        for member in &task.members {
-            let member_name = btf.resolve_name(member).map_err(failed)?;
-            for (name, offset) in names.iter().zip(&mut offsets) {
-                if *name == member_name {
-                    *offset = Some(member.bit_offset() / 8);
-                }
-            }
-        }
-    }
-    for (name, offset) in names.iter().zip(offsets) {
-        offset.ok_or_else(|| format!("{BTF}: task_struct has no {name}"))?;
-    }
-    Ok(offsets.map(Option::unwrap_or_default))
-}
-
-fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, AttachError> {
-    ebpf.program_mut(name)
-        .ok_or_else(|| AttachError::Load(format!("the BPF object has no program {name}")))?
-        .try_into()
-        .map_err(load_error)
+    let btf = fs::read(BTF).map_err(|error| format!("{BTF}: {error}"))?;
+    let offsets = kernel_types::member_offsets(&btf, "task_struct", names);
+    offsets.map_err(|error| format!("{BTF}: {error}"))
 }
 
 /// Sums of the kernel's counters.

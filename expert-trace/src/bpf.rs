@@ -1,24 +1,37 @@
-//! bpf(2), for what aya does not do.
+//! bpf(2), for what aya does not do, or only together with what takes too long.
 
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::{ffi::CStr, fs, io};
 
 use nix::errno::Errno;
 
-/// A command that gives a descriptor (include/uapi/linux/bpf.h).
+/// A command (include/uapi/linux/bpf.h).
 #[derive(Clone, Copy, Debug)]
 pub enum Command {
     /// BPF_MAP_CREATE
     MapCreate = 0,
+    /// BPF_MAP_UPDATE_ELEM
+    MapUpdate = 2,
     /// BPF_PROG_LOAD
     ProgLoad = 5,
+    /// BPF_OBJ_GET_INFO_BY_FD
+    InfoByDescriptor = 15,
+    /// BPF_RAW_TRACEPOINT_OPEN
+    RawTracepointOpen = 17,
     /// BPF_BTF_LOAD
     BtfLoad = 18,
+    /// BPF_MAP_FREEZE
+    MapFreeze = 22,
     /// BPF_LINK_CREATE
     LinkCreate = 28,
+    /// BPF_ENABLE_STATS
+    EnableStats = 32,
 }
 
 /// The type of programs that uprobes run (BPF_PROG_TYPE_KPROBE).
 pub const PROG_TYPE_KPROBE: u32 = 2;
+/// The type of programs that raw tracepoints run (BPF_PROG_TYPE_RAW_TRACEPOINT).
+pub const PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
 
 /// BPF_OBJ_NAME_LEN
 const NAME_BYTES: usize = 16;
@@ -77,8 +90,8 @@ pub fn name(name: &str) -> [u8; NAME_BYTES] {
 /// Calls bpf(2) for a descriptor, which an exec closes.
 ///
 /// # Safety
-/// `Attributes` is the start of the command's `bpf_attr`, without padding that is not named, and what
-/// its addresses point to is as long as it says.
+/// The command gives one. `Attributes` is the start of the command's `bpf_attr`, without padding that is
+/// not named, and what its addresses point to is as long as it says.
 ///
 /// # Errors
 /// The kernel's.
@@ -86,8 +99,19 @@ pub unsafe fn descriptor<Attributes>(
     command: Command,
     attributes: &Attributes,
 ) -> Result<OwnedFd, Errno> {
+    // SAFETY: promised by our caller.
+    let fd = unsafe { call(command, attributes) }?;
+    // SAFETY: the descriptor is new and ours.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Calls bpf(2).
+///
+/// # Safety
+/// As above.
+unsafe fn call<Attributes>(command: Command, attributes: &Attributes) -> Result<i32, Errno> {
     // SAFETY: the attributes are as large as is said, and live during the call; the rest is promised.
-    let fd = unsafe {
+    let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,
             command as libc::c_long,
@@ -95,7 +119,140 @@ pub unsafe fn descriptor<Attributes>(
             size_of::<Attributes>(),
         )
     };
-    let fd = Errno::result(fd)?;
-    // SAFETY: the descriptor is new and ours.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Ok(Errno::result(answer)? as i32)
+}
+
+/// Fills an array that has one value, and keeps everybody in user space from writing to it: programs are
+/// verified with constants that are.
+///
+/// # Safety
+/// The array's values are as long as this one.
+///
+/// # Errors
+/// The kernel's.
+pub unsafe fn fill_and_freeze(array: BorrowedFd, value: &[u8]) -> Result<(), Errno> {
+    /// Start of `bpf_attr` for commands about elements of maps, and about maps.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Element {
+        map: u32,
+        _padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let first = 0_u32;
+    let map = array.as_raw_fd() as u32;
+    let element = Element {
+        map,
+        key: (&raw const first) as u64,
+        value: value.as_ptr() as u64,
+        ..Element::default()
+    };
+    // SAFETY: the key of an array is such a number, and the value is promised to be long enough.
+    unsafe { call(Command::MapUpdate, &element) }?;
+    // SAFETY: the attributes are a descriptor.
+    unsafe { call(Command::MapFreeze, &map) }?;
+    Ok(())
+}
+
+/// Has a program run at a raw tracepoint, until all descriptors of what it gives are closed.
+///
+/// # Errors
+/// The kernel's.
+pub fn attach_to_tracepoint(program: BorrowedFd, tracepoint: &CStr) -> Result<OwnedFd, Errno> {
+    /// Start of `bpf_attr` for BPF_RAW_TRACEPOINT_OPEN.
+    #[repr(C)]
+    struct Open {
+        name: u64,
+        program: u32,
+        _padding: u32,
+    }
+    let open = Open {
+        name: tracepoint.as_ptr() as u64,
+        program: program.as_raw_fd() as u32,
+        _padding: 0,
+    };
+    // SAFETY: the name ends with a zero.
+    unsafe { descriptor(Command::RawTracepointOpen, &open) }
+}
+
+/// The number by which the kernel lists a program, as it shows it of a descriptor.
+///
+/// # Errors
+/// When it does not.
+pub fn program_id(program: BorrowedFd) -> io::Result<u32> {
+    let shown = fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd()))?;
+    let id = shown.lines().find_map(|line| line.strip_prefix("prog_id:"));
+    let id = id.and_then(|id| id.trim().parse().ok());
+    id.ok_or(io::ErrorKind::InvalidData.into())
+}
+
+/// What a program's runs have taken, while the kernel took their times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunTime {
+    /// Their time together, in nanoseconds.
+    pub ns: u64,
+    /// Runs.
+    pub runs: u64,
+}
+
+/// Has the kernel take the time of every run of every program (BPF_STATS_RUN_TIME), until what it gives is
+/// closed. Since Linux 5.8.
+///
+/// # Errors
+/// The kernel's: it takes CAP_SYS_ADMIN.
+pub fn take_run_times() -> Result<OwnedFd, Errno> {
+    const RUN_TIME: u32 = 0;
+    // SAFETY: the attributes are complete.
+    unsafe { descriptor(Command::EnableStats, &RUN_TIME) }
+}
+
+/// What the runs of a program have taken.
+///
+/// # Errors
+/// The kernel's; or it is older than 5.1, and does not tell.
+pub fn run_time(program: BorrowedFd) -> io::Result<RunTime> {
+    /// Start of `bpf_prog_info`: what is behind it is newer.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Info {
+        /// Addresses and lengths of 0 ask for nothing.
+        _others: [u64; 24],
+        run_time_ns: u64,
+        runs: u64,
+    }
+    #[repr(C)]
+    struct InfoByDescriptor {
+        descriptor: u32,
+        length: u32,
+        info: u64,
+    }
+    let mut info = Info {
+        _others: [0; 24],
+        run_time_ns: 0,
+        runs: 0,
+    };
+    let mut attributes = InfoByDescriptor {
+        descriptor: program.as_raw_fd() as u32,
+        length: size_of::<Info>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: the attributes are complete, and there is room for as much as is said.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            Command::InfoByDescriptor as libc::c_long,
+            &raw mut attributes,
+            size_of::<InfoByDescriptor>(),
+        )
+    };
+    Errno::result(result)?;
+    if attributes.length < size_of::<Info>() as u32 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok(RunTime {
+        ns: info.run_time_ns,
+        runs: info.runs,
+    })
 }

@@ -12,8 +12,9 @@
 //! - [`caller`] and [`variables`]: who called us with which environment, and what that asks for.
 //! - [`target`] and [`launch`]: a process, what it maps, and starting one that waits.
 //! - [`same_file`] and [`users`]: whether two names lead to one file, and who maps it.
-//! - [`symbols`]: ELF bytes to file offsets. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
-//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`]: bpf(2), for what aya does not do.
+//! - [`symbols`]: ELF bytes to file offsets. [`prologue`]: where in a function to probe. [`layout`]: DWARF to the layout of structs. [`probes`]: which functions are to be probed: the `Plan`.
+//! - [`attach`]: the only module that names aya. Plan to Session. [`bpf`], [`uprobe_event`]: bpf(2) and perf_event_open(2).
+//!   [`kernel_types`]: where the kernel's structs have their members.
 //! - [`decode`]: bytes to events. [`model`]: events to counts; pure.
 //! - [`gguf`], [`models`] and [`redact`]: what model files and a command line tell.
 //! - [`placement`] and [`remedy`]: where llama.cpp keeps routers and experts, and what options bring their
@@ -47,12 +48,15 @@ pub mod eval_callback;
 pub mod export;
 pub mod gate;
 pub mod gguf;
+pub mod kernel_types;
 pub mod launch;
 pub mod layout;
 pub mod model;
 pub mod models;
+pub mod own_code;
 pub mod placement;
 pub mod probes;
+pub mod prologue;
 pub mod redact;
 pub mod remedy;
 pub mod requirements;
@@ -66,6 +70,7 @@ pub mod stats;
 pub mod summary;
 pub mod symbols;
 pub mod target;
+pub mod uprobe_event;
 pub mod users;
 pub mod variables;
 pub mod visibility;

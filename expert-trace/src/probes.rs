@@ -602,6 +602,7 @@ mod tests {
                 address,
                 file_offset: address,
                 skipped: 0,
+                instruction: None,
             };
             let definitions = functions.map(|name| (name.to_owned(), vec![definition(16)]));
             let elf = symbols::Elf {

@@ -13,6 +13,7 @@ use thiserror::Error;
 use crate::{
     attach,
     bpf::{self, Command, ProgLoad},
+    uprobe_event::{self, Processes, UPROBE},
 };
 
 /// A capability (include/uapi/linux/capability.h), by its bit.
@@ -138,7 +139,6 @@ fn list(capabilities: &[Capability]) -> String {
     }
 }
 
-const UPROBE: &str = "/sys/bus/event_source/devices/uprobe";
 const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 /// bpf_loop.
 const OLDEST: (u32, u32) = (5, 17);
@@ -231,52 +231,13 @@ fn effective() -> u64 {
     u64::from_str_radix(line.trim(), 16).unwrap_or(0)
 }
 
-/// Asks for a uprobe by a perf event that names no file. Linux 6.18 has nobody but CAP_SYS_ADMIN make one. Who may not have one is told so before the file is looked
-/// for (`perf_uprobe_event_init` in kernel/events/core.c).
+/// Asks for a uprobe by a perf event that names no file. Linux 6.18 has nobody but CAP_SYS_ADMIN make
+/// one. Who may not have one is told so before the file is looked for (`perf_uprobe_event_init` in
+/// kernel/events/core.c). Without uprobes no capability is to blame.
 fn perf_event_is_permitted() -> bool {
-    /// Start of `perf_event_attr`, as long as its third version (include/uapi/linux/perf_event.h),
-    /// with the path in `config1`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attributes {
-        kind: u32,
-        size: u32,
-        before_path: [u64; 6],
-        path: u64,
-        rest: [u64; 3],
-    }
-    const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
-    const OURSELVES: i32 = 0;
-    const ANY_CPU: i32 = -1;
-    const NO_GROUP: i32 = -1;
-    let kind = fs::read_to_string(format!("{UPROBE}/type"))
-        .ok()
-        .and_then(|kind| kind.trim().parse().ok());
-    // Without uprobes no capability is to blame.
-    let Some(kind) = kind else { return true };
-    let attributes = Attributes {
-        kind,
-        size: size_of::<Attributes>() as u32,
-        path: c"".as_ptr() as u64,
-        ..Attributes::default()
-    };
-    // SAFETY: the attributes are as large as they say, and live during the call, as does the path.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_perf_event_open,
-            &raw const attributes,
-            OURSELVES,
-            ANY_CPU,
-            NO_GROUP,
-            PERF_FLAG_FD_CLOEXEC,
-        )
-    };
-    let error = Errno::last();
-    if fd >= 0 {
-        // SAFETY: the descriptor is new and ours.
-        unsafe { libc::close(fd as i32) };
-    }
-    fd >= 0 || !matches!(error, Errno::EACCES | Errno::EPERM)
+    let event = uprobe_event::open(c"", 0, false, Processes::One(0));
+    let refused = event.err().and_then(|error| error.raw_os_error());
+    !matches!(refused, Some(libc::EACCES | libc::EPERM))
 }
 
 /// What a refusal was seen with.

@@ -17,6 +17,8 @@ use object::{
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::prologue::{self, Point, Step};
+
 /// Why a file gives no symbols.
 #[derive(Debug, Error)]
 pub enum SymbolError {
@@ -72,6 +74,8 @@ pub struct Definition {
     pub file_offset: u64,
     /// Bytes between the function's entry and the probed instruction.
     pub skipped: u64,
+    /// How the kernel gets past that instruction at each hit; none where that is not known.
+    pub instruction: Option<Step>,
 }
 
 /// What is asked of an ELF file.
@@ -122,20 +126,16 @@ pub fn resolve<'data, R: ReadRef<'data>>(data: R, names: &[&str]) -> Result<Elf,
                 return Err(SymbolError::TooMany { name });
             }
             seen.push(address);
-            let Some((file_offset, skipped)) = code.probe_offset(data, address) else {
-                continue;
-            };
-            let Some(address) = address.checked_add(skipped) else {
+            let Some(definition) = code.definition(data, table, address, symbol.st_size(endian))
+            else {
                 continue;
             };
             let found = elf.definitions.entry((*name).to_owned()).or_default();
-            if found.iter().all(|known| known.address != address) {
-                found.push(Definition {
-                    table,
-                    address,
-                    file_offset,
-                    skipped,
-                });
+            if found
+                .iter()
+                .all(|known| known.address != definition.address)
+            {
+                found.push(definition);
             }
         }
     }
@@ -330,21 +330,34 @@ impl Code {
         })
     }
 
-    /// File offset of the instruction to probe, and its distance from the function's entry.
-    ///
-    /// `endbr64` would be single-stepped at every hit, while the `push` behind it is emulated, at a
-    /// twentieth of the cost; the arguments are still in their registers there.
-    fn probe_offset<'data, R: ReadRef<'data>>(&self, data: R, address: u64) -> Option<(u64, u64)> {
-        const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    /// A function that begins at this address, and its instruction to probe.
+    fn definition<'data, R: ReadRef<'data>>(
+        &self,
+        data: R,
+        table: Table,
+        address: u64,
+        size: u64,
+    ) -> Option<Definition> {
+        /// Bytes of a function that does not tell its size.
+        const BEGINNING: u64 = 256;
         let segment = self.0.iter().find(|segment| {
             address >= segment.address && address - segment.address < segment.size
         })?;
-        let entry = segment.file_offset.checked_add(address - segment.address)?;
-        let skipped = match data.read_bytes_at(entry, ENDBR64.len() as u64) {
-            Ok(bytes) if bytes == ENDBR64 => ENDBR64.len() as u64,
-            _ => 0,
+        let into = address - segment.address;
+        let entry = segment.file_offset.checked_add(into)?;
+        let wanted = match size {
+            0 => BEGINNING,
+            _ => size.min(prologue::MAX_CODE),
         };
-        Some((entry.checked_add(skipped)?, skipped))
+        let code = data.read_bytes_at(entry, wanted.min(segment.size - into));
+        let Point { offset, step } = prologue::point(code.unwrap_or_default(), size);
+        Some(Definition {
+            table,
+            address: address.checked_add(offset)?,
+            file_offset: entry.checked_add(offset)?,
+            skipped: offset,
+            instruction: step,
+        })
     }
 }
 

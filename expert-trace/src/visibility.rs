@@ -465,6 +465,7 @@ mod tests {
                     address: 0,
                     file_offset: 0,
                     skipped: 0,
+                    instruction: None,
                 },
                 site: Site {
                     source: 0,

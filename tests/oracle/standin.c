@@ -16,7 +16,8 @@
 //
 // -DSCHEDULED has the pass begin as llama.cpp's do: with a ubatch of ROWS tokens, a scheduler and
 // the CPU's part of its graph. With -DINLINED the caller has a copy of the function, which is still there
-// for others, as link-time optimisation may leave it. With -DCALLBACK everything is on a device, and the
+// for others, as link-time optimisation may leave it. With -DCHECKED the function begins with a condition.
+// With -DCALLBACK everything is on a device, and the
 // ids of each layer are asked for three times (with the fault `part`, all but the last row's), as an eval
 // callback of llama.cpp's programs does, which forgets them at once.
 //
@@ -67,6 +68,11 @@ __asm__(".text\n"
         ".size ggml_compute_forward_get_rows, . - ggml_compute_forward_get_rows\n");
 #else
 __attribute__((noinline)) void ggml_compute_forward_get_rows(const params_t * params, tensor_t * dst) {
+#ifdef CHECKED
+    if (!dst) {
+        abort();
+    }
+#endif
     __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
 }
 #endif

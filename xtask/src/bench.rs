@@ -2,6 +2,8 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod hits;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -23,7 +25,19 @@ struct Bench {
     table: fn(&[Value]) -> String,
 }
 
-static ALL: [Bench; 0] = [];
+static ALL: [Bench; 1] = [Bench {
+    name: "hits",
+    file: ResultFile {
+        path: "docs/results/bench-hits.json",
+        rows: "hits",
+        command: "cargo xtask bench hits",
+    },
+    place: Place {
+        begin: "<!-- Made by `cargo xtask bench hits`: begin -->",
+        end: "<!-- end of hits -->",
+    },
+    table: hits::table,
+}];
 
 #[derive(clap::Args)]
 pub struct Arguments {

@@ -1,37 +1,21 @@
-//! Uprobes by links of the kind `uprobe_multi`, which aya 0.14 does not make (0.16 does, and when that can be
-//! used this module goes).
+//! Uprobes by links of the kind `uprobe_multi`.
 //!
 //! Perf events are closed one after the other: each waits for grace periods of the kernel under a lock that
 //! all share (`perf_uprobe_destroy` in kernel/trace/trace_event_perf.c). These links share no lock while
 //! they wait (`bpf_uprobe_unregister` in kernel/trace/bpf_trace.c), so that many are closed in the time of
 //! one.
-//!
-//! A program is loaded for one kind of link. aya makes the maps; from the same object file the programs
-//! are relocated to them by aya's own `aya-obj`, and loaded here.
 
-use std::{
-    collections::{HashMap, HashSet},
-    ffi::CStr,
-    io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
-};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
-use aya::{Ebpf, maps::Map};
-use aya_obj::{Function, Object, ParseError, btf::BtfError, relocation::EbpfRelocationError};
 use nix::errno::Errno;
-use thiserror::Error;
 
-use crate::bpf::{self, Command, PROG_TYPE_KPROBE, ProgLoad};
+use super::Place;
+use crate::bpf::{self, Command, ProgLoad};
 
 /// BPF_TRACE_UPROBE_MULTI
-const ATTACH_TYPE: u32 = 48;
+pub const ATTACH_TYPE: u32 = 48;
 /// BPF_F_UPROBE_MULTI_RETURN
 const ON_RETURN: u32 = 1;
-
-/// What the verifier tells of a program that it refuses: instruction by instruction (BPF_LOG_LEVEL1).
-const LOG_LEVEL: u32 = 1;
-/// Room for it. The end is what counts, and what kernels with these links keep.
-const LOG_BYTES: usize = 64 << 10;
 
 /// `bpf_attr` for BPF_LINK_CREATE with this attach type.
 #[repr(C)]
@@ -49,39 +33,6 @@ struct LinkCreate {
     multi_flags: u32,
     process: i32,
     _padding: u32,
-}
-
-/// Start of `bpf_attr` for BPF_BTF_LOAD.
-#[repr(C)]
-struct BtfLoad {
-    types: u64,
-    log: u64,
-    size: u32,
-    log_size: u32,
-}
-
-/// Why programs could not be loaded for such links.
-#[derive(Debug, Error)]
-pub enum LoadError {
-    #[error("cannot read the BPF object")]
-    Object(#[from] ParseError),
-    #[error("cannot adapt the type information of the BPF object")]
-    Types(#[from] BtfError),
-    #[error("cannot load the type information of the BPF object")]
-    TypesRefused(#[source] io::Error),
-    #[error("cannot relocate the BPF programs")]
-    Relocation(#[from] EbpfRelocationError),
-    #[error("the BPF object has no program {0}")]
-    Missing(&'static str),
-    #[error("the BPF object has a map {0} of a type that is not expected")]
-    NoMap(String),
-    /// With the verifier's words.
-    #[error("the BPF program {name} was refused. Verifier output: {log}")]
-    Refused {
-        name: &'static str,
-        source: io::Error,
-        log: String,
-    },
 }
 
 /// Whether the kernel has such links (since Linux 6.6), and those of one process mean all of its threads.
@@ -112,27 +63,12 @@ pub fn is_supported() -> bool {
     matches!(create(0), Err(Errno::EBADF)) && matches!(create(-1), Err(Errno::EINVAL))
 }
 
-/// Where a probe is set, and what its hits are told.
-#[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
-    /// The file.
-    pub path: &'a CStr,
-    /// Offset of the instruction in it.
-    pub offset: u64,
-    /// What the program gets from `bpf_get_attach_cookie`.
-    pub cookie: u64,
-    /// The process in whose memory, by its number; 0 for all that map the file.
-    pub process: i32,
-    /// Whether the function that begins there hits it when it returns.
-    pub on_return: bool,
-}
-
 /// Makes a link, for which the program must have been loaded. The probe is there until all descriptors of
 /// the link are closed; the last one to be closed waits until the program runs nowhere.
 ///
 /// # Errors
 /// When the kernel refuses.
-fn link(program: BorrowedFd, place: Place) -> Result<OwnedFd, Errno> {
+pub fn link(program: BorrowedFd, place: Place) -> Result<OwnedFd, Errno> {
     let Place {
         path,
         offset,
@@ -153,149 +89,4 @@ fn link(program: BorrowedFd, place: Place) -> Result<OwnedFd, Errno> {
     };
     // SAFETY: there is one offset and one cookie, and the path ends with a zero.
     unsafe { bpf::descriptor(Command::LinkCreate, &create) }
-}
-
-/// Programs that are loaded for such links, by their names.
-pub struct Programs(HashMap<&'static str, OwnedFd>);
-
-impl Programs {
-    /// Loads programs of an object whose maps aya has made.
-    ///
-    /// # Errors
-    /// When the kernel refuses, or the object is not what it should be.
-    pub fn load(
-        object: &[u8],
-        maps: &Ebpf,
-        names: impl IntoIterator<Item = &'static str>,
-    ) -> Result<Self, LoadError> {
-        let mut object = Object::parse(object)?;
-        let types = match aya::features().btf() {
-            Some(features) => object.fixup_and_sanitize_btf(features)?,
-            None => None,
-        };
-        let types = types
-            .map(|types| load_types(&types.to_bytes()))
-            .transpose()?;
-        relocate(&mut object, maps)?;
-        let mut programs = HashMap::new();
-        for name in names {
-            let program = object.programs.get(name);
-            let program = program.ok_or(LoadError::Missing(name))?;
-            let function = &object.functions[&program.function_key()];
-            let loaded = load_program(name, program, function, types.as_ref())?;
-            programs.insert(name, loaded);
-        }
-        Ok(Self(programs))
-    }
-
-    /// Sets a probe, for as long as what it gives is open.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn attach(&self, name: &str, place: Place) -> Result<OwnedFd, Errno> {
-        let program = self.0.get(name).ok_or(Errno::ENOENT)?;
-        link(program.as_fd(), place)
-    }
-}
-
-/// Puts the maps' descriptors into the programs, and behind each program the functions that it calls.
-fn relocate(object: &mut Object, maps: &Ebpf) -> Result<(), LoadError> {
-    let sections: HashSet<usize> = object
-        .functions
-        .keys()
-        .map(|(section, _)| *section)
-        .collect();
-    let described = std::mem::take(&mut object.maps);
-    let made = described.iter().map(|(name, described)| {
-        let made = maps.map(name).and_then(descriptor);
-        let made = made.ok_or_else(|| LoadError::NoMap(name.clone()))?;
-        Ok((name.as_str(), made, described))
-    });
-    let made: Vec<_> = made.collect::<Result<_, LoadError>>()?;
-    object.relocate_maps(made.into_iter(), &sections)?;
-    object.relocate_calls(&sections)?;
-    object.sanitize_functions(aya::features());
-    Ok(())
-}
-
-/// Of the types that our object has.
-fn descriptor(map: &Map) -> Option<RawFd> {
-    match map {
-        Map::Array(map)
-        | Map::PerCpuArray(map)
-        | Map::HashMap(map)
-        | Map::LruHashMap(map)
-        | Map::RingBuf(map) => Some(map.fd().as_fd().as_raw_fd()),
-        _ => None,
-    }
-}
-
-/// Gives the kernel the types that functions are described by: it asks for those of callbacks.
-fn load_types(types: &[u8]) -> Result<OwnedFd, LoadError> {
-    let load = BtfLoad {
-        types: types.as_ptr() as u64,
-        log: 0,
-        size: types.len() as u32,
-        log_size: 0,
-    };
-    // SAFETY: the types are as long as is said.
-    let loaded = unsafe { bpf::descriptor(Command::BtfLoad, &load) };
-    loaded.map_err(|error| LoadError::TypesRefused(error.into()))
-}
-
-fn load_program(
-    name: &'static str,
-    program: &aya_obj::Program,
-    function: &Function,
-    types: Option<&OwnedFd>,
-) -> Result<OwnedFd, LoadError> {
-    let Function {
-        instructions,
-        func_info,
-        func_info_rec_size,
-        line_info,
-        line_info_rec_size,
-        ..
-    } = function;
-    let functions = func_info.func_info_bytes();
-    let lines = line_info.line_info_bytes();
-    let mut load = ProgLoad {
-        kind: PROG_TYPE_KPROBE,
-        instruction_count: instructions.len() as u32,
-        instructions: instructions.as_ptr() as u64,
-        license: program.license.as_ptr() as u64,
-        name: bpf::name(name),
-        expected_attach_type: ATTACH_TYPE,
-        ..ProgLoad::default()
-    };
-    if let Some(types) = types {
-        load = ProgLoad {
-            types: types.as_raw_fd() as u32,
-            func_info_record_size: *func_info_rec_size as u32,
-            func_info: functions.as_ptr() as u64,
-            func_info_count: func_info.len() as u32,
-            line_info_record_size: *line_info_rec_size as u32,
-            line_info: lines.as_ptr() as u64,
-            line_info_count: line_info.len() as u32,
-            ..load
-        };
-    }
-    // SAFETY: instructions and records are as many as is said, and the license ends with a zero; so is
-    // the room for the log.
-    let attempt = |load: &ProgLoad| unsafe { bpf::descriptor(Command::ProgLoad, load) };
-    attempt(&load).or_else(|_| {
-        // A log costs time, so that it is asked for when it is needed.
-        let mut log = vec![0; LOG_BYTES];
-        load.log_level = LOG_LEVEL;
-        load.log = log.as_mut_ptr() as u64;
-        load.log_size = LOG_BYTES as u32;
-        attempt(&load).map_err(|error| LoadError::Refused {
-            name,
-            source: error.into(),
-            log: CStr::from_bytes_until_nul(&log)
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-        })
-    })
 }

@@ -167,6 +167,9 @@ impl Loaded {
             }
             probes.extend(change.probes);
         }
+        capture
+            .session
+            .load_programs(probes.iter().map(|probe| probe.hook))?;
         for probe in probes {
             let attached = capture.session.attach(&probe);
             diagnosis::unless_ended(pid.get(), attached)?;

@@ -3,6 +3,7 @@
 
 mod all;
 mod attach;
+mod cost;
 mod run;
 mod sinks;
 mod targets;
@@ -20,6 +21,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{attach::attach, run::run};
 use self::{
+    cost::Meter,
     sinks::{Sinks, Wanted},
     targets::{Targets, Variables},
 };
@@ -33,7 +35,7 @@ use crate::{
     routes,
     signals::OwnSignal,
     silence,
-    stats::{self, Capture as CaptureStats, Integrity, Stats},
+    stats::{self, Capture as CaptureStats, Integrity, Stats, cost::Cost},
     summary,
     target::printable,
 };
@@ -67,6 +69,8 @@ struct Capture {
     contexts_known: usize,
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
+    /// Measures what it costs, once it has started.
+    meter: Option<Meter>,
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
@@ -109,6 +113,7 @@ impl Capture {
             contexts_known: 0,
             from_start,
             started: None,
+            meter: None,
             recording,
             heading: String::new(),
         })
@@ -119,6 +124,7 @@ impl Capture {
         self.sinks.begin()?;
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
+        self.meter = Some(Meter::start(self.pid, self.from_start));
         Ok(())
     }
 
@@ -140,6 +146,10 @@ impl Capture {
         if let Some(file) = change.stale {
             self.session.detach_file(file);
         }
+        // What is refused here is told by each probe that needs it.
+        let _ = self
+            .session
+            .load_programs(change.probes.iter().map(|probe| probe.hook));
         for probe in change.probes {
             match self.session.attach(&probe) {
                 Ok(()) => self.hooks.push(probe),
@@ -323,7 +333,9 @@ impl Capture {
         let integrity = integrity.with_refusals(self.model.from_logits());
         let output = sinks.output.take();
         let wants_summary = sinks.stats;
-        let stats = self.stats(integrity, why, duration)?;
+        let tokens = self.model.contexts().iter().map(Context::tokens).sum();
+        let cost = self.cost(duration, tokens);
+        let stats = self.stats(integrity, cost, why, duration)?;
         let complete = stats.integrity.complete;
 
         let mut text = std::mem::take(&mut self.heading).into_bytes();
@@ -358,6 +370,7 @@ impl Capture {
     fn stats(
         &mut self,
         integrity: Integrity,
+        cost: Cost,
         why: &'static str,
         duration: Duration,
     ) -> anyhow::Result<Stats> {
@@ -429,6 +442,7 @@ impl Capture {
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
+            cost,
         }
         .explained(&|pid| self.targets.options(pid, self.pid.get())))
     }

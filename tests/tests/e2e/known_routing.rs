@@ -1,5 +1,7 @@
 //! Every (token, layer) of a model whose experts follow from the token id alone.
 
+use std::collections::BTreeMap;
+
 use expert_trace_tests::tracer::count;
 
 use crate::support::{
@@ -146,4 +148,16 @@ fn contexts_are_never_summed() {
     assert_eq!(stats.0["contexts"].as_array().map(Vec::len), Some(4));
     assert_eq!(stats.0["layers_context"], 1);
     assert_eq!(stats.tokens()[&0], 20);
+
+    // Wherever in its function a probe sits, it is hit once for each call.
+    let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
+    let hits: BTreeMap<&str, u64> = hooks
+        .map(|hook| {
+            (
+                hook["hook"].as_str().unwrap(),
+                hook["hits"].as_u64().unwrap(),
+            )
+        })
+        .collect();
+    println!("HITS {hits:?} {}", stats.0["target"]["hooks"]);
 }

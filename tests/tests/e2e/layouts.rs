@@ -240,20 +240,29 @@ fn what_makes_no_sense_is_counted_and_never_shown() {
     }
 }
 
-/// However a program is linked, its one definition is found and fires.
+const FRAME: &str = "-fno-omit-frame-pointer";
+const CET: &str = "-fcf-protection=full";
+
+/// However a program is linked and its functions begin, its one definition is found and fires.
 #[test]
 fn every_kind_of_executable() {
     let shape = argsort(4, 3, 32);
-    for (flags, table) in [
-        (&["-no-pie"][..], ".symtab"),
-        (&["-pie", "-fPIE"], ".symtab"),
-        (&["-static"], ".symtab"),
-        (&["-static-pie", "-fPIE"], ".symtab"),
-        (&["-rdynamic", "-s"], ".dynsym"),
-        (&["-fcf-protection=full"], ".symtab"),
+    // On x86-64: what is skipped, and what then is probed. An empty function is a mere return.
+    let returns = (0, "single_stepped");
+    for (flags, table, place) in [
+        (&["-no-pie"][..], ".symtab", returns),
+        (&["-pie", "-fPIE"], ".symtab", returns),
+        (&["-static"], ".symtab", returns),
+        (&["-static-pie", "-fPIE"], ".symtab", returns),
+        (&["-rdynamic", "-s"], ".dynsym", returns),
+        // push %rbp, behind endbr64; je, behind test; both.
+        (&[FRAME], ".symtab", (0, "emulated")),
+        (&[FRAME, CET], ".symtab", (4, "emulated")),
+        (&["-DCHECKED"], ".symtab", (3, "emulated")),
+        (&["-DCHECKED", CET], ".symtab", (7, "emulated")),
     ] {
-        // Arm's compilers know no -fcf-protection, and begin functions with nothing to skip.
-        if cfg!(not(target_arch = "x86_64")) && flags[0].starts_with("-fcf") {
+        // Arm's compilers know no -fcf-protection.
+        if cfg!(not(target_arch = "x86_64")) && flags.contains(&CET) {
             continue;
         }
         let (_directory, program) = compile("standin.c", flags);
@@ -262,8 +271,13 @@ fn every_kind_of_executable() {
         assert_eq!(rows, expected(&shape), "{flags:?}");
         let hook = &stats.0["target"]["hooks"][0];
         assert_eq!(hook["table"], table, "{flags:?}");
-        let skipped = u64::from(flags[0].starts_with("-fcf")) * 4;
-        assert_eq!(hook["skipped"], skipped, "{flags:?}");
+        let (skipped, instruction) = place;
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(hook["skipped"], skipped, "{flags:?}");
+            assert_eq!(hook["instruction"], instruction, "{flags:?}");
+        }
+        // Two threads come by for each of three layers.
+        assert_eq!(hook["hits"], 6, "{flags:?}");
     }
 }
 

@@ -8,11 +8,12 @@
 use std::{
     fs::{self, File},
     num::NonZeroU32,
+    os::fd::OwnedFd,
     time::Instant,
 };
 
 use expert_trace::{
-    attach::{EmptyProbe, Scope, Session},
+    attach::{Scope, Session},
     probes::{Hook, Plan},
 };
 use expert_trace_tests::{
@@ -157,7 +158,7 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
     let mut hooks: Vec<Hook> = probes.iter().map(|probe| probe.hook).collect();
     hooks.retain(|hook| HOOKS.contains(hook));
     assert_eq!(hooks.len(), probes.len(), "all are called: {probes:?}");
-    let (mut session, _events) = Session::load(4096, Scope::Process(pid)).unwrap();
+    let (session, _events) = Session::load(4096, Scope::Process(pid)).unwrap();
     let [document, document_of_run] =
         ["stats.json", "run.json"].map(|name| directory.path().join(name));
     let options = |document: &std::path::Path| {
@@ -179,7 +180,7 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
     while done < rounds && limit.is_none_or(|limit| done < 2 || begin.elapsed() < limit) {
         for index in comparison::order(ARMS.len(), done as u64 + 1) {
             let arm = ARMS[index];
-            let empty: Vec<EmptyProbe> = match arm {
+            let empty: Vec<OwnedFd> = match arm {
                 Arm::Empty => {
                     let set = |probe| session.attach_empty(probe, pid).unwrap();
                     probes.iter().map(set).collect()
@@ -192,8 +193,8 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
                 Arm::Run => &mut run,
                 _ => &mut target,
             };
-            // A routed row shows the layout of tensors.
-            target.command("decode 8 1").unwrap();
+            // Rows show the layout of tensors, and the tokens of first passes are looked for.
+            target.command("decode 8 10").unwrap();
             for (case, times) in CASES.iter().zip(&mut times) {
                 times[index].push(case.time(target, effort));
             }
@@ -218,11 +219,14 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
 fn result(case: &Case, times: &[Vec<f64>; ARMS.len()]) -> serde_json::Value {
     let [untraced, empty, attached, run] = times;
     let interval = |ratio: Ratio| [ratio.low, ratio.median, ratio.high];
-    let [untraced_ns, empty_ns, attached_ns, run_ns] = times.each_ref().map(|ns| comparison::median(ns));
+    let [untraced_ns, empty_ns, attached_ns, run_ns] =
+        times.each_ref().map(|ns| comparison::median(ns));
     let to_empty = ratio(attached, empty);
     let row_ns = case.rows.map(|rows| {
         let added = attached.iter().zip(untraced);
-        let per_row: Vec<f64> = added.map(|(with, without)| (with - without) / rows).collect();
+        let per_row: Vec<f64> = added
+            .map(|(with, without)| (with - without) / rows)
+            .collect();
         // A ratio to one is the value itself.
         ratio(&per_row, &vec![1.0; per_row.len()])
     });

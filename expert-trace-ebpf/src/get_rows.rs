@@ -17,7 +17,7 @@ use expert_trace_common::{
 };
 
 use crate::{
-    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, any_is_early, count, is_read},
+    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, any_is_early, count, is_read, wake_up},
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, process_and_thread},
@@ -193,6 +193,6 @@ fn on_tokens(index: Address, data: u64, source: u32) {
         entry.discard(0);
         return count(Counter::EventsUnreadable, 1);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
 }

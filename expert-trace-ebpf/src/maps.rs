@@ -12,7 +12,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, COUNTERS, Counter,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS, Counter,
     DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
 };
 
@@ -136,6 +136,12 @@ pub fn is_read(route: Route) -> bool {
     control(CONTROL_ROUTES) & 1 << route as u32 != 0
 }
 
+/// Whether a record wakes the tracer: the flags with which it is submitted.
+#[inline(always)]
+pub fn wake_up() -> u64 {
+    u64::from(control(CONTROL_WAKE_UP))
+}
+
 #[inline(always)]
 pub fn control(index: u32) -> u32 {
     CONTROL.get(index).copied().unwrap_or(0)
@@ -217,6 +223,6 @@ pub fn emit<T: Copy>(header: Header, value: T) {
         (&raw mut (*record).header).write(header);
         (&raw mut (*record).payload).cast::<T>().write(value);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
 }

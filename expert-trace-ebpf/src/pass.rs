@@ -9,7 +9,7 @@ use expert_trace_common::{
 use crate::{
     maps::{
         CALLBACKS, CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS,
-        ThreadState, count, emit, emit_header, note_early,
+        ThreadState, count, emit, emit_header, note_early, wake_up,
     },
     rows::run_chunks,
     target::{Address, process, process_and_thread},
@@ -401,7 +401,7 @@ extern "C" fn pass_chunk<const PAYLOAD: usize>(index: u32, walk: *mut PassWalk) 
         // SAFETY: `i` is below the number of infos that fit in the payload.
         unsafe { infos.add(i).write(info) };
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
     0
 }

@@ -9,7 +9,7 @@ use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, Record, THREADS, ThreadState, add, count, count_each, is_read},
+    maps::{EVENTS, Record, THREADS, ThreadState, add, count, count_each, is_read, wake_up},
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
@@ -152,7 +152,7 @@ fn emit_row(walk: &RowsWalk) {
         walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
         return;
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),
@@ -363,7 +363,7 @@ extern "C" fn contiguous_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),
@@ -482,7 +482,7 @@ extern "C" fn strided_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
         }
         row += 1;
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),
@@ -532,7 +532,7 @@ extern "C" fn rows_chunk<const PAYLOAD: usize, const ROW: usize>(
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),
@@ -579,7 +579,7 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),

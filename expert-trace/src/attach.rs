@@ -26,8 +26,9 @@ use aya::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
-    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
-    DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
+    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, CONTROL_WAKE_UP,
+    COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES,
+    TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -462,6 +463,16 @@ impl Session {
     pub fn set_active(&mut self, active: bool) -> Result<(), AttachError> {
         self.control
             .set(CONTROL_ACTIVE, u32::from(active), 0)
+            .map_err(map_error)
+    }
+
+    /// Tells the BPF programs whether records are to wake us: if we have taken all, until it is called.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn set_wake_up(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
+        self.control
+            .set(CONTROL_WAKE_UP, wake_up as u32, 0)
             .map_err(map_error)
     }
 

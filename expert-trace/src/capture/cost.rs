@@ -1,6 +1,6 @@
 //! Measures what a capture costs, while it goes on and at its end.
 
-use std::{fs, io, num::NonZeroU32, time::Duration};
+use std::{fs, io, num::NonZeroU32, os::fd::OwnedFd, time::Duration};
 
 use nix::{
     errno::Errno,
@@ -23,36 +23,28 @@ use crate::{
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Prompts and decoding, which differ, are both in the sample; to begin and to end one, the kernel changes
 /// its own code, which takes as long as some hundred hits.
-const PERIOD: Duration = Duration::from_millis(200);
+const PERIOD: Duration = Duration::from_millis(500);
 
 /// What is measured while a capture goes on.
 pub struct Meter {
     /// Has the kernel take the times of runs now and then; or why it does not.
-    sampling: Result<JoinHandle<()>, Errno>,
+    sampling: Option<Result<JoinHandle<()>, Errno>>,
     target: Option<TargetClock>,
 }
 
 impl Meter {
-    /// Begins to measure. Needs a tokio runtime.
+    /// Begins to measure.
     pub fn start(pid: NonZeroU32, from_start: bool) -> Self {
-        let sampling = bpf::take_run_times().map(|first| {
-            tokio::spawn(async move {
-                let mut taken = first;
-                loop {
-                    tokio::time::sleep(SAMPLE).await;
-                    drop(taken);
-                    tokio::time::sleep(PERIOD - SAMPLE).await;
-                    taken = match bpf::take_run_times() {
-                        Ok(taken) => taken,
-                        Err(error) => return tracing::debug!("no times of runs: {error}"),
-                    };
-                }
-            })
-        });
         Self {
-            sampling,
+            sampling: None,
             target: TargetClock::start(pid, from_start),
         }
+    }
+
+    /// There are hits: has the times of runs taken, unless that is so. Needs a tokio runtime.
+    pub fn sample(&mut self) {
+        let begin = || bpf::take_run_times().map(|first| tokio::spawn(sample(first)));
+        self.sampling.get_or_insert_with(begin);
     }
 
     /// Takes no more times, and gives those of the target and why there are none of runs. To be called
@@ -60,8 +52,9 @@ impl Meter {
     fn stop(self) -> (Option<Duration>, Vec<String>) {
         let mut unknown = Vec::new();
         match self.sampling {
-            Ok(sampling) => sampling.abort(),
-            Err(error) => unknown.push(format!(
+            None => {}
+            Some(Ok(sampling)) => sampling.abort(),
+            Some(Err(error)) => unknown.push(format!(
                 "the kernel does not take the times of BPF programs: {}",
                 io::Error::from(error)
             )),
@@ -71,6 +64,20 @@ impl Meter {
             unknown.push("the target's processor time: it had ended".to_owned());
         }
         (target, unknown)
+    }
+}
+
+/// Has the kernel take the times of runs for a part of each period, from now on.
+async fn sample(first: OwnedFd) {
+    let mut taken = first;
+    loop {
+        tokio::time::sleep(SAMPLE).await;
+        drop(taken);
+        tokio::time::sleep(PERIOD - SAMPLE).await;
+        taken = match bpf::take_run_times() {
+            Ok(taken) => taken,
+            Err(error) => return tracing::debug!("no times of runs: {error}"),
+        };
     }
 }
 

@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use expert_trace_common::WakeUp;
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -55,8 +56,11 @@ struct Capture {
     first_process: Option<u32>,
     session: Session,
     events: AsyncFd<Events>,
-    /// When what has come is to be taken.
-    due: Option<Instant>,
+    reading: Reading,
+    /// Events taken since we last began to look.
+    taken: u64,
+    /// How long events are left where they are.
+    gathering: Duration,
     plan: Plan,
     /// Probes that are in place.
     hooks: Vec<Probe>,
@@ -74,6 +78,17 @@ struct Capture {
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
+}
+
+/// How we come to know of events.
+#[derive(Clone, Copy, Debug)]
+enum Reading {
+    /// The next one wakes us.
+    Woken,
+    /// We will look by ourselves.
+    Waiting { due: Instant, wake_up: WakeUp },
+    /// We do.
+    Looking { wake_up: WakeUp },
 }
 
 impl Capture {
@@ -100,7 +115,9 @@ impl Capture {
             first_process,
             session,
             events,
-            due: None,
+            reading: Reading::Woken,
+            taken: 0,
+            gathering: gathering(recording.ring_bytes(plan.reads_logits())),
             plan,
             hooks: Vec::new(),
             problems: Vec::new(),
@@ -163,22 +180,48 @@ impl Capture {
         self.problems.push(problem);
     }
 
-    /// Waits until events are to be taken: some time after the first one has come.
+    /// Waits until events are to be taken. It may be broken off, and begun again.
     ///
-    /// To be woken costs the thread that was hit as much as the hit, and us more than the event. The
-    /// kernel wakes whoever has taken all that there was (`ringbuf_commit` in kernel/bpf/ringbuf.c), so
-    /// that nobody is woken by what comes while we wait. It may be broken off, and begun again.
-    async fn events_due(&mut self) -> io::Result<()> {
-        let due = match self.due {
-            Some(due) => due,
-            None => {
-                self.events.readable_mut().await?.clear_ready();
-                let wait = gathering(self.recording.ring_bytes(self.plan.reads_logits()));
-                *self.due.insert(Instant::now() + wait)
+    /// To be woken costs the thread that was hit more than the hit. So the first event wakes us, and from
+    /// then on we look by ourselves now and then, until twice nothing has come: the second time, since a
+    /// hit that was under way can have left an event and woken nobody. Whatever comes after that wakes us
+    /// in any case.
+    async fn events_due(&mut self) -> anyhow::Result<()> {
+        loop {
+            match self.reading {
+                Reading::Woken => {
+                    self.events.readable_mut().await?.clear_ready();
+                    if let Some(meter) = &mut self.meter {
+                        meter.sample();
+                    }
+                    if self.gathering.is_zero() {
+                        return Ok(());
+                    }
+                    self.look_again(WakeUp::Never)?;
+                }
+                Reading::Waiting { due, wake_up } => {
+                    tokio::time::sleep_until(due.into()).await;
+                    self.reading = Reading::Looking { wake_up };
+                    self.taken = 0;
+                    return Ok(());
+                }
+                Reading::Looking { wake_up } => match (self.taken, wake_up) {
+                    (1.., _) => self.look_again(WakeUp::Never)?,
+                    (0, WakeUp::Never) => self.look_again(WakeUp::Always)?,
+                    (0, _) => self.reading = Reading::Woken,
+                },
             }
-        };
-        tokio::time::sleep_until(due.into()).await;
-        self.due = None;
+        }
+    }
+
+    /// Looks for events once more after some time, whether they wake us or not.
+    fn look_again(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
+        let is_so = matches!(self.reading, Reading::Looking { wake_up: now } if now == wake_up);
+        if !is_so {
+            self.session.set_wake_up(wake_up)?;
+        }
+        let due = Instant::now() + self.gathering;
+        self.reading = Reading::Waiting { due, wake_up };
         Ok(())
     }
 
@@ -186,6 +229,7 @@ impl Capture {
     fn take_events(&mut self) -> bool {
         let Self {
             events,
+            taken,
             model,
             sinks,
             targets,
@@ -214,6 +258,7 @@ impl Capture {
             }
         };
         let emptied = events.get_mut().drain(|bytes| {
+            *taken += 1;
             let event = decode(bytes);
             let process = event
                 .as_ref()
@@ -578,15 +623,16 @@ impl Capture {
     }
 }
 
-/// How long events are left in a ring buffer of this size: never so long that a thread could fill it by
+/// How long events are left in a ring buffer of this size: not so long that a thread could fill it by
 /// rows, which take more than a nanosecond for a byte, nor that somebody who reads the log would notice.
 fn gathering(ring_bytes: u32) -> Duration {
     const UNNOTICED: Duration = Duration::from_millis(10);
+    /// Timers have whole ones.
+    const MILLISECOND: Duration = Duration::from_millis(1);
     let filled = Duration::from_nanos(ring_bytes.into());
-    // Half of it is for what comes while we are woken. Timers have whole milliseconds.
-    match filled.min(2 * UNNOTICED) / 2 {
-        short if short < Duration::from_millis(1) => Duration::ZERO,
-        long => long,
+    match filled.min(UNNOTICED) {
+        short if short < 2 * MILLISECOND => Duration::ZERO,
+        long => long - MILLISECOND,
     }
 }
 

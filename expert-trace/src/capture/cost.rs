@@ -19,7 +19,7 @@ use crate::{
     stats::cost::{Cost, Measured, ProbeHits, Tracer, Traps},
 };
 
-/// For this much of each [`PERIOD`], the kernel takes the times of runs: it makes a hit longer by a tenth.
+/// For this much of each [`PERIOD`], the kernel takes the times of runs: it makes every hit longer.
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Prompts and decoding, which differ, are both in the sample; to begin and to end one, the kernel changes
 /// its own code, which takes as long as some hundred hits.

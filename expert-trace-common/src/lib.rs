@@ -287,9 +287,8 @@ macro_rules! counters {
 }
 
 counters! {
-    /// `ggml_compute_forward_get_rows` was entered while tracing was on.
-    Entered,
-    /// … by a thread other than the first of its thread pool.
+    /// `ggml_compute_forward_get_rows` was entered while tracing was on (how often in all, the map `HITS`
+    /// says), by a thread other than the first of its thread pool.
     FilteredThread,
     /// … for a tensor that is neither expert ids nor tokens.
     FilteredTensor,
@@ -372,8 +371,22 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 pub const CONTROL_FIRST_CHILD: u32 = 6;
 /// Which routes are read, by the bits of a [`Route`]'s number; index 8 of the map `CONTROL`.
 pub const CONTROL_ROUTES: u32 = 8;
+/// Whether records wake the tracer, a [`WakeUp`]; index 9 of the map `CONTROL`.
+pub const CONTROL_WAKE_UP: u32 = 9;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 9;
+pub const CONTROL_ENTRIES: u32 = 10;
+
+/// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WakeUp {
+    /// If it has taken all before it.
+    IfCaughtUp = 0,
+    /// No: it comes by itself (BPF_RB_NO_WAKEUP).
+    Never = 1,
+    /// Yes (BPF_RB_FORCE_WAKEUP).
+    Always = 2,
+}
 
 /// `ne` in `ggml_tensor`, in bytes from its start.
 pub const TENSOR_NE: u32 = 16;

@@ -17,11 +17,11 @@ use expert_trace_common::{
 };
 
 use crate::{
-    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, count, is_read},
+    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, any_is_early, count, is_read, wake_up},
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, process_and_thread},
-    tensor::{DataAndName, Name, Shape, TYPE_I32, ids_layer, layer_behind, source},
+    tensor::{DataAndName, Gather, Name, Shape, TYPE_I32, ids_layer, layer_behind, source},
 };
 
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
@@ -73,17 +73,27 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
         (1, None) => TENSOR_LAYOUTS[0],
         (_, None) => TENSOR_LAYOUTS[1],
     };
-    let Some((index, tensor)) = read_index(dst, &layout) else {
+    let Some(Gather { index, name }) = Gather::read(dst, &layout) else {
+        return count(Counter::HitUnreadable, 1);
+    };
+    // Experts with scales gather those by the router's ids, too, once for each of their weights
+    // (`build_lora_mm_id` in llama-graph.cpp), and recurrent layers their states, in nodes that nobody has
+    // named. So does the look-up of embeddings that are scaled.
+    let unnamed = name.starts_with(UNNAMED);
+    if unnamed && !any_is_early() {
+        return count(Counter::FilteredTensor, 1);
+    }
+    let Some(tensor) = DataAndName::read(index, &layout) else {
         return count(Counter::HitUnreadable, 1);
     };
     let (kind, layer) = match recognise(&tensor.name) {
-        Some(Known::ExpertIds { layer }) if !gathers_scales(dst, &layout) => (Kind::Rows, layer),
+        Some(Known::ExpertIds { layer }) if !unnamed => (Kind::Rows, layer),
         Some(Known::Tokens) => {
             count(Counter::TokenLookup, 1);
             return on_tokens(index, tensor.data, source);
         }
         None if tensor.name.starts_with(UNNAMED_CAST)
-            && let Some(layer) = weights_layer(dst, &layout) =>
+            && let Some(layer) = layer_behind(&name, b"ffn_moe_weights-", 0) =>
         {
             (Kind::SecondBlock, layer)
         }
@@ -127,21 +137,6 @@ fn find_layout(dst: Address) -> Option<(u32, TensorLayout)> {
 fn read_index(dst: Address, layout: &TensorLayout) -> Option<(Address, DataAndName)> {
     let index = source(dst, layout, 1)?;
     Some((index, DataAndName::read(index, layout)?))
-}
-
-/// Whether the ids are used to gather something else than the weights of the chosen experts: experts
-/// with scales gather those by the same ids, once for each of their weights (`build_lora_mm_id` in
-/// llama-graph.cpp), in nodes that nobody has named.
-#[inline(always)]
-fn gathers_scales(dst: Address, layout: &TensorLayout) -> bool {
-    DataAndName::read(dst, layout).is_some_and(|dst| dst.name.starts_with(UNNAMED))
-}
-
-/// The layer of which the weights of chosen experts are gathered, if they are.
-#[inline(always)]
-fn weights_layer(dst: Address, layout: &TensorLayout) -> Option<u16> {
-    let dst = DataAndName::read(dst, layout)?;
-    layer_behind(&dst.name, b"ffn_moe_weights-", 0)
 }
 
 #[inline(always)]
@@ -198,6 +193,6 @@ fn on_tokens(index: Address, data: u64, source: u32) {
         entry.discard(0);
         return count(Counter::EventsUnreadable, 1);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
 }

@@ -59,7 +59,6 @@ fn get_rows(ctx: ProbeContext) -> u32 {
     let Some(site) = hit(&ctx) else {
         return 0;
     };
-    count(Counter::Entered, 1);
     let (Some(params), Some(dst)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1)) else {
         count(Counter::HitUnreadable, 1);
         return 0;

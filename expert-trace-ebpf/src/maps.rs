@@ -1,6 +1,9 @@
 //! The maps, and the few things that are done with each.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr,
+};
 
 use aya_ebpf::{
     EbpfContext,
@@ -9,7 +12,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, COUNTERS, Counter,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS, Counter,
     DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
 };
 
@@ -41,6 +44,11 @@ pub static DECLARED: Array<DeclaredLayout> = Array::with_max_entries(MAX_SOURCES
 /// By probe: how often it was hit while tracing was on.
 #[map]
 static HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PROBES, 0);
+
+/// How many threads are in one of the first passes of a context, of which the tokens are wanted. It can
+/// stay too high, when a thread has ended in one, and is never too low.
+#[map]
+static EARLY: Array<u64> = Array::with_max_entries(1, 0);
 
 /// What a thread is working on. LRU: of threads that are gone nothing needs to be kept.
 #[map]
@@ -81,7 +89,9 @@ pub struct ThreadState {
     pub last_routes: u8,
     /// 1 when the scheduler is known to have no eval callback.
     pub no_callback: u8,
-    pub padding: [u8; 4],
+    /// 1 in one of the first passes of a context.
+    pub early: u8,
+    pub padding: [u8; 3],
 }
 
 #[repr(C)]
@@ -126,6 +136,12 @@ pub fn is_read(route: Route) -> bool {
     control(CONTROL_ROUTES) & 1 << route as u32 != 0
 }
 
+/// Whether a record wakes the tracer: the flags with which it is submitted.
+#[inline(always)]
+pub fn wake_up() -> u64 {
+    u64::from(control(CONTROL_WAKE_UP))
+}
+
 #[inline(always)]
 pub fn control(index: u32) -> u32 {
     CONTROL.get(index).copied().unwrap_or(0)
@@ -138,15 +154,42 @@ pub fn is_followed(process: u32) -> bool {
 
 #[inline(always)]
 pub fn count(counter: Counter, n: u64) {
+    count_each([(counter, n)]);
+}
+
+/// Several at once, for one look-up.
+#[inline(always)]
+pub fn count_each<const N: usize>(of_each: [(Counter, u64); N]) {
     if let Some(counts) = COUNTS.get_ptr_mut(0) {
-        // SAFETY: counters are numbered from 0 to COUNTERS - 1.
-        add(unsafe { counts.cast::<u64>().add(counter as usize) }, n);
+        for (counter, n) in of_each {
+            // SAFETY: counters are numbered from 0 to COUNTERS - 1.
+            add(unsafe { counts.cast::<u64>().add(counter as usize) }, n);
+        }
+    }
+}
+
+/// Whether tokens are wanted in the pass of any thread.
+#[inline(always)]
+pub fn any_is_early() -> bool {
+    // SAFETY: the map's value is alive during the program.
+    EARLY
+        .get_ptr(0)
+        .is_none_or(|threads| unsafe { ptr::read_volatile(threads) } != 0)
+}
+
+/// A thread goes from a pass that was early, or not, to one that is, or is not.
+#[inline(always)]
+pub fn note_early(was: u8, is: u8) {
+    if was != is
+        && let Some(threads) = EARLY.get_ptr_mut(0)
+    {
+        add(threads, u64::from(is).wrapping_sub(u64::from(was)));
     }
 }
 
 /// Adds to a value of a map. Atomic because another hit may preempt this one on the same CPU.
 #[inline(always)]
-fn add(value: *mut u64, n: u64) {
+pub fn add(value: *mut u64, n: u64) {
     // SAFETY: the map keeps the value aligned and alive.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(value, n) };
 }
@@ -180,6 +223,6 @@ pub fn emit<T: Copy>(header: Header, value: T) {
         (&raw mut (*record).header).write(header);
         (&raw mut (*record).payload).cast::<T>().write(value);
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
 }

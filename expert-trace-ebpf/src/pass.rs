@@ -2,17 +2,17 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use expert_trace_common::{
-    Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE,
+    Counter, Header, Kind, MAX_ROWS, MAX_WARMUP_PASSES, PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE,
     payload,
 };
 
 use crate::{
     maps::{
         CALLBACKS, CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS,
-        ThreadState, count, emit, emit_header,
+        ThreadState, count, emit, emit_header, note_early, wake_up,
     },
     rows::run_chunks,
-    target::{Address, process, process_and_thread, thread},
+    target::{Address, process, process_and_thread},
 };
 
 /// Offsets in `llama_ubatch` (llama-batch.h, since b5713; `set_inputs`, which gives it to us, exists
@@ -46,7 +46,8 @@ pub const NEW_THREAD: ThreadState = ThreadState {
     pass_source: 0,
     last_routes: 0,
     no_callback: 0,
-    padding: [0; 4],
+    early: 0,
+    padding: [0; 3],
 };
 
 /// `set_inputs` is entered before the scheduler, on the same thread: the ubatch is remembered until
@@ -83,10 +84,10 @@ pub fn on_process_ubatch(llama_context: u64, ubatch: u64) {
 #[inline(always)]
 pub fn on_graph_compute(sched: u64) {
     let thread_key = process_and_thread();
-    let (owner, remembered) = match THREADS.get_ptr_mut(thread_key) {
+    let (owner, remembered, was_early) = match THREADS.get_ptr_mut(thread_key) {
         // SAFETY: the map's value is alive during the program, and belongs to this thread.
-        Some(state) => unsafe { ((*state).owner, (*state).ubatch) },
-        None => (0, 0),
+        Some(state) => unsafe { ((*state).owner, (*state).ubatch, (*state).early) },
+        None => (0, 0, 0),
     };
     let address = if owner != 0 {
         owner
@@ -117,6 +118,8 @@ pub fn on_graph_compute(sched: u64) {
         (0, generation)
     };
     count(Counter::Passes, 1);
+    let early = u8::from(pass < MAX_WARMUP_PASSES);
+    note_early(was_early, early);
 
     let ubatch = Ubatch::read(Address(remembered));
     let unreadable = ubatch.is_none() && remembered != 0;
@@ -132,6 +135,7 @@ pub fn on_graph_compute(sched: u64) {
         generation,
         pass,
         no_callback: u8::from(callback == Some(0)),
+        early,
         ubatch_tokens: ubatch.as_ref().map_or(0, |ubatch| ubatch.tokens),
         phase: ubatch.as_ref().map_or(Phase::Unknown, Ubatch::phase) as u8,
         pass_source: PassSource::Scheduler as u8,
@@ -237,6 +241,7 @@ fn context_key(address: u64) -> ContextKey {
 /// Header of a record about the pass that the current thread is in.
 #[inline(always)]
 pub fn header(state: &ThreadState) -> Header {
+    let key = process_and_thread();
     Header {
         phase: state.phase,
         pass_source: state.pass_source,
@@ -245,8 +250,8 @@ pub fn header(state: &ThreadState) -> Header {
         time_ns: unsafe { bpf_ktime_get_ns() },
         generation: state.generation,
         pass: state.pass,
-        process: process(),
-        thread: thread(),
+        process: (key >> 32) as u32,
+        thread: key as u32,
         ubatch_tokens: state.ubatch_tokens,
         ..Header::default()
     }
@@ -396,7 +401,7 @@ extern "C" fn pass_chunk<const PAYLOAD: usize>(index: u32, walk: *mut PassWalk) 
         // SAFETY: `i` is below the number of infos that fit in the payload.
         unsafe { infos.add(i).write(info) };
     }
-    entry.submit(0);
+    entry.submit(wake_up());
     count(Counter::EventsEmitted, 1);
     0
 }

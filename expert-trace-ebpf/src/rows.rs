@@ -2,12 +2,14 @@
 
 use core::ptr;
 
-use aya_ebpf::{EbpfContext, helpers::generated::bpf_loop};
+use aya_ebpf::{
+    EbpfContext, helpers::generated::bpf_loop, macros::map, maps::PerCpuArray,
+};
 use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, Record, THREADS, ThreadState, count, is_read},
+    maps::{EVENTS, Record, THREADS, ThreadState, add, count, count_each, is_read, wake_up},
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
@@ -100,16 +102,61 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     if element_stride != ELEMENT_SIZE {
         walk.chunk_rows = 1;
         run_chunks(rows.max(1), scattered_chunk, &mut walk);
-    } else if walk.row_bytes as usize > ROW_NARROW {
-        chunked::<{ payload::LARGE }, ROW_WIDE>(&mut walk);
-    } else if u64::from(rows) * u64::from(walk.row_bytes) <= payload::SMALL as u64 && rows <= 1 {
-        walk.chunk_rows = 1;
-        rows_chunk::<{ payload::SMALL }, { payload::SMALL }>(0, &mut walk);
-    } else if u64::from(rows) * u64::from(walk.row_bytes) <= (payload::MEDIUM - ROW_NARROW) as u64 {
-        chunked::<{ payload::MEDIUM }, ROW_NARROW>(&mut walk);
-    } else {
-        chunked::<{ payload::LARGE }, ROW_NARROW>(&mut walk);
+    } else if rows <= 1 && walk.row_bytes as usize <= payload::SMALL {
+        walk.header.rows = rows;
+        emit_row(&walk);
+    } else if row_stride == u64::from(walk.row_bytes) {
+        walk.chunk_rows = payload::LARGE as u32 / walk.row_bytes.max(1);
+        walk.run(contiguous_chunk);
+    } else if !strided(&mut walk) {
+        one_by_one(&mut walk);
     }
+}
+
+/// Emits rows that have no other of many within reach, each with a read of its own.
+#[inline(always)]
+fn one_by_one(walk: &mut RowsWalk) {
+    let bytes = u64::from(walk.header.total_rows) * u64::from(walk.row_bytes);
+    if walk.row_bytes as usize > ROW_NARROW {
+        chunked::<{ payload::LARGE }, ROW_WIDE>(walk);
+    } else if bytes <= (payload::MEDIUM - ROW_NARROW) as u64 {
+        chunked::<{ payload::MEDIUM }, ROW_NARROW>(walk);
+    } else {
+        chunked::<{ payload::LARGE }, ROW_NARROW>(walk);
+    }
+}
+
+/// Emits the one row of a decoded token, or a record without a row.
+#[inline(always)]
+fn emit_row(walk: &RowsWalk) {
+    let rows = walk.header.rows;
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
+        walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
+        return;
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record.
+    unsafe { (&raw mut (*record).header).write(walk.header) };
+    // SAFETY: as above.
+    let to = unsafe { (&raw mut (*record).payload).cast::<u8>() };
+    let bytes = u64::from(rows) * u64::from(walk.row_bytes);
+    // Volatile: the verifier has to see the bound here.
+    // SAFETY: a read of a live variable.
+    let bytes = unsafe { ptr::read_volatile(&bytes) };
+    if bytes > payload::SMALL as u64
+        // SAFETY: the payload has room for so many bytes by the check before.
+        || unsafe { walk.data.read_to(to, bytes as u32) }.is_none()
+    {
+        entry.discard(0);
+        walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
+        return;
+    }
+    entry.submit(wake_up());
+    count_each([
+        (Counter::EventsEmitted, 1),
+        (Counter::RowsEmitted, u64::from(rows)),
+    ]);
 }
 
 /// Whether the current pass shows these ids for the first time: one tensor of ids serves all weights
@@ -201,10 +248,16 @@ impl RowsWalk {
         (first_row, rows)
     }
 
+    /// Emits the records, of so many rows each as is set.
+    #[inline(always)]
+    fn run(&mut self, chunk: extern "C" fn(u32, *mut RowsWalk) -> i64) {
+        let chunks = self.header.total_rows.div_ceil(self.chunk_rows.max(1));
+        run_chunks(chunks.max(1), chunk, self);
+    }
+
     #[inline(always)]
     fn lost(&self, rows: u32, event: Counter, row: Counter) -> i64 {
-        count(event, 1);
-        count(row, u64::from(rows));
+        count_each([(event, 1), (row, u64::from(rows))]);
         0
     }
 }
@@ -274,11 +327,167 @@ fn chunked<const PAYLOAD: usize, const ROW: usize>(walk: &mut RowsWalk) {
     // The last row must begin at or before PAYLOAD - ROW, so that the verifier sees it end inside.
     let fit = ((PAYLOAD - ROW) as u32 / walk.row_bytes.max(1)) + 1;
     walk.chunk_rows = fit;
-    run_chunks(
-        walk.header.total_rows.div_ceil(walk.chunk_rows).max(1),
-        rows_chunk::<PAYLOAD, ROW>,
-        walk,
-    );
+    walk.run(rows_chunk::<PAYLOAD, ROW>);
+}
+
+/// Emits one record of rows that follow each other without a gap. Returns 0 to go on (the contract of
+/// `bpf_loop`).
+#[inline(never)]
+extern "C" fn contiguous_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
+    // SAFETY: the caller keeps the walk on its stack during the loop.
+    let walk = unsafe { &*walk };
+    let (first_row, rows) = walk.chunk(index);
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::LARGE }>>(0) else {
+        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record.
+    let to = unsafe {
+        (&raw mut (*record).header).write(Header {
+            first_row,
+            rows,
+            ..walk.header
+        });
+        (&raw mut (*record).payload).cast::<u8>()
+    };
+    let from = walk.data.offset(u64::from(first_row) * walk.row_stride);
+    let bytes = u64::from(rows) * u64::from(walk.row_bytes);
+    // Volatile: the verifier has to see the bound here.
+    // SAFETY: a read of a live variable.
+    let bytes = unsafe { ptr::read_volatile(&bytes) };
+    if bytes > payload::LARGE as u64
+        // SAFETY: the payload has room for so many bytes by the check before.
+        || unsafe { from.read_to(to, bytes as u32) }.is_none()
+    {
+        entry.discard(0);
+        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
+    }
+    entry.submit(wake_up());
+    count_each([
+        (Counter::EventsEmitted, 1),
+        (Counter::RowsEmitted, u64::from(rows)),
+    ]);
+    0
+}
+
+/// Rows that are read with what is between them. A read costs as much as some hundred bytes of it.
+const STRIDED_ROWS: usize = 31;
+/// Most bytes from the start of such a row to that of the next: 128 experts.
+const MAX_STRIDE: usize = 512;
+/// Most bytes of such a row: 16 experts.
+const STRIDED_ROW: usize = 64;
+
+/// Room for rows and what is between them.
+///
+/// One for each CPU, where a hit can be preempted by another one. So it is used by the hit that finds
+/// nobody else in it, and the other one does without.
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+#[repr(C)]
+struct Scratch {
+    users: u64,
+    /// All rows, and room behind the last one to read it as if it were of the largest size.
+    bytes: [u8; STRIDED_ROWS * MAX_STRIDE + STRIDED_ROW],
+}
+
+/// Emits rows that are so near to each other that they are read together, if they are, and there is
+/// somewhere to put them. Gives whether it has.
+#[inline(always)]
+fn strided(walk: &mut RowsWalk) -> bool {
+    if walk.row_bytes as usize > STRIDED_ROW
+        || walk.row_stride < u64::from(walk.row_bytes)
+        || walk.row_stride > MAX_STRIDE as u64
+    {
+        return false;
+    }
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: the map's value is alive during the program.
+    let users = unsafe { &raw mut (*scratch).users };
+    add(users, 1);
+    // SAFETY: as above.
+    let alone = unsafe { ptr::read_volatile(users) } == 1;
+    if alone {
+        let fit = (payload::MEDIUM - STRIDED_ROW) as u32 / walk.row_bytes.max(1) + 1;
+        walk.chunk_rows = fit.min(STRIDED_ROWS as u32);
+        walk.run(strided_chunk);
+    }
+    add(users, 1u64.wrapping_neg());
+    alone
+}
+
+/// Emits one record of rows that are read together. Returns 0 to go on (the contract of `bpf_loop`).
+#[inline(never)]
+extern "C" fn strided_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
+    const WORDS: usize = STRIDED_ROW / 8;
+    /// The last row begins so far from the end that it could be of the largest size.
+    const LAST_FROM: u64 = (STRIDED_ROWS * MAX_STRIDE) as u64;
+    const LAST_TO: u64 = (payload::MEDIUM - STRIDED_ROW) as u64;
+    // SAFETY: the caller keeps the walk on its stack during the loop.
+    let walk = unsafe { &*walk };
+    let (first_row, rows) = walk.chunk(index);
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::MEDIUM }>>(0) else {
+        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is as large as the record.
+    let to = unsafe {
+        (&raw mut (*record).header).write(Header {
+            first_row,
+            rows,
+            ..walk.header
+        });
+        (&raw mut (*record).payload).cast::<u8>()
+    };
+    // Volatile: the verifier has to see bounds where they are checked.
+    // SAFETY: reads of live references.
+    let (stride, row_bytes) = unsafe {
+        (
+            ptr::read_volatile(&walk.row_stride),
+            u64::from(ptr::read_volatile(&walk.row_bytes)),
+        )
+    };
+    let bytes = u64::from(rows.saturating_sub(1)) * stride + row_bytes;
+    // SAFETY: a read of a live variable.
+    let bytes = unsafe { ptr::read_volatile(&bytes) };
+    let scratch = SCRATCH.get_ptr_mut(0);
+    // SAFETY: the map's value is alive during the program.
+    let scratch = scratch.map(|scratch| unsafe { (&raw mut (*scratch).bytes).cast::<u8>() });
+    let from = walk.data.offset(u64::from(first_row) * stride);
+    let read = scratch.filter(|scratch| {
+        // SAFETY: there is room for so many bytes by the check before.
+        bytes <= LAST_FROM && unsafe { from.read_to(*scratch, bytes as u32) }.is_some()
+    });
+    let Some(scratch) = read else {
+        entry.discard(0);
+        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
+    };
+    let mut row = 0;
+    while row < STRIDED_ROWS as u64 && row < u64::from(rows) {
+        let (at, put) = (row * stride, row * row_bytes);
+        if at > LAST_FROM || put > LAST_TO {
+            break;
+        }
+        // What is too much of it the next row overwrites, and what is behind the last one is not of
+        // the record.
+        // SAFETY: both have room for a row of the largest size by the check before.
+        unsafe {
+            let at = scratch.add(at as usize).cast::<[u64; WORDS]>();
+            let put = to.add(put as usize).cast::<[u64; WORDS]>();
+            put.write_unaligned(at.read_unaligned());
+        }
+        row += 1;
+    }
+    entry.submit(wake_up());
+    count_each([
+        (Counter::EventsEmitted, 1),
+        (Counter::RowsEmitted, u64::from(rows)),
+    ]);
+    0
 }
 
 /// Calls `chunk` for 0 to `chunks` - 1, once when there is nothing but must be a record.
@@ -323,9 +532,11 @@ extern "C" fn rows_chunk<const PAYLOAD: usize, const ROW: usize>(
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(0);
-    count(Counter::EventsEmitted, 1);
-    count(Counter::RowsEmitted, u64::from(rows));
+    entry.submit(wake_up());
+    count_each([
+        (Counter::EventsEmitted, 1),
+        (Counter::RowsEmitted, u64::from(rows)),
+    ]);
     0
 }
 
@@ -368,8 +579,10 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(0);
-    count(Counter::EventsEmitted, 1);
-    count(Counter::RowsEmitted, u64::from(rows));
+    entry.submit(wake_up());
+    count_each([
+        (Counter::EventsEmitted, 1),
+        (Counter::RowsEmitted, u64::from(rows)),
+    ]);
     0
 }

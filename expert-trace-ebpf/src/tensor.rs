@@ -70,6 +70,39 @@ impl DataAndName {
     }
 }
 
+/// `src[1]` and the start of `name` of a tensor.
+pub struct Gather {
+    pub index: Address,
+    pub name: Name,
+}
+
+impl Gather {
+    #[inline(always)]
+    pub fn read(tensor: Address, layout: &TensorLayout) -> Option<Self> {
+        /// `src[1]` to `name`, as far as it is read.
+        #[repr(C)]
+        struct Together {
+            index: u64,
+            _between: [u64; SOURCES],
+            _data: u64,
+            name: Name,
+        }
+        /// Of `src[2]` to `view_offs`, in words: in all builds of llama.cpp that are known.
+        const SOURCES: usize = 10;
+        if layout.data.wrapping_sub(layout.src) == 8 * (SOURCES as u32 + 2) {
+            let read: Together = tensor.offset(u64::from(layout.src) + 8).read()?;
+            return Some(Self {
+                index: Address(read.index),
+                name: read.name,
+            });
+        }
+        Some(Self {
+            index: source(tensor, layout, 1)?,
+            name: DataAndName::read(tensor, layout)?.name,
+        })
+    }
+}
+
 /// `type` to `nb` of `ggml_tensor`.
 #[repr(C)]
 pub struct Shape {

@@ -26,8 +26,9 @@ use aya::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
-    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, COUNTERS, Counter,
-    DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS,
+    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, CONTROL_WAKE_UP,
+    COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES,
+    TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -36,7 +37,8 @@ use tracing::level_filters::LevelFilter;
 pub use self::multi::is_supported as has_uprobe_multi;
 use self::programs::Programs;
 use crate::{
-    bpf, kernel_types,
+    bpf::{self, Command, ProgLoad, RunTime},
+    kernel_types,
     layout::Declared,
     probes::{FileId, Hook, Probe},
     requirements::{self, Unmet},
@@ -153,6 +155,16 @@ enum Means {
     PerfEvents,
 }
 
+impl Means {
+    /// What programs are loaded for.
+    const fn attach_type(self) -> u32 {
+        match self {
+            Means::Multi => multi::ATTACH_TYPE,
+            Means::PerfEvents => 0,
+        }
+    }
+}
+
 /// Where a probe is set, and what its hits are told.
 #[derive(Clone, Copy, Debug)]
 struct Place<'a> {
@@ -191,16 +203,16 @@ impl Session {
     /// # Errors
     /// When the kernel refuses.
     pub fn load(ring_bytes: u32, scope: Scope) -> Result<(Self, Events), AttachError> {
-        let (means, attach_type) = match has_uprobe_multi() {
-            true => (Means::Multi, multi::ATTACH_TYPE),
+        let means = match has_uprobe_multi() {
+            true => Means::Multi,
             false => {
                 tracing::debug!("no uprobe_multi links: probes are set by perf events");
-                (Means::PerfEvents, 0)
+                Means::PerfEvents
             }
         };
         let entries = [("EVENTS", ring_bytes), ("FOLLOWED", most_followed(scope))];
         let (programs, mut maps) =
-            Programs::of(&OBJECT.0, &entries, attach_type).map_err(load_error)?;
+            Programs::of(&OBJECT.0, &entries, means.attach_type()).map_err(load_error)?;
         let mut take = |name: &str| {
             maps.remove(name)
                 .ok_or_else(|| AttachError::Map(format!("the BPF object has no map {name}")))
@@ -376,10 +388,51 @@ impl Session {
         Ok(())
     }
 
+    /// Sets a probe of which the hits do nothing, in the memory of one process, whatever the scope. It is
+    /// there until it is dropped.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn attach_empty(&self, probe: &Probe, process: NonZeroU32) -> Result<OwnedFd, AttachError> {
+        let load = ProgLoad {
+            expected_attach_type: self.means.attach_type(),
+            ..ProgLoad::nothing()
+        };
+        // SAFETY: the attributes are complete.
+        let program = unsafe { bpf::descriptor(Command::ProgLoad, &load) };
+        let program = program.map_err(|error| AttachError::Load(error.to_string()))?;
+        let link = self.link_program(program.as_fd(), probe, Some(process));
+        link.map_err(|reason| AttachError::Probe {
+            symbol: probe.symbol.to_owned(),
+            file: printable(Path::new(&probe.file)),
+            offset: probe.definition.file_offset,
+            reason,
+        })
+    }
+
+    /// What the hits of a hook's program have taken, while the kernel took their times; those of all
+    /// processes, also such as do not count.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn run_time(&self, hook: Hook) -> io::Result<RunTime> {
+        let program = self.programs.get(hook.program());
+        bpf::run_time(program.ok_or(io::ErrorKind::NotFound)?)
+    }
+
     /// Gives the kernel's answer when it refuses.
     fn link(&self, probe: &Probe, process: Option<NonZeroU32>) -> Result<OwnedFd, String> {
         let program = self.programs.get(probe.hook.program());
         let program = program.ok_or("its BPF program is not loaded")?;
+        self.link_program(program, probe, process)
+    }
+
+    fn link_program(
+        &self,
+        program: BorrowedFd,
+        probe: &Probe,
+        process: Option<NonZeroU32>,
+    ) -> Result<OwnedFd, String> {
         let path = CString::new(probe.attach_path.as_os_str().as_bytes());
         let place = Place {
             path: &path.map_err(|error| error.to_string())?,
@@ -408,6 +461,16 @@ impl Session {
     pub fn set_active(&mut self, active: bool) -> Result<(), AttachError> {
         self.control
             .set(CONTROL_ACTIVE, u32::from(active), 0)
+            .map_err(map_error)
+    }
+
+    /// Tells the BPF programs whether records are to wake us: if we have taken all, until it is called.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn set_wake_up(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
+        self.control
+            .set(CONTROL_WAKE_UP, wake_up as u32, 0)
             .map_err(map_error)
     }
 
@@ -469,6 +532,11 @@ impl Session {
     pub fn hits(&self, probe: &Probe) -> Result<u64, AttachError> {
         let hits = self.hits.get(&probe.site.probe, 0).map_err(map_error)?;
         Ok(hits.iter().sum())
+    }
+
+    /// Keeps an empty probe, to be detached with the others at the end.
+    pub fn keep(&mut self, empty: OwnedFd) {
+        self.links.0.push((FileId::default(), empty));
     }
 
     /// Detaches all probes. The kernel waits for grace periods.

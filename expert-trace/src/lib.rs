@@ -53,6 +53,7 @@ pub mod launch;
 pub mod layout;
 pub mod model;
 pub mod models;
+pub mod own_code;
 pub mod placement;
 pub mod probes;
 pub mod prologue;

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     model::{Block, Coverage, Exclusion, Pass},
     remedy,
-    stats::{ContextStats, LayerStats, ModelFile, Stats},
+    stats::{ContextStats, LayerStats, ModelFile, Stats, cost::Cost},
     target::printable,
     visibility::{Gap, Reason},
 };
@@ -79,7 +79,29 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
             callback.shown()
         )?;
     }
+    writeln!(text, "{}", cost_line(&stats.cost))?;
     writeln!(text, "{}", integrity_line(stats))
+}
+
+/// One line that says what the capture has cost.
+fn cost_line(cost: &Cost) -> String {
+    let mut text = format!("Cost: {} hits", cost.hits);
+    // Writing to a String does not fail.
+    if let Some(ns) = cost.ns_per_token {
+        let _ = write!(text, ", {:.1} µs per token", ns / 1e3);
+    }
+    let share = cost.window_percent.map(|percent| (percent, "the time"));
+    let of_target = cost.target_cpu_percent;
+    let of_target = of_target.map(|percent| (percent, "the target's processor time"));
+    for (percent, of) in share.into_iter().chain(of_target) {
+        let _ = write!(text, ", {percent:.2} % of {of}");
+    }
+    let tracer = &cost.tracer;
+    let _ = write!(text, "; the tracer took {:.2} s", tracer.cpu_s);
+    if let Some(peak) = tracer.peak_rss_bytes {
+        let _ = write!(text, " and {:.0} MiB", peak as f64 / f64::from(1 << 20));
+    }
+    text + "."
 }
 
 /// What was counted apart in the context that is shown.

@@ -3,6 +3,7 @@
 //! Most are end-to-end tests that print results; what they measure is described there.
 
 mod flood;
+mod hits;
 mod overhead;
 mod scale;
 mod start;
@@ -86,8 +87,9 @@ macro_rules! bench {
     };
 }
 
-static ALL: [Bench; 5] = [
+static ALL: [Bench; 6] = [
     bench!("overhead", "costs", Source::Tests, overhead::table, plot overhead::plot),
+    bench!("hits", "hits", Source::Tests, hits::table),
     bench!("start", "times", Source::Tests, start::table),
     bench!(
         "throughput",

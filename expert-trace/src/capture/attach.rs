@@ -215,8 +215,8 @@ impl Probed {
                 () = &mut over => break "duration",
                 _ = exit.readable() => break "target_exited",
                 () = main_thread.ended() => capture.look_at_main_thread(),
-                ready = capture.events.readable_mut(), if !more => {
-                    ready?.clear_ready();
+                due = capture.events_due(), if !more => {
+                    due?;
                     more = !capture.take_events();
                 }
                 // Lets signals and timers through between two helpings.

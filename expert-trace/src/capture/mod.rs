@@ -3,6 +3,7 @@
 
 mod all;
 mod attach;
+mod cost;
 mod run;
 mod sinks;
 mod targets;
@@ -15,11 +16,13 @@ use std::{
 };
 
 use anyhow::Context as _;
+use expert_trace_common::WakeUp;
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{attach::attach, run::run};
 use self::{
+    cost::Meter,
     sinks::{Sinks, Wanted},
     targets::{Targets, Variables},
 };
@@ -33,7 +36,7 @@ use crate::{
     routes,
     signals::OwnSignal,
     silence,
-    stats::{self, Capture as CaptureStats, Integrity, Stats},
+    stats::{self, Capture as CaptureStats, Integrity, Stats, cost::Cost},
     summary,
     target::printable,
 };
@@ -53,6 +56,11 @@ struct Capture {
     first_process: Option<u32>,
     session: Session,
     events: AsyncFd<Events>,
+    reading: Reading,
+    /// Events taken since we last began to look.
+    taken: u64,
+    /// How long events are left where they are.
+    gathering: Duration,
     plan: Plan,
     /// Probes that are in place.
     hooks: Vec<Probe>,
@@ -65,9 +73,22 @@ struct Capture {
     contexts_known: usize,
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
+    /// Measures what it costs, once it has started.
+    meter: Option<Meter>,
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
+}
+
+/// How we come to know of events.
+#[derive(Clone, Copy, Debug)]
+enum Reading {
+    /// The next one wakes us.
+    Woken,
+    /// We will look by ourselves.
+    Waiting { due: Instant, wake_up: WakeUp },
+    /// We do.
+    Looking { wake_up: WakeUp },
 }
 
 impl Capture {
@@ -94,6 +115,9 @@ impl Capture {
             first_process,
             session,
             events,
+            reading: Reading::Woken,
+            taken: 0,
+            gathering: gathering(recording.ring_bytes(plan.reads_logits())),
             plan,
             hooks: Vec::new(),
             problems: Vec::new(),
@@ -106,6 +130,7 @@ impl Capture {
             contexts_known: 0,
             from_start,
             started: None,
+            meter: None,
             recording,
             heading: String::new(),
         })
@@ -116,6 +141,7 @@ impl Capture {
         self.sinks.begin()?;
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
+        self.meter = Some(Meter::start(self.pid, self.from_start));
         Ok(())
     }
 
@@ -154,10 +180,56 @@ impl Capture {
         self.problems.push(problem);
     }
 
+    /// Waits until events are to be taken. It may be broken off, and begun again.
+    ///
+    /// To be woken costs the thread that was hit more than the hit. So the first event wakes us, and from
+    /// then on we look by ourselves now and then, until twice nothing has come: the second time, since a
+    /// hit that was under way can have left an event and woken nobody. Whatever comes after that wakes us
+    /// in any case.
+    async fn events_due(&mut self) -> anyhow::Result<()> {
+        loop {
+            match self.reading {
+                Reading::Woken => {
+                    self.events.readable_mut().await?.clear_ready();
+                    if let Some(meter) = &mut self.meter {
+                        meter.sample();
+                    }
+                    if self.gathering.is_zero() {
+                        return Ok(());
+                    }
+                    self.look_again(WakeUp::Never)?;
+                }
+                Reading::Waiting { due, wake_up } => {
+                    tokio::time::sleep_until(due.into()).await;
+                    self.reading = Reading::Looking { wake_up };
+                    self.taken = 0;
+                    return Ok(());
+                }
+                Reading::Looking { wake_up } => match (self.taken, wake_up) {
+                    (1.., _) => self.look_again(WakeUp::Never)?,
+                    (0, WakeUp::Never) => self.look_again(WakeUp::Always)?,
+                    (0, _) => self.reading = Reading::Woken,
+                },
+            }
+        }
+    }
+
+    /// Looks for events once more after some time, whether they wake us or not.
+    fn look_again(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
+        let is_so = matches!(self.reading, Reading::Looking { wake_up: now } if now == wake_up);
+        if !is_so {
+            self.session.set_wake_up(wake_up)?;
+        }
+        let due = Instant::now() + self.gathering;
+        self.reading = Reading::Waiting { due, wake_up };
+        Ok(())
+    }
+
     /// Takes some of the events that are there. Gives whether those were all.
     fn take_events(&mut self) -> bool {
         let Self {
             events,
+            taken,
             model,
             sinks,
             targets,
@@ -186,6 +258,7 @@ impl Capture {
             }
         };
         let emptied = events.get_mut().drain(|bytes| {
+            *taken += 1;
             let event = decode(bytes);
             let process = event
                 .as_ref()
@@ -243,7 +316,11 @@ impl Capture {
         loop {
             while !self.take_events() {}
             let counters = self.session.counters()?;
+            let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
+            let hits = self.hooks.iter().filter(of_ids);
+            let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
             let integrity = Integrity::new(
+                entered?,
                 &counters,
                 self.model.received(),
                 self.model.from_logits(),
@@ -301,7 +378,9 @@ impl Capture {
         let integrity = integrity.with_refusals(self.model.from_logits());
         let output = sinks.output.take();
         let wants_summary = sinks.stats;
-        let stats = self.stats(integrity, why, duration)?;
+        let tokens = self.model.contexts().iter().map(Context::tokens).sum();
+        let cost = self.cost(duration, tokens);
+        let stats = self.stats(integrity, cost, why, duration)?;
         let complete = stats.integrity.complete;
 
         let mut text = std::mem::take(&mut self.heading).into_bytes();
@@ -336,6 +415,7 @@ impl Capture {
     fn stats(
         &mut self,
         integrity: Integrity,
+        cost: Cost,
         why: &'static str,
         duration: Duration,
     ) -> anyhow::Result<Stats> {
@@ -407,6 +487,7 @@ impl Capture {
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
             integrity,
+            cost,
         }
         .explained(&|pid| self.targets.options(pid, self.pid.get())))
     }
@@ -539,6 +620,19 @@ impl Capture {
                 )),
             }
         }
+    }
+}
+
+/// How long events are left in a ring buffer of this size: not so long that a thread could fill it by
+/// rows, which take more than a nanosecond for a byte, nor that somebody who reads the log would notice.
+fn gathering(ring_bytes: u32) -> Duration {
+    const UNNOTICED: Duration = Duration::from_millis(10);
+    /// Timers have whole ones.
+    const MILLISECOND: Duration = Duration::from_millis(1);
+    let filled = Duration::from_nanos(ring_bytes.into());
+    match filled.min(UNNOTICED) {
+        short if short < 2 * MILLISECOND => Duration::ZERO,
+        long => long - MILLISECOND,
     }
 }
 

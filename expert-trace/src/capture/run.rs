@@ -194,8 +194,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 }
                 continue;
             }
-            ready = capture.events.readable_mut(), if !more => {
-                ready?.clear_ready();
+            due = capture.events_due(), if !more => {
+                due?;
                 more = !capture.take_events();
                 continue;
             }

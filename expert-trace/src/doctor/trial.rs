@@ -1,14 +1,8 @@
 //! What tracing takes, really tried: on functions of our own process, and on a child that never runs
 //! anything.
 
-use std::{
-    fs, io,
-    num::NonZeroU32,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{io, num::NonZeroU32, path::PathBuf};
 
-use expert_trace_common::Site;
 use nix::sys::wait::waitpid;
 
 use super::report::HitCosts;
@@ -17,8 +11,8 @@ use crate::{
     caller::{Account, CallerError, Environment},
     decode::{Body, decode},
     launch::{LaunchError, Program, Suspended},
-    probes::{FileId, Hook, Probe},
-    symbols::{Definition, Table},
+    own_code::{CALLS, call_ns, emulated, probe, returning, single_stepped},
+    probes::Hook,
 };
 
 /// Why tracing ourselves failed.
@@ -51,57 +45,6 @@ pub enum TrialError {
 
 /// Room for the records of all hits of one function.
 const RING_BYTES: u32 = 256 << 10;
-/// Calls that are timed together.
-const BATCH: usize = 32;
-/// Batches; the median of them is told.
-const BATCHES: usize = 15;
-
-// The first instruction decides what a probe costs, so that it is written out.
-#[cfg(target_arch = "x86_64")]
-#[unsafe(naked)]
-extern "C" fn emulated() {
-    std::arch::naked_asm!("push rbp", "pop rbp", "ret")
-}
-
-#[cfg(target_arch = "x86_64")]
-#[unsafe(naked)]
-extern "C" fn single_stepped() {
-    std::arch::naked_asm!("sub rsp, 8", "add rsp, 8", "ret")
-}
-
-#[cfg(target_arch = "aarch64")]
-#[unsafe(naked)]
-extern "C" fn emulated() {
-    std::arch::naked_asm!(
-        "stp x29, x30, [sp, #-16]!",
-        "ldp x29, x30, [sp], #16",
-        "ret"
-    )
-}
-
-/// As the first, and another function.
-#[cfg(target_arch = "x86_64")]
-#[unsafe(naked)]
-extern "C" fn returning() {
-    std::arch::naked_asm!("push rbx", "pop rbx", "ret")
-}
-
-#[cfg(target_arch = "aarch64")]
-#[unsafe(naked)]
-extern "C" fn returning() {
-    std::arch::naked_asm!(
-        "stp x19, x30, [sp, #-16]!",
-        "ldp x19, x30, [sp], #16",
-        "ret"
-    )
-}
-
-#[cfg(target_arch = "aarch64")]
-#[unsafe(naked)]
-extern "C" fn single_stepped() {
-    std::arch::naked_asm!("sub sp, sp, #16", "add sp, sp, #16", "ret")
-}
-
 /// Loads the programs, sets probes in our own process, hits them, and compares what arrives.
 ///
 /// # Errors
@@ -126,7 +69,7 @@ pub fn trace_ourselves() -> Result<HitCosts, TrialError> {
         let with = call_ns(function);
         session.set_active(false)?;
         *cost = with - without;
-        let calls = BATCH * BATCHES;
+        let calls = CALLS;
         let mut arrived = arrived(&mut events);
         // The program of the return probe counts its hits, and has nothing to say of a function that
         // is not ggml's.
@@ -157,65 +100,6 @@ fn arrived(events: &mut Events) -> usize {
     arrived
 }
 
-/// Median time of a call, in nanoseconds.
-fn call_ns(function: extern "C" fn()) -> f64 {
-    let function = std::hint::black_box(function);
-    let mut batches = [Duration::ZERO; BATCHES];
-    for batch in &mut batches {
-        let begin = Instant::now();
-        for _ in 0..BATCH {
-            function();
-        }
-        *batch = begin.elapsed();
-    }
-    batches.sort_unstable();
-    batches[BATCHES / 2].as_nanos() as f64 / BATCH as f64
-}
-
-/// A probe on a function of ours. It is found by where it is mapped, since our own symbols can have
-/// been stripped.
-fn probe(hook: Hook, number: u32, function: extern "C" fn()) -> io::Result<Probe> {
-    const OWN: &str = "/proc/self/exe";
-    let address = function as usize as u64;
-    let maps = fs::read_to_string("/proc/self/maps")?;
-    let file_offset = maps
-        .lines()
-        .find_map(|line| file_offset(line, address))
-        .ok_or(io::ErrorKind::NotFound)?;
-    Ok(Probe {
-        hook,
-        symbol: "a function of expert-trace",
-        file: OWN.to_owned(),
-        build_id: None,
-        definition: Definition {
-            table: Table::Symtab,
-            address,
-            file_offset,
-            skipped: 0,
-            instruction: None,
-        },
-        site: Site {
-            source: 0,
-            probe: number,
-        },
-        declared: None,
-        file_id: FileId::default(),
-        attach_path: PathBuf::from(OWN),
-    })
-}
-
-/// Offset of an address in the file that a line of `/proc/PID/maps` shows there.
-fn file_offset(line: &str, address: u64) -> Option<u64> {
-    let mut fields = line.split(' ');
-    let (from, to) = fields.next()?.split_once('-')?;
-    let number = |text: &str| u64::from_str_radix(text, 16).ok();
-    let (from, to) = (number(from)?, number(to)?);
-    let offset = number(fields.nth(1)?)?;
-    (from..to)
-        .contains(&address)
-        .then(|| offset + (address - from))
-}
-
 /// Attaches the tracepoints by which `run` follows forks, and forks a child, which waits at a gate as
 /// those of `run` do, and never runs anything.
 ///
@@ -240,29 +124,4 @@ pub fn follow_a_child() -> Result<(), TrialError> {
         return Err(TrialError::ForkUnseen);
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_offset_is_that_of_the_mapping() {
-        let line = "55d0c0a21000-55d0c0b00000 r-xp 00021000 fe:00 1311 /opt/llama cpp/llama-cli";
-        assert_eq!(file_offset(line, 0x55d0c0a21010), Some(0x21010));
-        assert_eq!(file_offset(line, 0x55d0c0b00000), None);
-        assert_eq!(file_offset("nothing", 1), None);
-    }
-
-    #[test]
-    fn our_functions_are_where_their_probes_sit() {
-        let code = fs::read("/proc/self/exe").unwrap();
-        for function in [emulated as extern "C" fn(), single_stepped, returning] {
-            let place = probe(Hook::Libraries, 0, function).unwrap().definition;
-            // SAFETY: the functions are at least this long.
-            let loaded = unsafe { std::slice::from_raw_parts(function as *const u8, 4) };
-            let start = place.file_offset as usize;
-            assert_eq!(&code[start..start + 4], loaded);
-        }
-    }
 }

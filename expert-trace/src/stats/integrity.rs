@@ -124,8 +124,9 @@ pub struct UnknownRows {
 }
 
 impl Integrity {
-    /// Draws up the balance.
+    /// Draws up the balance. `entered` are the hits of the probes for expert ids.
     pub fn new(
+        entered: u64,
         counters: &Counters,
         received: Received,
         from_logits: &FromLogits,
@@ -136,7 +137,7 @@ impl Integrity {
             complete: true,
             problems: Vec::new(),
             hits: Hits {
-                entered: get(Counter::Entered),
+                entered,
                 filtered_thread: get(Counter::FilteredThread),
                 filtered_tensor: get(Counter::FilteredTensor),
                 token_lookup: get(Counter::TokenLookup),

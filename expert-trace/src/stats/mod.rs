@@ -3,6 +3,7 @@
 //! `layers` has exactly the shape of the original specification's statistics; all that we know
 //! beyond it stands beside. docs/json-schema.md explains every key.
 
+pub mod cost;
 mod integrity;
 pub mod unseen;
 
@@ -97,6 +98,8 @@ pub struct Stats {
     pub excluded: Vec<ExcludedPasses>,
     /// Proof that nothing was lost, or what was.
     pub integrity: Integrity,
+    /// What it has cost.
+    pub cost: cost::Cost,
 }
 
 /// Name and version of the document's format.

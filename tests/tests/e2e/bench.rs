@@ -4,6 +4,7 @@
 //! docs/performance.md are made.
 
 mod flood;
+mod hits;
 mod overhead;
 mod start;
 

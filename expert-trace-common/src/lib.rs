@@ -372,8 +372,11 @@ pub const CONTROL_NAMESPACE: [u32; 2] = [4, 5];
 pub const CONTROL_FIRST_CHILD: u32 = 6;
 /// Which routes are read, by the bits of a [`Route`]'s number; index 8 of the map `CONTROL`.
 pub const CONTROL_ROUTES: u32 = 8;
+/// Whether schedulers are probed, which passes enter that a `llama_context` has begun; index 9 of the map
+/// `CONTROL`.
+pub const CONTROL_SCHEDULERS: u32 = 9;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 9;
+pub const CONTROL_ENTRIES: u32 = 10;
 
 /// `ne` in `ggml_tensor`, in bytes from its start.
 pub const TENSOR_NE: u32 = 16;

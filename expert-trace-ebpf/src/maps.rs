@@ -50,11 +50,11 @@ pub static THREADS: LruHashMap<u64, ThreadState> = LruHashMap::with_max_entries(
 #[map]
 pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entries(4096, 0);
 
-/// By scheduler: the `llama_context` that uses it.
+/// By scheduler: the `llama_context` that uses it, where schedulers are probed.
 #[map]
 pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
-/// By scheduler: the eval callback that was last set, 0 for none.
+/// By context: the eval callback that was last set, 0 for none.
 #[map]
 pub static CALLBACKS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
@@ -62,9 +62,7 @@ pub static CALLBACKS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ThreadState {
-    /// `llama_context` that has begun with a ubatch which no pass has used yet; else 0.
-    pub owner: u64,
-    /// What the pass belongs to: the owner, or the scheduler; 0 without a scheduler.
+    /// What the pass belongs to: a `llama_context`, or a scheduler; 0 without either.
     pub context: u64,
     /// `llama_ubatch` that `set_inputs` was last called with and that no pass has used yet.
     pub ubatch: u64,
@@ -79,9 +77,13 @@ pub struct ThreadState {
     pub pass_source: u8,
     /// Routes that have shown that layer, by their numbers' bits.
     pub last_routes: u8,
-    /// 1 when the scheduler is known to have no eval callback.
+    /// 1 when the context is known to have no eval callback.
     pub no_callback: u8,
-    pub padding: [u8; 4],
+    /// 1 when a `llama_context` has begun the pass.
+    pub of_llama_context: u8,
+    /// 1 when it has, and the scheduler's entry for the pass is to come.
+    pub awaits_scheduler: u8,
+    pub padding: [u8; 2],
 }
 
 #[repr(C)]

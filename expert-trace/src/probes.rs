@@ -3,7 +3,7 @@
 mod needs;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::{File, Metadata},
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _},
@@ -223,6 +223,33 @@ pub struct Plan {
     waiting: Vec<Probe>,
     /// What processes need, by what they map.
     needs: Needs<Inode>,
+}
+
+/// How many probes there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Load {
+    /// All.
+    pub probes: usize,
+    /// Places in code that they sit on: those on the entry and on the return of a function share one.
+    pub places: usize,
+    /// Longest time that a capture takes to end where perf events carry the probes, in milliseconds. The
+    /// kernel waits for a grace period with each of them, one after the other.
+    pub perf_event_detach_ms: u64,
+}
+
+impl Load {
+    /// That of these probes.
+    pub fn of(probes: &[Probe]) -> Self {
+        const MS: u64 = 100;
+        const MS_EACH: u64 = 90;
+        let place = |probe: &Probe| (probe.file_id.0, probe.definition.file_offset);
+        let places: BTreeSet<(usize, u64)> = probes.iter().map(place).collect();
+        Self {
+            probes: probes.len(),
+            places: places.len(),
+            perf_event_detach_ms: MS + MS_EACH * probes.len() as u64,
+        }
+    }
 }
 
 /// Who maps a file.
@@ -678,10 +705,16 @@ fn traits(file: &File, shown: &Path, elf: &symbols::Elf) -> Traits {
             .any(|symbol| elf.definitions.contains_key(*symbol))
     };
     let name = shown.file_name().unwrap_or_default().to_string_lossy();
+    let has_device_code = of(Hook::DeviceMulMatId).next().is_some()
+        || has_own(Hook::Fetch)
+        || has_own(Hook::WeightsFollow);
     Traits {
         scheduler: of(Hook::PassBegin).next().is_some(),
         contexts: of(Hook::Context).flatten().any(is_called),
-        backends: Backends::in_file(&name, &devices),
+        backends: match has_device_code {
+            true => Backends::Any,
+            false => Backends::in_file(&name, &devices),
+        },
         own_copies: has_own(Hook::Fetch)
             && has_own(Hook::WeightsFollow)
             && devices.iter().filter(|device| **device != "rpc").count() == 1,

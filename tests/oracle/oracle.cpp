@@ -10,12 +10,13 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
-//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER]
+//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER] [--ops 0|1]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
 // programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
 // how often each expert was chosen, as a tracer inside the program would. With --nextn, blocks that
-// predict further tokens are loaded, too. With --lora, every context uses the adapter.
+// predict further tokens are loaded, too. With --lora, every context uses the adapter. With --ops, the
+// eval callback counts nodes, and has none computed by itself.
 //
 // Prints `ready <pid>` once the model and a first context are there. Commands:
 //
@@ -33,6 +34,7 @@
 //   reserve                 have the context make a new scheduler          ok
 //   vocab                                                                  ok <n_vocab> <bos> <eos>
 //   tid                     thread id of the thread that decodes           ok <tid>
+//   ops                     GET_ROWS nodes computed since the last `ops`   ok <n>
 //   reused                  graphs that the context has used again         ok <n>
 //   quit                                                                   ok
 //
@@ -83,6 +85,7 @@ struct Options {
     int n_gpu_layers = 0;
     bool op_offload = true;
     bool count = false;
+    bool ops = false;
     bool nextn = false;
     std::string rpc;
     std::vector<std::pair<std::string, std::string>> overrides;
@@ -118,6 +121,8 @@ Options parse_options(int argc, char ** argv) {
             options.op_offload = std::stoi(value) != 0;
         } else if (flag == "--count") {
             options.count = std::stoi(value) != 0;
+        } else if (flag == "--ops") {
+            options.ops = std::stoi(value) != 0;
         } else if (flag == "--nextn") {
             options.nextn = std::stoi(value) != 0;
         } else if (flag == "--rpc") {
@@ -146,6 +151,7 @@ struct Dump {
     std::vector<uint8_t> bytes;
     std::mutex mutex;
     std::unordered_map<int, std::unordered_map<int32_t, uint64_t>> counts;
+    uint64_t get_rows = 0;
 };
 
 void write_rows(FILE * out, Dump & dump, int layer, const ggml_tensor * t) {
@@ -215,6 +221,14 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     }
     write_rows(dump.out, dump, layer, t);
     return true;
+}
+
+// The same, for --ops. It is asked about every node once. ggml passes over those without an element.
+bool on_question(ggml_tensor * t, bool ask, void * user_data) {
+    if (ask && t->op == GGML_OP_GET_ROWS && !ggml_is_empty(t)) {
+        static_cast<Dump *>(user_data)->get_rows++;
+    }
+    return false;
 }
 
 void add_rpc_server(const std::string & endpoint) {
@@ -389,6 +403,8 @@ class Driver {
             out << ' ' << n_vocab << ' ' << llama_vocab_bos(vocab) << ' ' << llama_vocab_eos(vocab);
         } else if (command == "tid") {
             out << ' ' << syscall(SYS_gettid);
+        } else if (command == "ops") {
+            out << ' ' << std::exchange(dump.get_rows, 0);
         } else if (command == "reused") {
             out << ' ' << llama_perf_context(context()).n_reused;
         } else {
@@ -461,6 +477,10 @@ class Driver {
         }
         if (dump.out != nullptr || options.count) {
             params.cb_eval = on_tensor;
+            params.cb_eval_user_data = &dump;
+        }
+        if (options.ops) {
+            params.cb_eval = on_question;
             params.cb_eval_user_data = &dump;
         }
         llama_context * c = llama_init_from_model(model, params);

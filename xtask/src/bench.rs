@@ -2,6 +2,8 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod nodes;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -23,7 +25,19 @@ struct Bench {
     table: fn(&[Value]) -> String,
 }
 
-static ALL: [Bench; 0] = [];
+static ALL: [Bench; 1] = [Bench {
+    name: "nodes",
+    file: ResultFile {
+        path: "docs/results/bench-nodes.json",
+        rows: "shapes",
+        command: "cargo xtask bench nodes",
+    },
+    place: Place {
+        begin: "<!-- Made by `cargo xtask bench nodes`: begin -->",
+        end: "<!-- end of nodes -->",
+    },
+    table: nodes::table,
+}];
 
 #[derive(clap::Args)]
 pub struct Arguments {

@@ -3,6 +3,8 @@
 //! A benchmark prints its results as lines `RESULT {…}`, from which the result files and the tables in
 //! docs/performance.md are made.
 
+mod nodes;
+
 use std::{env, time::Duration};
 
 /// How much of a benchmark is run.

@@ -9,8 +9,8 @@ use std::{
 };
 
 use expert_trace::{
-    probes::{Hook, Plan, Probe},
-    routes::Routes,
+    probes::{Hook, Mapper, Plan, Probe},
+    routes::{self, Routes},
 };
 
 use crate::support::prebuilt;
@@ -35,12 +35,27 @@ fn cuda_library(name: &str) -> PathBuf {
 
 fn add(plan: &mut Plan, library: &Path) -> Vec<Probe> {
     let file = File::open(library).unwrap();
-    plan.add_file(&file, library, library).unwrap().probes
+    plan.add_file(&file, library, library, Mapper::UNKNOWN)
+        .unwrap()
+        .probes
+}
+
+/// All of them, by name: whatever device a program has.
+fn all_routes() -> Routes {
+    let names = [
+        "router",
+        "split_input",
+        "fetch",
+        "device_copy",
+        "logits",
+        "callback",
+    ];
+    Routes::asked_for(&names.map(|name| routes::of_name(name).unwrap()), true)
 }
 
 /// Fails unless these are the probes of a library, each at its symbol.
 fn assert_probes(library: &Path, expected: &[(Hook, &str)]) {
-    let mut plan = Plan::default().with_routes(Routes::asked_for(&[], true));
+    let mut plan = Plan::default().with_routes(all_routes());
     let probes = add(&mut plan, library);
     let found: Vec<(Hook, &str)> = probes
         .iter()

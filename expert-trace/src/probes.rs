@@ -675,7 +675,12 @@ impl Plan {
     /// Whether a probe can show something, or was asked for.
     fn has_use(&self, probe: &Probe) -> bool {
         let Probe { hook, symbol, .. } = probe;
-        let mut routes = hook.routes().iter();
+        let routes = match hook {
+            // Without it, more is read than there is.
+            Hook::EvalCallback => &[Route::Callback],
+            hook => hook.routes(),
+        };
+        let mut routes = routes.iter();
         let is_api = *symbol == hook.symbols()[0];
         self.needs.has(*hook, is_api) || routes.any(|route| self.routes.has_named(*route))
     }

@@ -6,7 +6,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{File, Metadata},
     io,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -221,6 +224,8 @@ pub struct Plan {
     routes: Routes,
     /// Probes that show nothing by what is mapped now.
     waiting: Vec<Probe>,
+    /// Their files, of processes that wait at the gate: what was opened there is closed when they go on.
+    held: HashMap<FileId, File>,
     /// What processes need, by what they map.
     needs: Needs<Inode>,
 }
@@ -277,7 +282,7 @@ pub fn options_of(pid: u32) -> Option<Options> {
 }
 
 /// A file in which probes are, by its number among those.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FileId(usize);
 
 /// Device and inode: a file's name, if not its identity (see [`crate::same_file`]).
@@ -371,7 +376,7 @@ struct Look {
     stale: Option<FileId>,
     refusal: Option<String>,
     /// Whose probes were added to those that wait.
-    added: Option<FileId>,
+    added: Option<(FileId, File)>,
 }
 
 impl Plan {
@@ -477,11 +482,27 @@ impl Plan {
 
     /// What is to be done after looks at files, one for each. Probes of files that were known before come
     /// with the last one.
-    fn changes(&mut self, looks: Vec<Look>) -> Vec<Change> {
+    fn changes(&mut self, mut looks: Vec<Look>) -> Vec<Change> {
+        // Those that are not waited for any more have been attached since.
+        let waits = |id: &FileId, waiting: &[Probe]| waiting.iter().any(|of| of.file_id == *id);
+        self.held.retain(|id, _| waits(id, &self.waiting));
         let mut ready = self.take_ready();
         let last = looks.len().saturating_sub(1);
-        let changes = looks.into_iter().enumerate().map(|(index, look)| {
-            let is_its = |probe: &mut Probe| index == last || Some(probe.file_id) == look.added;
+        let mut added = Vec::new();
+        for look in &mut looks {
+            let its = look.added.take();
+            added.push(its.as_ref().map(|(id, _)| *id));
+            if let Some((id, file)) = its.filter(|(id, _)| self.gated && waits(id, &self.waiting)) {
+                let path = own_path(&file);
+                for probe in self.waiting.iter_mut().filter(|of| of.file_id == id) {
+                    probe.attach_path.clone_from(&path);
+                }
+                self.held.insert(id, file);
+            }
+        }
+        let changes = looks.into_iter().zip(added).enumerate();
+        let changes = changes.map(|(index, (look, added))| {
+            let is_its = |probe: &mut Probe| index == last || Some(probe.file_id) == added;
             let probes: Vec<Probe> = ready.extract_if(.., is_its).collect();
             Change {
                 stale: look.stale,
@@ -579,7 +600,7 @@ impl Plan {
         // Those that wait sit where the functions were.
         self.waiting.retain(|probe| probe.file_id != id);
         self.add(file, elf, id, shown, attach_path);
-        look.added = Some(id);
+        look.added = Some((id, file.try_clone()?));
         Ok(look)
     }
 
@@ -684,6 +705,11 @@ impl Plan {
         let is_api = *symbol == hook.symbols()[0];
         self.needs.has(*hook, is_api) || routes.any(|route| self.routes.has_named(*route))
     }
+}
+
+/// Path by which the kernel finds a file, for as long as it is open.
+fn own_path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 /// What of a file decides which probes are needed.

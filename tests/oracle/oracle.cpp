@@ -223,9 +223,11 @@ bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     return true;
 }
 
-// The same, for --ops. It is asked about every node once. ggml passes over those without an element.
+// The same, for --ops. It is asked about every node once. ggml passes over those without an element, and
+// those of inputs that the pass does not use (ggml_build_forward_select).
 bool on_question(ggml_tensor * t, bool ask, void * user_data) {
-    if (ask && t->op == GGML_OP_GET_ROWS && !ggml_is_empty(t)) {
+    const bool is_computed = (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !ggml_is_empty(t);
+    if (ask && t->op == GGML_OP_GET_ROWS && is_computed) {
         static_cast<Dump *>(user_data)->get_rows++;
     }
     return false;

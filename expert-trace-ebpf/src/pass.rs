@@ -10,8 +10,8 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use expert_trace_common::{
-    CONTROL_SCHEDULERS, Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE,
-    payload,
+    CONTROL_SCHEDULERS, Counter, Header, Kind, MAX_ROWS, PassSource, Phase, ROW_OUTPUT, RowInfo,
+    UBATCH_UNREADABLE, payload,
 };
 
 use crate::{

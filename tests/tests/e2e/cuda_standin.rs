@@ -381,7 +381,7 @@ fn stripped_builds() {
     assert!(traced.said.contains(reason), "{}", traced.said);
 
     // The API is visible, and NVIDIA's library; the device's own functions are not.
-    let build = Build::with_shared_runtime(&["-rdynamic", "-s"]);
+    let build = Build::with_shared_runtime(&["-rdynamic", "-s", "-DREGISTERED"]);
     let traced = run(build.command("new", SMALL, steps));
     assert_eq!(traced.seen, []);
     assert_eq!(Routes::of(&traced.stats), Routes::default());

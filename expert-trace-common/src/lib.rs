@@ -373,8 +373,11 @@ pub const CONTROL_FIRST_CHILD: u32 = 6;
 pub const CONTROL_ROUTES: u32 = 8;
 /// Whether records wake the tracer, a [`WakeUp`]; index 9 of the map `CONTROL`.
 pub const CONTROL_WAKE_UP: u32 = 9;
+/// Whether schedulers are probed, which passes enter that a `llama_context` has begun; index 10 of the map
+/// `CONTROL`.
+pub const CONTROL_SCHEDULERS: u32 = 10;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 10;
+pub const CONTROL_ENTRIES: u32 = 11;
 
 /// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
 #[repr(u32)]

@@ -13,9 +13,9 @@
 //! | `eval_callback` | `ggml_backend_sched_set_eval_callback(sched, callback, …)` | … and who that is |
 //! | `device_mul_mat_id` | `ggml_cuda_mul_mat_id(context, dst)` | `dst->src[2]` holds the ids, on the device |
 //! | `device_memcpy` | `cudaMemcpyAsync(dst, src, count, kind, …)` | … and a copy of them on the host |
-//! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins |
-//! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | positions and sequences of the pass |
-//! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | whose pass it is, and the same |
+//! | `process_ubatch` | `llama_context::process_ubatch(ubatch, …)` | a pass begins: whose, and positions and sequences of its tokens |
+//! | `graph_compute` | `ggml_backend_sched_graph_compute_async(sched, graph)` | a pass begins, where the above has not begun it |
+//! | `set_inputs` | `llm_graph_result::set_inputs(ubatch)` | … and the same of its tokens |
 //! | `leave_context` | `llama_free(ctx)`, `ggml_backend_sched_free(sched)` | a context ends |
 //! | `libraries` | `_dl_debug_state()` of the dynamic linker | the target has mapped libraries |
 //! | `new_task` | tracepoint `task_newtask` | a process that is followed forks |
@@ -175,7 +175,6 @@ fn graph_compute(ctx: ProbeContext) -> u32 {
     if hit(&ctx).is_some()
         && let Some(sched) = ctx.arg::<u64>(0)
     {
-        copies::on_pass_begin();
         pass::on_graph_compute(sched);
     }
     0

@@ -12,8 +12,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS, Counter,
-    DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS,
+    Counter, DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
 };
 
 use crate::target::{process, site};
@@ -58,11 +58,11 @@ pub static THREADS: LruHashMap<u64, ThreadState> = LruHashMap::with_max_entries(
 #[map]
 pub static CONTEXTS: HashMap<ContextKey, ContextState> = HashMap::with_max_entries(4096, 0);
 
-/// By scheduler: the `llama_context` that uses it.
+/// By scheduler: the `llama_context` that uses it, where schedulers are probed.
 #[map]
 pub static OWNERS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
-/// By scheduler: the eval callback that was last set, 0 for none.
+/// By context: the eval callback that was last set, 0 for none.
 #[map]
 pub static CALLBACKS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries(4096, 0);
 
@@ -70,9 +70,7 @@ pub static CALLBACKS: LruHashMap<ContextKey, u64> = LruHashMap::with_max_entries
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ThreadState {
-    /// `llama_context` that has begun with a ubatch which no pass has used yet; else 0.
-    pub owner: u64,
-    /// What the pass belongs to: the owner, or the scheduler; 0 without a scheduler.
+    /// What the pass belongs to: a `llama_context`, or a scheduler; 0 without either.
     pub context: u64,
     /// `llama_ubatch` that `set_inputs` was last called with and that no pass has used yet.
     pub ubatch: u64,
@@ -87,11 +85,15 @@ pub struct ThreadState {
     pub pass_source: u8,
     /// Routes that have shown that layer, by their numbers' bits.
     pub last_routes: u8,
-    /// 1 when the scheduler is known to have no eval callback.
+    /// 1 when the context is known to have no eval callback.
     pub no_callback: u8,
     /// 1 in one of the first passes of a context.
     pub early: u8,
-    pub padding: [u8; 3],
+    /// 1 when a `llama_context` has begun the pass.
+    pub of_llama_context: u8,
+    /// 1 when it has, and the scheduler's entry for the pass is to come.
+    pub awaits_scheduler: u8,
+    pub padding: [u8; 1],
 }
 
 #[repr(C)]

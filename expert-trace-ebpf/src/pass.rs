@@ -1,15 +1,24 @@
-//! Passes: one entry of the scheduler for each ubatch, and what the ubatch says about its tokens.
+//! Passes: one for each ubatch, and what the ubatch says about its tokens.
+//!
+//! | what is entered | found in | begins a pass of |
+//! |---|---|---|
+//! | `llama_context::process_ubatch` | llama.cpp of about b5922 and newer | a `llama_context` |
+//! | the scheduler, where the other has not begun the pass | ggml | a scheduler, or its `llama_context` where that is known |
+//!
+//! The scheduler is probed only where some process can come to it in no other way. Where it is, it is
+//! entered for each pass that a `llama_context` has begun as well.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use expert_trace_common::{
-    Counter, Header, Kind, MAX_ROWS, MAX_WARMUP_PASSES, PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE,
-    payload,
+    CONTROL_SCHEDULERS, Counter, Header, Kind, MAX_ROWS, MAX_WARMUP_PASSES, PassSource, Phase,
+    ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE, payload,
 };
 
 use crate::{
+    copies::on_pass_begin,
     maps::{
         CALLBACKS, CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS,
-        ThreadState, count, emit, emit_header, note_early, wake_up,
+        ThreadState, control, count, emit, emit_header, note_early, wake_up,
     },
     rows::run_chunks,
     target::{Address, process, process_and_thread},
@@ -34,7 +43,6 @@ mod ubatch {
 const MAX_SEQUENCES: u32 = 1 << 12;
 
 pub const NEW_THREAD: ThreadState = ThreadState {
-    owner: 0,
     context: 0,
     ubatch: 0,
     last_ids: 0,
@@ -47,57 +55,93 @@ pub const NEW_THREAD: ThreadState = ThreadState {
     last_routes: 0,
     no_callback: 0,
     early: 0,
-    padding: [0; 3],
+    of_llama_context: 0,
+    awaits_scheduler: 0,
+    padding: [0; 1],
 };
+
+/// Every pass of a `llama_context` begins here, by whatever function of llama.cpp's API it came.
+///
+/// The scheduler, which is entered later in the pass, does not identify the context: it is made anew
+/// when the shape of the graphs changes (`sched_reserve` in llama-context.cpp: samplers, LoRA, control
+/// vectors).
+#[inline(always)]
+pub fn on_process_ubatch(llama_context: u64, ubatch: u64) {
+    let schedulers_are_probed = control(CONTROL_SCHEDULERS) != 0;
+    begin(Beginning {
+        context: llama_context,
+        ubatch,
+        of_llama_context: 1,
+        awaits_scheduler: u8::from(schedulers_are_probed),
+    });
+}
 
 /// `set_inputs` is entered before the scheduler, on the same thread: the ubatch is remembered until
 /// then. A null pointer says that the graph to come has no tokens (a shift of the KV cache).
 #[inline(always)]
 pub fn on_set_inputs(ubatch: u64) {
     let key = process_and_thread();
-    if let Some(state) = THREADS.get_ptr_mut(key) {
-        // SAFETY: the map's value is alive during the program, and belongs to this thread.
-        unsafe { (*state).ubatch = ubatch };
-    } else {
-        insert_thread(
-            key,
-            &ThreadState {
-                ubatch,
-                ..NEW_THREAD
-            },
-        );
+    let Some(state) = THREADS.get_ptr_mut(key) else {
+        let state = ThreadState {
+            ubatch,
+            ..NEW_THREAD
+        };
+        return insert_thread(key, &state);
+    };
+    // SAFETY: the map's value is alive during the program, and belongs to this thread.
+    let state = unsafe { &mut *state };
+    // Else its pass has begun with it.
+    if state.awaits_scheduler == 0 {
+        state.ubatch = ubatch;
     }
 }
 
-/// Every pass of a `llama_context` begins here, by whatever function of llama.cpp's API it came. The
-/// scheduler does not identify the context: it is made anew when the shape of the graphs changes
-/// (`sched_reserve` in llama-context.cpp: samplers, LoRA, control vectors).
-#[inline(always)]
-pub fn on_process_ubatch(llama_context: u64, ubatch: u64) {
-    on_set_inputs(ubatch);
-    if let Some(state) = THREADS.get_ptr_mut(process_and_thread()) {
-        // SAFETY: the map's value is alive during the program, and belongs to this thread.
-        unsafe { (*state).owner = llama_context };
-    }
-}
-
+/// The scheduler is entered: for the pass that a `llama_context` has begun on this thread; or for one of
+/// which nothing was seen before, because the program uses ggml without llama.cpp, compilers have put
+/// `process_ubatch` into its callers, or the graph has no tokens.
 #[inline(always)]
 pub fn on_graph_compute(sched: u64) {
-    let thread_key = process_and_thread();
-    let (owner, remembered, was_early) = match THREADS.get_ptr_mut(thread_key) {
+    let mut ubatch = 0;
+    if let Some(state) = THREADS.get_ptr_mut(process_and_thread()) {
         // SAFETY: the map's value is alive during the program, and belongs to this thread.
-        Some(state) => unsafe { ((*state).owner, (*state).ubatch, (*state).early) },
-        None => (0, 0, 0),
-    };
-    let address = if owner != 0 {
-        owner
-    } else if let Some(known) = OWNERS.get_ptr_mut(context_key(sched)) {
-        // SAFETY: the map's value is alive during the program.
-        unsafe { *known }
-    } else {
-        sched
-    };
-    let key = context_key(address);
+        let state = unsafe { &mut *state };
+        if state.awaits_scheduler != 0 {
+            state.awaits_scheduler = 0;
+            let state = *state;
+            return note_owner(sched, &state);
+        }
+        ubatch = state.ubatch;
+    }
+    let owner = OWNERS.get_ptr_mut(context_key(sched));
+    // SAFETY: the map's value is alive during the program.
+    let owner = owner.map(|owner| unsafe { *owner });
+    begin(Beginning {
+        context: owner.unwrap_or(sched),
+        ubatch,
+        of_llama_context: 0,
+        awaits_scheduler: 0,
+    });
+}
+
+/// What is known of a pass when it begins.
+struct Beginning {
+    context: u64,
+    /// 0 without one.
+    ubatch: u64,
+    of_llama_context: u8,
+    awaits_scheduler: u8,
+}
+
+#[inline(always)]
+fn begin(beginning: Beginning) {
+    let Beginning {
+        context,
+        ubatch: address,
+        of_llama_context,
+        awaits_scheduler,
+    } = beginning;
+    on_pass_begin();
+    let key = context_key(context);
     let (pass, generation) = if let Some(context) = CONTEXTS.get_ptr_mut(key) {
         // SAFETY: the map's value is alive during the program; one thread at a time computes with a
         // context.
@@ -119,32 +163,33 @@ pub fn on_graph_compute(sched: u64) {
     };
     count(Counter::Passes, 1);
     let early = u8::from(pass < MAX_WARMUP_PASSES);
-    note_early(was_early, early);
+    let thread_key = process_and_thread();
+    let before = THREADS.get_ptr(thread_key);
+    // SAFETY: the map's value is alive during the program.
+    note_early(before.map_or(0, |before| unsafe { (*before).early }), early);
 
-    let ubatch = Ubatch::read(Address(remembered));
-    let unreadable = ubatch.is_none() && remembered != 0;
+    let ubatch = Ubatch::read(Address(address));
+    let unreadable = ubatch.is_none() && address != 0;
     if unreadable {
         count(Counter::UbatchUnreadable, 1);
     }
+    let callback = CALLBACKS.get_ptr(key);
     // SAFETY: the map's value is alive during the program.
-    let callback = CALLBACKS
-        .get_ptr(context_key(sched))
-        .map(|callback| unsafe { *callback });
+    let has_none = callback.is_some_and(|callback| unsafe { *callback } == 0);
     let state = ThreadState {
-        context: address,
+        context,
         generation,
         pass,
-        no_callback: u8::from(callback == Some(0)),
+        no_callback: u8::from(has_none),
         early,
         ubatch_tokens: ubatch.as_ref().map_or(0, |ubatch| ubatch.tokens),
         phase: ubatch.as_ref().map_or(Phase::Unknown, Ubatch::phase) as u8,
         pass_source: PassSource::Scheduler as u8,
+        of_llama_context,
+        awaits_scheduler,
         ..NEW_THREAD
     };
     insert_thread(thread_key, &state);
-    if owner != 0 {
-        note_owner(sched, owner, &state);
-    }
 
     let header = Header {
         kind: Kind::Pass as u8,
@@ -160,8 +205,8 @@ pub fn on_graph_compute(sched: u64) {
 /// Tells, once for each scheduler, whose it is: passes that were under way before the context could
 /// be seen were numbered by their scheduler.
 #[inline(always)]
-fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
-    let key = context_key(sched);
+fn note_owner(sched: u64, state: &ThreadState) {
+    let (key, owner) = (context_key(sched), state.context);
     if let Some(known) = OWNERS.get_ptr_mut(key)
         // SAFETY: the map's value is alive during the program.
         && unsafe { *known } == owner
@@ -180,11 +225,21 @@ fn note_owner(sched: u64, owner: u64, state: &ThreadState) {
     );
 }
 
-/// The scheduler is given an eval callback, or none: llama.cpp does that for every graph it allocates.
-/// One that is new to it is told of.
+/// A scheduler is given an eval callback, or none: llama.cpp does that in a pass, for every graph it
+/// allocates, and before anything is computed. One that is new to the context is told of.
 #[inline(always)]
 pub fn on_eval_callback(sched: u64, callback: u64) {
-    let key = context_key(sched);
+    let mut context = sched;
+    if let Some(state) = THREADS.get_ptr_mut(process_and_thread()) {
+        // SAFETY: the map's value is alive during the program, and belongs to this thread.
+        let state = unsafe { &mut *state };
+        // Behind the first layer, it is for other graphs than those of the pass.
+        if state.of_llama_context != 0 && state.last_layer < 0 {
+            context = state.context;
+            state.no_callback = u8::from(callback == 0);
+        }
+    }
+    let key = context_key(context);
     if let Some(known) = CALLBACKS.get_ptr(key)
         // SAFETY: the map's value is alive during the program.
         && unsafe { *known } == callback

@@ -2,9 +2,7 @@
 
 use core::ptr;
 
-use aya_ebpf::{
-    EbpfContext, helpers::generated::bpf_loop, macros::map, maps::PerCpuArray,
-};
+use aya_ebpf::{EbpfContext, helpers::generated::bpf_loop, macros::map, maps::PerCpuArray};
 use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 

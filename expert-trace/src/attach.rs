@@ -26,9 +26,9 @@ use aya::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
-    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_TGID_OFFSET, CONTROL_TRACER, CONTROL_WAKE_UP,
-    COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES,
-    TENSOR_LAYOUTS, WakeUp,
+    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET, CONTROL_TRACER,
+    CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES,
+    MAX_SOURCES, TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -481,6 +481,17 @@ impl Session {
     pub fn read(&mut self, routes: Routes) -> Result<(), AttachError> {
         let bits = routes.bits();
         self.control.set(CONTROL_ROUTES, bits, 0).map_err(map_error)
+    }
+
+    /// Tells the BPF programs whether schedulers are probed. Not before they are: a pass that has begun
+    /// waits for the scheduler's entry then.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn expect_schedulers(&mut self, probed: bool) -> Result<(), AttachError> {
+        self.control
+            .set(CONTROL_SCHEDULERS, u32::from(probed), 0)
+            .map_err(map_error)
     }
 
     /// The kernel's counters, over all CPUs.

@@ -39,6 +39,7 @@ pub mod attach;
 pub mod bounded;
 pub mod bpf;
 pub mod caller;
+pub mod calls;
 pub mod capture;
 pub mod cli;
 pub mod decode;

@@ -31,10 +31,35 @@ pub enum Role {
     Draft,
 }
 
-/// Device backends that a process has loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Device backends of ggml, and functions by which each is known in the file that has it: what registers
+/// it (ggml/src/ggml-backend-reg.cpp), and what starts it, as there was before. HIP and MUSA are built from
+/// CUDA's sources.
+pub const DEVICES: [(&str, &str); 18] = [
+    ("ggml_backend_cuda_reg", "cuda"),
+    ("ggml_backend_cuda_init", "cuda"),
+    ("ggml_backend_vk_reg", "vulkan"),
+    ("ggml_backend_vk_init", "vulkan"),
+    ("ggml_backend_sycl_reg", "sycl"),
+    ("ggml_backend_sycl_init", "sycl"),
+    ("ggml_backend_metal_reg", "metal"),
+    ("ggml_backend_metal_init", "metal"),
+    ("ggml_backend_opencl_reg", "opencl"),
+    ("ggml_backend_cann_reg", "cann"),
+    ("ggml_backend_cann_init", "cann"),
+    ("ggml_backend_rpc_reg", "rpc"),
+    ("ggml_backend_rpc_init", "rpc"),
+    ("ggml_backend_webgpu_reg", "webgpu"),
+    ("ggml_backend_virtgpu_reg", "virtgpu"),
+    ("ggml_backend_hexagon_reg", "hexagon"),
+    ("ggml_backend_openvino_reg", "openvino"),
+    ("ggml_backend_zdnn_reg", "zdnn"),
+];
+
+/// Device backends that a process has loaded, from few to many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Backends {
     /// None.
+    #[default]
     None,
     /// For RPC servers only, to which no weights are streamed (ggml-rpc.cpp, `offload_op`).
     Rpc,
@@ -44,10 +69,10 @@ pub enum Backends {
 
 impl Backends {
     /// Those of devices of these kinds (`cuda`, `rpc`, …).
-    pub fn of_devices(devices: &[String]) -> Self {
+    pub fn of_devices(devices: &[impl AsRef<str>]) -> Self {
         match devices {
             [] => Backends::None,
-            devices if devices.iter().all(|device| device == "rpc") => Backends::Rpc,
+            devices if devices.iter().all(|device| device.as_ref() == "rpc") => Backends::Rpc,
             _ => Backends::Any,
         }
     }
@@ -55,23 +80,35 @@ impl Backends {
     /// Those of a process that maps files of these names. Where ggml's base is a library of its own, so is
     /// each backend (`ggml_add_backend_library` in ggml/src/CMakeLists.txt).
     pub fn of_files<'a>(names: impl Iterator<Item = &'a str>) -> Self {
-        let mut has_base = false;
-        let mut backends = Backends::None;
-        for name in names.filter_map(|name| name.strip_prefix("libggml-")) {
-            let end = name.find(|c: char| !c.is_ascii_alphanumeric());
-            match &name[..end.unwrap_or(name.len())] {
-                "base" => has_base = true,
-                "cpu" | "blas" => {}
-                "rpc" if backends == Backends::None => backends = Backends::Rpc,
-                "rpc" => {}
-                _ => backends = Backends::Any,
-            }
-        }
-        match has_base {
-            true => backends,
+        let parts: Vec<&str> = names.filter_map(library_part).collect();
+        let backends = parts.iter().map(|part| Self::of_part(part));
+        match parts.contains(&"base") {
+            true => backends.max().unwrap_or_default(),
             false => Backends::Any,
         }
     }
+
+    /// Those in a file of this name, which defines the functions of these devices. Where its name tells of a
+    /// backend that is not known here, that is a device's.
+    pub fn in_file(name: &str, devices: &[&str]) -> Self {
+        let by_name = library_part(name).map_or(Backends::None, Self::of_part);
+        by_name.max(Self::of_devices(devices))
+    }
+
+    fn of_part(part: &str) -> Self {
+        match part {
+            "base" | "cpu" | "blas" => Backends::None,
+            "rpc" => Backends::Rpc,
+            _ => Backends::Any,
+        }
+    }
+}
+
+/// Which of ggml's libraries a file is: `cpu` for `libggml-cpu-haswell.so`.
+fn library_part(name: &str) -> Option<&str> {
+    let name = name.strip_prefix("libggml-")?;
+    let end = name.find(|c: char| !c.is_ascii_alphanumeric());
+    Some(&name[..end.unwrap_or(name.len())])
 }
 
 /// Layers that go to devices.
@@ -319,7 +356,8 @@ impl Options {
                 self.fits = !["off", "disabled", "false", "0"].contains(&value);
             }
             "-dev" => self.no_device = value == "none",
-            "--rpc" => self.rpc = true,
+            // The second is llama-bench's.
+            "--rpc" | "-rpc" => self.rpc = true,
             "--op-offload" => self.op_offload = true,
             "--no-op-offload" => self.op_offload = false,
             "-cmoe" => self.keep_experts_on_host(u32::MAX),
@@ -365,12 +403,17 @@ impl Options {
         self.understood && self.no_device
     }
 
+    /// Whether RPC servers may be devices of the program. Others than llama.cpp's can name them in their own
+    /// way.
+    pub fn may_use_rpc(&self) -> bool {
+        self.rpc || !self.understood
+    }
+
     /// Whether a device may compute the model of this role, or one of both.
     pub fn has_device(&self, role: Option<Role>) -> bool {
         let is_there = match self.backends {
             Backends::None => false,
-            // Other programs can name RPC servers in their own way.
-            Backends::Rpc => self.rpc || !self.understood,
+            Backends::Rpc => self.may_use_rpc(),
             Backends::Any => true,
         };
         let of_main = || !self.uses_no_device();
@@ -564,13 +607,17 @@ mod tests {
         assert_eq!(of(&format!("{shared} libggml-rpc.so.0")), Backends::Rpc);
         let cuda = format!("{shared} libggml-cuda-4f8e.so libggml-rpc.so");
         assert_eq!(of(&cuda), Backends::Any);
-        let devices = |names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|of| (*of).to_owned()).collect();
-            Backends::of_devices(&names)
-        };
+        let devices = |names: &[&str]| Backends::of_devices(names);
         assert_eq!(devices(&[]), Backends::None);
         assert_eq!(devices(&["rpc"]), Backends::Rpc);
         assert_eq!(devices(&["rpc", "vulkan"]), Backends::Any);
+        let in_file = |name: &str| Backends::in_file(name, &[]);
+        assert_eq!(in_file("libggml-cpu-x64.so"), Backends::None);
+        assert_eq!(in_file("libggml-rpc.so.0"), Backends::Rpc);
+        assert_eq!(in_file("libggml-new.so"), Backends::Any);
+        assert_eq!(in_file("llama-cli"), Backends::None);
+        assert_eq!(Backends::in_file("llama-cli", &["rpc"]), Backends::Rpc);
+        assert_eq!(Backends::in_file("x.so", &["rpc", "sycl"]), Backends::Any);
         // Linked statically, or of a time in which all was in one library.
         assert_eq!(of("llama-cli"), Backends::Any);
         assert_eq!(of("llama-cli libggml.so libllama.so"), Backends::Any);

@@ -1,10 +1,15 @@
 //! Which functions answer for the routing of a process, and where they are in the files it maps.
 
+mod needs;
+
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::{File, Metadata},
     io,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -12,13 +17,16 @@ use std::{
 use expert_trace_common::{Route, Site};
 use serde::Serialize;
 
+use self::needs::{Needs, Traits};
 use crate::{
     bounded::{self, Bounded},
+    calls,
     layout::{self, Declared},
+    placement::{Backends, DEVICES, Options},
     routes::Routes,
     same_file::FirstPage,
     symbols::{self, Definition, SymbolError},
-    target::{MappedFile, open_regular, printable},
+    target::{self, MappedFile, open_regular, printable},
 };
 
 /// A function to probe, and what its probe is for.
@@ -27,11 +35,11 @@ use crate::{
 pub enum Hook {
     /// Expert ids, when the router runs on the CPU.
     ExpertIds,
-    /// A pass begins.
+    /// A pass begins in a scheduler.
     PassBegin,
-    /// Positions and sequences of a pass' tokens.
+    /// Positions and sequences of the tokens of such a pass.
     Ubatch,
-    /// Whose pass it is, and the same as `Ubatch`.
+    /// A pass begins in a `llama_context`: whose it is, and the same as `Ubatch`.
     Context,
     /// A `llama_context` ends.
     ContextEnd,
@@ -140,10 +148,11 @@ impl Hook {
     }
 
     /// Another one without which this one shows nothing. Programs that have nothing to do with
-    /// llama.cpp use CUDA, too.
+    /// llama.cpp use CUDA, too; and where schedulers stand for contexts, what frees a context ends none.
     const fn needs(self) -> Option<Hook> {
         match self {
             Hook::DeviceMemcpy => Some(Hook::DeviceMulMatId),
+            Hook::ContextEnd => Some(Hook::Context),
             _ => None,
         }
     }
@@ -213,12 +222,67 @@ pub struct Plan {
     gated: bool,
     /// Ways to read routing. Hooks of others alone are left out.
     routes: Routes,
-    /// Probes that show nothing without others, which have not been found yet.
+    /// Probes that show nothing by what is mapped now.
     waiting: Vec<Probe>,
+    /// Their files, of processes that wait at the gate: what was opened there is closed when they go on.
+    held: HashMap<FileId, File>,
+    /// What processes need, by what they map.
+    needs: Needs<Inode>,
+}
+
+/// How many probes there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Load {
+    /// All.
+    pub probes: usize,
+    /// Places in code that they sit on: those on the entry and on the return of a function share one.
+    pub places: usize,
+    /// Longest time that a capture takes to end where perf events carry the probes, in milliseconds. The
+    /// kernel waits for a grace period with each of them, one after the other.
+    pub perf_event_detach_ms: u64,
+}
+
+impl Load {
+    /// That of these probes.
+    pub fn of(probes: &[Probe]) -> Self {
+        const MS: u64 = 100;
+        const MS_EACH: u64 = 90;
+        let place = |probe: &Probe| (probe.file_id.0, probe.definition.file_offset);
+        let places: BTreeSet<(usize, u64)> = probes.iter().map(place).collect();
+        Self {
+            probes: probes.len(),
+            places: places.len(),
+            perf_event_detach_ms: MS + MS_EACH * probes.len() as u64,
+        }
+    }
+}
+
+/// Who maps a file.
+#[derive(Clone, Copy)]
+pub struct Mapper<'a> {
+    /// Process; none when it is not known.
+    pub process: Option<u32>,
+    /// Gives the options that it computes with; none when they are not known.
+    pub options: &'a dyn Fn() -> Option<Options>,
+}
+
+impl Mapper<'_> {
+    /// Nobody in particular.
+    pub const UNKNOWN: Mapper<'static> = Mapper {
+        process: None,
+        options: &|| None,
+    };
+}
+
+/// Options of a process, by what it was started with.
+pub fn options_of(pid: u32) -> Option<Options> {
+    let command = target::command_line(pid).ok()?;
+    let environment = target::environment(pid);
+    Some(Options::parse(&command, |name| environment.get(name)))
 }
 
 /// A file in which probes are, by its number among those.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FileId(usize);
 
 /// Device and inode: a file's name, if not its identity (see [`crate::same_file`]).
@@ -243,6 +307,7 @@ struct LookedAt {
     written: Written,
     /// Where there were functions to probe.
     file: Option<FileId>,
+    traits: Traits,
 }
 
 /// A file in which probes are set.
@@ -297,10 +362,21 @@ const LONGEST_INSTRUCTION: usize = 16;
 pub struct Change {
     /// A file that has been written anew, so that the probes in it sit on other code than before.
     pub stale: Option<FileId>,
-    /// Probes to attach.
+    /// Probes to attach: of this file, and of others that show something with it.
     pub probes: Vec<Probe>,
     /// Why a file is passed over that has functions to probe.
     pub refusal: Option<String>,
+    /// The file, if it brings probes.
+    pub brings: Option<String>,
+}
+
+/// What was found at a look at a file.
+struct Look {
+    shown: String,
+    stale: Option<FileId>,
+    refusal: Option<String>,
+    /// Whose probes were added to those that wait.
+    added: Option<(FileId, File)>,
 }
 
 impl Plan {
@@ -342,32 +418,53 @@ impl Plan {
         self.probes.iter().filter(move |probe| probe.hook == hook)
     }
 
+    /// The probes for this, and those that would be set if the program had a use for them.
+    pub fn found(&self, hook: Hook) -> impl Iterator<Item = &Probe> {
+        let probes = self.probes.iter().chain(&self.waiting);
+        probes.filter(move |probe| probe.hook == hook)
+    }
+
+    /// Whether passes begin in schedulers, too.
+    pub fn probes_schedulers(&self) -> bool {
+        self.has(Hook::PassBegin)
+    }
+
+    /// A process becomes another program.
+    pub fn forget(&mut self, process: u32) {
+        self.needs.forget(process);
+    }
+
     /// A probe in llama.cpp, if there is one.
     pub fn of_llama_cpp(&self) -> Option<&Probe> {
-        let mut probes = self.probes.iter();
+        let mut probes = self.probes.iter().chain(&self.waiting);
         probes.find(|probe| probe.hook != Hook::Libraries)
     }
 
-    /// Adds the probes of files not looked at before, and returns what is to be done.
+    /// Adds the probes of files that a process maps and that were not looked at before, and returns what is
+    /// to be done.
     ///
     /// A file that cannot be read as ELF is passed over with a message: a process maps many files
     /// that are none of our business.
     pub fn extend(&mut self, pid: u32, files: &[MappedFile]) -> Vec<Change> {
-        let mut changes = Vec::new();
+        let mapper = Mapper {
+            process: Some(pid),
+            options: &|| options_of(pid),
+        };
+        let mut looks = Vec::new();
         for file in files.iter().filter(|file| file.is_executable()) {
             let attach_path = file.reachable_path(pid);
             match open_regular(&attach_path)
-                .and_then(|open| self.add_file(&open, &file.path, &attach_path))
+                .and_then(|open| self.look_at(&open, &file.path, &attach_path, mapper))
             {
-                Ok(change) => changes.push(change),
+                Ok(look) => looks.push(look),
                 Err(error) => tracing::debug!("{}: {error}", printable(&file.path)),
             }
         }
-        changes
+        self.changes(looks)
     }
 
-    /// Adds the probes of a file, unless it has been looked at before and is the same, and returns what
-    /// is to be done.
+    /// Adds the probes of a file that somebody maps, unless it has been looked at before and is the same,
+    /// and returns what is to be done.
     ///
     /// # Errors
     /// When the file cannot be read.
@@ -376,7 +473,60 @@ impl Plan {
         file: &File,
         shown: &Path,
         attach_path: &Path,
+        mapper: Mapper<'_>,
     ) -> io::Result<Change> {
+        let look = self.look_at(file, shown, attach_path, mapper)?;
+        let change = self.changes(vec![look]).pop();
+        Ok(change.unwrap_or_default())
+    }
+
+    /// What is to be done after looks at files, one for each. Probes of files that were known before come
+    /// with the last one.
+    fn changes(&mut self, mut looks: Vec<Look>) -> Vec<Change> {
+        // Those that are not waited for any more have been attached since.
+        let waits = |id: &FileId, waiting: &[Probe]| waiting.iter().any(|of| of.file_id == *id);
+        self.held.retain(|id, _| waits(id, &self.waiting));
+        let mut ready = self.take_ready();
+        let last = looks.len().saturating_sub(1);
+        let mut added = Vec::new();
+        for look in &mut looks {
+            let its = look.added.take();
+            added.push(its.as_ref().map(|(id, _)| *id));
+            if let Some((id, file)) = its.filter(|(id, _)| self.gated && waits(id, &self.waiting)) {
+                let path = own_path(&file);
+                for probe in self.waiting.iter_mut().filter(|of| of.file_id == id) {
+                    probe.attach_path.clone_from(&path);
+                }
+                self.held.insert(id, file);
+            }
+        }
+        let changes = looks.into_iter().zip(added).enumerate();
+        let changes = changes.map(|(index, (look, added))| {
+            let is_its = |probe: &mut Probe| index == last || Some(probe.file_id) == added;
+            let probes: Vec<Probe> = ready.extract_if(.., is_its).collect();
+            Change {
+                stale: look.stale,
+                refusal: look.refusal,
+                brings: (!probes.is_empty()).then_some(look.shown),
+                probes,
+            }
+        });
+        changes.collect()
+    }
+
+    fn look_at(
+        &mut self,
+        file: &File,
+        shown: &Path,
+        attach_path: &Path,
+        mapper: Mapper<'_>,
+    ) -> io::Result<Look> {
+        let mut look = Look {
+            shown: shown.to_string_lossy().into_owned(),
+            stale: None,
+            refusal: None,
+            added: None,
+        };
         let metadata = file.metadata()?;
         let inode = Inode::of(&metadata);
         let written = Written::of(&metadata);
@@ -387,20 +537,26 @@ impl Plan {
             page = FirstPage::of(file).ok();
             self.files[file_id.0].is(inode, page.as_ref())
         });
-        if known.is_some_and(|known| known.written == written && known.file == before) {
-            return Ok(Change::default());
+        if let Some(known) = known
+            && known.written == written
+            && known.file == before
+        {
+            let traits = known.traits;
+            self.note(mapper, inode, traits);
+            return Ok(look);
         }
-        let mut refusal = None;
         let elf = look_up(file).unwrap_or_else(|error| {
             let shown = printable(shown);
             match error {
                 SymbolError::TooMany { .. } => {
-                    refusal = Some(format!("{shown} is not traced: {error}"));
+                    look.refusal = Some(format!("{shown} is not traced: {error}"));
                 }
                 _ => tracing::debug!("{shown}: {error}"),
             }
             symbols::Elf::default()
         });
+        let traits = traits(file, shown, &elf);
+        self.note(mapper, inode, traits);
         let places = self.places(file, &elf);
         if page.is_none() && !places.is_empty() {
             page = FirstPage::of(file).ok();
@@ -410,52 +566,47 @@ impl Plan {
             let index = files.position(|probed| probed.is(inode, page.as_ref()));
             index.map(FileId)
         });
-        let (stale, id) = match known {
+        let looked_at = |file| LookedAt {
+            written,
+            file,
+            traits,
+        };
+        let id = match known {
             Some(id) => {
                 let old = std::mem::replace(&mut self.files[id.0].places, places);
                 let same = old == self.files[id.0].places;
-                self.looked_at.insert(
-                    inode,
-                    LookedAt {
-                        written,
-                        file: Some(id),
-                    },
-                );
+                self.looked_at.insert(inode, looked_at(Some(id)));
                 // It has another name, its time was changed, or the same was written again.
                 if same {
-                    return Ok(Change {
-                        refusal,
-                        ..Change::default()
-                    });
+                    return Ok(look);
                 }
-                ((!old.is_empty()).then_some(id), id)
+                look.stale = (!old.is_empty()).then_some(id);
+                id
             }
             None => {
                 let file = (!places.is_empty()).then_some(FileId(self.files.len()));
-                self.looked_at.insert(inode, LookedAt { written, file });
+                self.looked_at.insert(inode, looked_at(file));
                 let Some(id) = file else {
-                    return Ok(Change {
-                        refusal,
-                        ..Change::default()
-                    });
+                    return Ok(look);
                 };
                 self.files.push(Probed {
                     inode,
                     page,
                     places,
                 });
-                (None, id)
+                id
             }
         };
         // Those that wait sit where the functions were.
         self.waiting.retain(|probe| probe.file_id != id);
-        let first = self.probes.len();
         self.add(file, elf, id, shown, attach_path);
-        Ok(Change {
-            stale,
-            probes: self.probes[first..].to_vec(),
-            refusal,
-        })
+        look.added = Some((id, file.try_clone()?));
+        Ok(look)
+    }
+
+    fn note(&mut self, mapper: Mapper<'_>, inode: Inode, traits: Traits) {
+        let may_use_rpc = || (mapper.options)().is_none_or(|options| options.may_use_rpc());
+        self.needs.map(mapper.process, inode, traits, may_use_rpc);
     }
 
     fn places(&self, file: &File, elf: &symbols::Elf) -> Vec<Place> {
@@ -523,26 +674,88 @@ impl Plan {
                 }
             }
         }
-        self.take_ready(|_, probe| probe.hook.needs().is_none());
-        self.take_ready(|plan, probe| probe.hook.needs().is_some_and(|needed| plan.has(needed)));
     }
 
-    /// Moves waiting probes to those that are to be attached.
-    fn take_ready(&mut self, is_ready: impl Fn(&Self, &Probe) -> bool) {
-        let waiting = std::mem::take(&mut self.waiting);
-        let (ready, waiting): (Vec<_>, Vec<_>) =
-            waiting.into_iter().partition(|probe| is_ready(self, probe));
-        self.probes.extend(ready);
+    /// Moves those that wait and have a use to those that are to be attached, and gives them.
+    fn take_ready(&mut self) -> Vec<Probe> {
+        self.needs.settle();
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let first = self.probes.len();
+        for takes_another in [false, true] {
+            let is_ready = |probe: &mut Probe| match probe.hook.needs() {
+                None => !takes_another && self.has_use(probe),
+                Some(other) => takes_another && self.has_use(probe) && self.has(other),
+            };
+            let ready: Vec<Probe> = waiting.extract_if(.., is_ready).collect();
+            self.probes.extend(ready);
+        }
         self.waiting = waiting;
+        self.probes[first..].to_vec()
+    }
+
+    /// Whether a probe can show something, or was asked for.
+    fn has_use(&self, probe: &Probe) -> bool {
+        let Probe { hook, symbol, .. } = probe;
+        let routes = match hook {
+            // Without it, more is read than there is.
+            Hook::EvalCallback => &[Route::Callback],
+            hook => hook.routes(),
+        };
+        let mut routes = routes.iter();
+        let is_api = *symbol == hook.symbols()[0];
+        self.needs.has(*hook, is_api) || routes.any(|route| self.routes.has_named(*route))
+    }
+}
+
+/// Path by which the kernel finds a file, for as long as it is open.
+fn own_path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// What of a file decides which probes are needed.
+fn traits(file: &File, shown: &Path, elf: &symbols::Elf) -> Traits {
+    // llama_context::encode and llama_context::decode. With fewer calls, one of them has it inlined.
+    const CALLERS: usize = 2;
+    let of = |hook: Hook| {
+        let symbols = hook.symbols().iter();
+        symbols.filter_map(|symbol| elf.definitions.get(*symbol))
+    };
+    let is_called = |definition: &Definition| {
+        let cache = bounded::cache(file);
+        calls::count(Bounded(&cache), entry(definition)).is_some_and(|calls| calls >= CALLERS)
+    };
+    let mut devices: Vec<&str> = Vec::new();
+    for (function, device) in DEVICES {
+        if elf.definitions.contains_key(function) && !devices.contains(&device) {
+            devices.push(device);
+        }
+    }
+    let has_own = |hook: Hook| {
+        let own = &hook.symbols()[1..];
+        own.iter()
+            .any(|symbol| elf.definitions.contains_key(*symbol))
+    };
+    let name = shown.file_name().unwrap_or_default().to_string_lossy();
+    let has_device_code = of(Hook::DeviceMulMatId).next().is_some()
+        || has_own(Hook::Fetch)
+        || has_own(Hook::WeightsFollow);
+    Traits {
+        scheduler: of(Hook::PassBegin).next().is_some(),
+        contexts: of(Hook::Context).flatten().any(is_called),
+        backends: match has_device_code {
+            true => Backends::Any,
+            false => Backends::in_file(&name, &devices),
+        },
+        own_copies: has_own(Hook::Fetch)
+            && has_own(Hook::WeightsFollow)
+            && devices.iter().filter(|device| **device != "rpc").count() == 1,
     }
 }
 
 fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
-    let names: Vec<&str> = Hook::ALL
-        .into_iter()
-        .flat_map(Hook::symbols)
-        .copied()
-        .collect();
+    let hooks = Hook::ALL.into_iter().flat_map(Hook::symbols).copied();
+    let devices = DEVICES.iter().map(|(function, _)| *function);
+    let names: Vec<&str> = hooks.chain(devices).collect();
     symbols::resolve(Bounded(&bounded::cache(file)), &names)
 }
 
@@ -595,7 +808,8 @@ mod tests {
     fn all_probes_of_a_file_have_its_library() {
         let file = tempfile::tempfile().unwrap();
         let functions = ["ggml_compute_forward_get_rows", "ggml_graph_compute"];
-        let mut plan = Plan::default();
+        let named = Routes::asked_for(&Route::ALL, false);
+        let mut plan = Plan::default().with_routes(named);
         for number in 0..2 {
             let definition = |address| Definition {
                 table: Table::Symtab,
@@ -610,6 +824,7 @@ mod tests {
                 definitions: definitions.into(),
             };
             plan.add(&file, elf, FileId(number), "lib".as_ref(), "lib".as_ref());
+            plan.take_ready();
         }
         let sources = |number| {
             let probes = plan.probes.iter();

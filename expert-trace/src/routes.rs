@@ -22,7 +22,11 @@ pub fn of_name(wanted: &str) -> Option<Route> {
 
 /// A set of routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Routes(u32);
+pub struct Routes {
+    all: u32,
+    /// Those that were named, and not just left in.
+    named: u32,
+}
 
 impl Default for Routes {
     /// All, but for the one that is a choice of our own and has to be asked for.
@@ -34,20 +38,26 @@ impl Default for Routes {
 impl Routes {
     /// These.
     pub fn of(routes: &[Route]) -> Self {
-        Self(
-            routes
-                .iter()
-                .fold(0, |bits, route| bits | Self::bit(*route)),
-        )
+        let all = routes
+            .iter()
+            .fold(0, |bits, route| bits | Self::bit(*route));
+        Self { all, named: 0 }
     }
 
     /// Those of the command line, where all are meant when none is named; `logits` tells whether the
     /// target computes router logits on the CPU.
     pub fn asked_for(named: &[Route], logits: bool) -> Self {
-        let asked = match named {
-            [] => Self::of(&Route::ALL),
-            named => Self::of(named),
+        let all = match named {
+            [] => Self::of(&Route::ALL).all,
+            named => Self::of(named).all,
         };
+        let logits_are_wanted = logits && all & Self::bit(Route::Logits) != 0;
+        let named = Self::of(named).all;
+        let asked = match logits_are_wanted {
+            true => named | Self::bit(Route::Logits),
+            false => named,
+        };
+        let asked = Self { all, named: asked };
         match logits {
             true => asked,
             false => asked.without(Route::Logits),
@@ -56,17 +66,23 @@ impl Routes {
 
     /// Adds one.
     pub fn insert(&mut self, route: Route) {
-        self.0 |= Self::bit(route);
+        self.all |= Self::bit(route);
+    }
+
+    /// Whether it was asked for by itself: it is to be read also where nothing tells that it can show
+    /// anything.
+    pub const fn has_named(self, route: Route) -> bool {
+        self.named & Self::bit(route) != 0
     }
 
     /// Whether this one is among them.
     pub const fn has(self, route: Route) -> bool {
-        self.0 & Self::bit(route) != 0
+        self.all & Self::bit(route) != 0
     }
 
     /// By their numbers' bits, as the BPF programs know them.
     pub const fn bits(self) -> u32 {
-        self.0
+        self.all
     }
 
     /// They, in the order of their numbers.
@@ -75,7 +91,12 @@ impl Routes {
     }
 
     const fn without(self, route: Route) -> Self {
-        Self(self.0 & !Self::bit(route))
+        let Self { all, named } = self;
+        let others = !Self::bit(route);
+        Self {
+            all: all & others,
+            named: named & others,
+        }
     }
 
     const fn bit(route: Route) -> u32 {
@@ -103,5 +124,17 @@ mod tests {
         assert!(Routes::asked_for(&named, false).iter().eq([Route::Router]));
         assert!(Routes::asked_for(&named, true).iter().eq(named));
         assert_eq!(Routes::of(&named).bits(), 0b1_0001);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_not_just_left_in() {
+        let named = |named: &[Route], logits| {
+            let routes = Routes::asked_for(named, logits);
+            let named = routes.iter().filter(|route| routes.has_named(*route));
+            named.collect::<Vec<_>>()
+        };
+        assert_eq!(named(&[], false), []);
+        assert_eq!(named(&[], true), [Route::Logits]);
+        assert_eq!(named(&[Route::Fetch], true), [Route::Fetch]);
     }
 }

@@ -23,7 +23,10 @@ pub enum Reason {
     OnADevice,
     /// The same, and the program uses no device.
     NoDevice,
-    /// The same in prompts only, which llama.cpp can compute on a device with weights that it streams
+    /// No device is used, and the CPU showed it in other passes: these were given up before they were
+    /// computed, as when there is no memory for their graph.
+    NotComputed,
+    /// Routing stayed on a device in prompts only, which llama.cpp can compute on a device with weights that it streams
     /// there.
     Streamed,
     /// A function through which the CPU's work goes was never entered.
@@ -171,6 +174,8 @@ impl Evidence {
             {
                 Some(Reason::Streamed)
             }
+            // The CPU shows a layer in every pass in which it computes it.
+            (Coverage::PartlyObserved, Reason::NoDevice) => Some(Reason::NotComputed),
             (_, reason) => Some(reason),
         }
     }
@@ -319,6 +324,11 @@ impl Evidence {
                 };
                 format!("no device is used, and the CPU showed no routing{of}")
             }
+            Reason::NotComputed => {
+                "no device is used, and the CPU showed these layers in other passes: the program gave \
+                 passes up before they were computed"
+                    .to_owned()
+            }
             Reason::Streamed => {
                 "a device computed longer prompts, with weights streamed to it (op \
                                  offload), and no copy of the ids to the host was seen"
@@ -366,6 +376,10 @@ impl Evidence {
                     Some(_) => build.to_owned(),
                     None => format!("if the model has experts, {build}"),
                 })]
+            }
+            Reason::NotComputed => {
+                let why = "see in the program's own messages why llama.cpp gave them up";
+                vec![Remedy::other(why)]
             }
             Reason::OnADevice => off_the_device(),
             Reason::Streamed => remedies(Need::NotStreamed, layers, program),
@@ -575,6 +589,10 @@ mod tests {
         let options = options("llama-cli -dev none");
         let gaps = why.explain(&mut layers, false, None, &options, Some(Role::Main));
         assert_eq!(gaps[0].reason, Reason::NoDevice);
+        let mut layers = [layer(0, Coverage::PartlyObserved, 1, 0)];
+        let gaps = why.explain(&mut layers, false, None, &options, Some(Role::Main));
+        assert_eq!(gaps[0].reason, Reason::NotComputed);
+        assert!(gaps[0].to_see().contains("the program's own messages"));
 
         let hooks = [hook(Hook::ExpertIds, 0)];
         let gap = Evidence::of_hooks(&hooks, false).explain_silence(1, &options);

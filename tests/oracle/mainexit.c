@@ -1,6 +1,6 @@
 // A program whose main thread ends when the first byte comes from standard input, while another thread
-// goes on until standard input is closed, and calls the one function of llama.cpp's for each further byte;
-// for the byte `l` it loads the library that is its argument.
+// goes on until standard input is closed, and calls a function of ggml's for each further byte; for the
+// byte `l` it loads the library that is its argument.
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -9,8 +9,14 @@
 
 static pthread_t main_thread;
 
-__attribute__((noinline)) void llama_free(void * ctx) {
-    __asm__ volatile("" : : "r"(ctx));
+// Without a scheduler, none can end.
+__attribute__((noinline)) int ggml_backend_sched_graph_compute_async(void * sched, void * graph) {
+    __asm__ volatile("" : : "r"(sched), "r"(graph));
+    return 0;
+}
+
+__attribute__((noinline)) void ggml_backend_sched_free(void * sched) {
+    __asm__ volatile("" : : "r"(sched));
 }
 
 static void * go_on(void * library) {
@@ -18,7 +24,7 @@ static void * go_on(void * library) {
     pthread_join(main_thread, NULL);
     while (read(0, &byte, 1) > 0) {
         if (byte != 'l') {
-            llama_free(&byte);
+            ggml_backend_sched_free(&byte);
         } else if (!dlopen(library, RTLD_NOW)) {
             exit(1);
         }

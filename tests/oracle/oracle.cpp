@@ -10,12 +10,13 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
-//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER]
+//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER] [--ops 0|1]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
 // programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
 // how often each expert was chosen, as a tracer inside the program would. With --nextn, blocks that
-// predict further tokens are loaded, too. With --lora, every context uses the adapter.
+// predict further tokens are loaded, too. With --lora, every context uses the adapter. With --ops, the
+// eval callback counts nodes, and has none computed by itself.
 //
 // A copy (`fork`) shares the weights in memory with the process it is made of, and has one context of
 // its own, with this eval callback:
@@ -44,6 +45,7 @@
 //   fork SOCKET THREADS CALLBACK   make a copy, which connects to the Unix socket and takes commands
 //                           there; both answer                             ok <pid of the copy>
 //   tid                     thread id of the thread that decodes           ok <tid>
+//   ops                     GET_ROWS nodes computed since the last `ops`   ok <n>
 //   reused                  graphs that the context has used again         ok <n>
 //   quit                                                                   ok
 //
@@ -192,6 +194,7 @@ struct Options {
     bool op_offload = true;
     bool count = false;
     bool in_process = false;
+    bool ops = false;
     bool nextn = false;
     std::string rpc;
     std::vector<std::pair<std::string, std::string>> overrides;
@@ -227,6 +230,8 @@ Options parse_options(int argc, char ** argv) {
             options.op_offload = std::stoi(value) != 0;
         } else if (flag == "--count") {
             options.count = std::stoi(value) != 0;
+        } else if (flag == "--ops") {
+            options.ops = std::stoi(value) != 0;
         } else if (flag == "--nextn") {
             options.nextn = std::stoi(value) != 0;
         } else if (flag == "--rpc") {
@@ -255,6 +260,7 @@ struct Dump {
     std::vector<uint8_t> bytes;
     std::mutex mutex;
     std::unordered_map<int, std::unordered_map<int32_t, uint64_t>> counts;
+    uint64_t get_rows = 0;
 };
 
 void write_rows(FILE * out, Dump & dump, int layer, const ggml_tensor * t) {
@@ -341,6 +347,16 @@ void serve(const std::string & socket_path) {
     dup2(fd, STDIN_FILENO);
     dup2(fd, STDOUT_FILENO);
     close(fd);
+}
+
+// The same, for --ops. It is asked about every node once. ggml passes over those without an element, and
+// those of inputs that the pass does not use (ggml_build_forward_select).
+bool on_question(ggml_tensor * t, bool ask, void * user_data) {
+    const bool is_computed = (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !ggml_is_empty(t);
+    if (ask && t->op == GGML_OP_GET_ROWS && is_computed) {
+        static_cast<Dump *>(user_data)->get_rows++;
+    }
+    return false;
 }
 
 void add_rpc_server(const std::string & endpoint) {
@@ -538,6 +554,8 @@ class Driver {
             out << ' ' << make_copy(socket_path, threads, callback);
         } else if (command == "tid") {
             out << ' ' << syscall(SYS_gettid);
+        } else if (command == "ops") {
+            out << ' ' << std::exchange(dump.get_rows, 0);
         } else if (command == "reused") {
             out << ' ' << llama_perf_context(context()).n_reused;
         } else {
@@ -650,6 +668,10 @@ class Driver {
         }
         if (options.in_process) {
             params.cb_eval = in_process::on_eval;
+        }
+        if (options.ops) {
+            params.cb_eval = on_question;
+            params.cb_eval_user_data = &dump;
         }
         llama_context * c = llama_init_from_model(model, params);
         if (c == nullptr) {

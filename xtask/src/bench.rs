@@ -4,6 +4,7 @@
 
 mod flood;
 mod hits;
+mod nodes;
 mod overhead;
 mod scale;
 mod start;
@@ -87,9 +88,10 @@ macro_rules! bench {
     };
 }
 
-static ALL: [Bench; 6] = [
+static ALL: [Bench; 7] = [
     bench!("overhead", "costs", Source::Tests, overhead::table, plot overhead::plot),
     bench!("hits", "hits", Source::Tests, hits::table),
+    bench!("nodes", "shapes", Source::Tests, nodes::table),
     bench!("start", "times", Source::Tests, start::table),
     bench!(
         "throughput",

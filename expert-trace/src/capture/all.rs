@@ -11,7 +11,7 @@ use crate::{
     cli::{Attach, Recording},
     diagnosis::Untraceable,
     doctor::Refusal,
-    probes::Plan,
+    probes::{Mapper, Plan},
     requirements::{self, Capability},
     target::{self, open_regular, printable},
     users::{self, Users},
@@ -121,7 +121,7 @@ pub(super) fn users_of(library: &Path) -> anyhow::Result<Users> {
     let shown = printable(library);
     let file = open_regular(library).with_context(|| format!("cannot read {shown}"))?;
     let mut plan = Plan::default();
-    plan.add_file(&file, library, library)
+    plan.add_file(&file, library, library, Mapper::UNKNOWN)
         .with_context(|| format!("cannot read {shown}"))?;
     if plan.of_llama_cpp().is_none() {
         bail!(

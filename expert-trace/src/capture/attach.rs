@@ -176,6 +176,7 @@ impl Loaded {
             diagnosis::check_probe(pid.get(), &files, &probe)?;
             capture.hooks.push(probe);
         }
+        capture.tell_of_schedulers()?;
         // SAFETY: an `OwnedFd` keeps its descriptor for as long as it lives.
         let exit = unsafe { AsyncFd::register_with_interest(self.exit, Interest::READABLE) }?;
         Ok(Probed {
@@ -289,16 +290,16 @@ impl Capture {
         for change in self.plan.extend(shown_by, &files) {
             // The kernel sets probes in a process that it knows by its main thread.
             if shown_by != pid
-                && let Some(probe) = change.probes.first()
+                && let Some(file) = &change.brings
             {
-                let file = target::printable(probe.file.as_ref());
+                let file = target::printable(file.as_ref());
                 self.problem(format!(
                     "{file} was loaded after the target's main thread had ended: it cannot be probed, \
                      and what it did is missing"
                 ));
                 continue;
             }
-            names.extend(change.probes.iter().map(|probe| probe.file.clone()));
+            names.extend(change.brings.clone());
             let first = self.hooks.len();
             self.probe(change);
             let set = self.hooks.iter().skip(first);

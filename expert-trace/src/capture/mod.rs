@@ -173,6 +173,15 @@ impl Capture {
                 Err(error) => self.problem(error.to_string()),
             }
         }
+        if let Err(error) = self.tell_of_schedulers() {
+            self.problem(error.to_string());
+        }
+    }
+
+    /// Tells the BPF programs whether a pass enters a scheduler that is probed.
+    fn tell_of_schedulers(&mut self) -> Result<(), AttachError> {
+        self.session
+            .expect_schedulers(self.plan.probes_schedulers())
     }
 
     fn problem(&mut self, problem: String) {
@@ -600,7 +609,10 @@ impl Capture {
     /// Whether passes could be seen when these libraries came.
     fn saw_passes_before(&self, time: &BlindTime) -> bool {
         let mut hooks = self.hooks.iter();
-        hooks.any(|probe| probe.hook == Hook::PassBegin && !time.files.contains(&probe.file))
+        hooks.any(|probe| {
+            let begins_passes = matches!(probe.hook, Hook::PassBegin | Hook::Context);
+            begins_passes && !time.files.contains(&probe.file)
+        })
     }
 
     /// What may have run between the loading of libraries and their probing costs completeness.

@@ -24,7 +24,7 @@ use crate::{
     gate::{Arrival, Gate, Next},
     launch::{self, Program, Suspended},
     model::End,
-    probes::Plan,
+    probes::{self, Mapper, Plan},
     requirements::{self, Purpose},
     router_on_cpu::{self, Insertion},
     signals::OwnSignal,
@@ -332,11 +332,29 @@ impl Capture {
                 ));
             }
         };
-        if !arrival.maps() && target::process_of(arrival.thread) == Some(self.pid.get()) {
-            self.targets.main.begins(self.pid.get(), &code.path);
+        let process = target::process_of(arrival.thread);
+        let is_main = process == Some(self.pid.get());
+        let is_first = is_main && self.targets.main.exe().is_none();
+        if !arrival.maps() {
+            if is_main {
+                self.targets.main.begins(self.pid.get(), &code.path);
+            }
+            // What it maps now goes when the call succeeds.
+            process.inspect(|process| self.plan.forget(*process));
         }
+        let main = &self.targets.main;
+        let options = || match process {
+            // Before the call, its arguments are those of what it has been.
+            _ if is_first => Some(main.options_of_command()),
+            Some(process) if arrival.maps() => probes::options_of(process),
+            _ => None,
+        };
+        let mapper = Mapper {
+            process,
+            options: &options,
+        };
         let path = code.own_path();
-        match self.plan.add_file(&code.file, &code.path, &path) {
+        match self.plan.add_file(&code.file, &code.path, &path, mapper) {
             Ok(change) => self.probe(change),
             Err(error) => tracing::debug!("{}: {error}", target::printable(&code.path)),
         }

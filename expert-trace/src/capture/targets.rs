@@ -107,6 +107,16 @@ impl Target {
         self.exe = Some(file.to_owned());
     }
 
+    /// Options of its arguments, and of the variables that stand for options.
+    pub fn options_of_command(&self) -> Options {
+        self.options_of(&self.command)
+    }
+
+    fn options_of(&self, command: &[OsString]) -> Options {
+        let variables = &self.variables.placing;
+        Options::parse(command, |name| variables.get(name).map(OsString::as_os_str))
+    }
+
     /// Its executable, as it sees it.
     pub fn exe(&self) -> Option<String> {
         let exe = self.exe.as_deref()?;
@@ -199,9 +209,7 @@ impl Targets {
         let Some(target) = target else {
             return Options::parse(&[], |_| None);
         };
-        let variables = &target.variables.placing;
-        let variable = |name: &str| variables.get(name).map(OsString::as_os_str);
-        let options = Options::parse(&target.computes_with, variable);
+        let options = target.options_of(&target.computes_with);
         let model = target.variables.model.as_deref();
         let file = |name: &OsStr| {
             let mut files = self.models.files().iter();

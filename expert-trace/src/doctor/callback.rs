@@ -65,7 +65,7 @@ impl Callbacks {
 
     /// Looks for a moment whether a process computes with one.
     pub fn watch(&mut self, pid: u32, plan: &Plan) {
-        if !plan.has(Hook::EvalCallback) {
+        if plan.found(Hook::EvalCallback).next().is_none() {
             return;
         }
         match watch(pid, plan) {
@@ -126,7 +126,7 @@ fn watch(pid: u32, plan: &Plan) -> Result<Seen, AttachError> {
     const RING_BYTES: u32 = 64 << 10;
     const PATIENCE: Duration = Duration::from_secs(1);
     const LOOK_AGAIN: u16 = 100;
-    let probes: Vec<_> = plan.of(Hook::EvalCallback).collect();
+    let probes: Vec<_> = plan.found(Hook::EvalCallback).collect();
     let Some(process) = NonZeroU32::new(pid) else {
         return Ok(Seen::Nothing);
     };

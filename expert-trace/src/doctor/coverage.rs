@@ -7,7 +7,7 @@ use super::report::Answer;
 use crate::{
     gguf::ModelShape,
     placement::{Options, Place, Role},
-    probes::{Hook, Probe},
+    probes::{Hook, Plan},
     remedy::{self, Layers, Need, Program, Remedy},
     routes::{self, Routes},
     stats::ModelFile,
@@ -51,12 +51,12 @@ const fn shows(route: Route) -> &'static str {
     }
 }
 
-/// Whether each route can be served by these probes, in the order of [`Route::ALL`].
-pub fn routes(probes: &[&Probe], read: Routes) -> Vec<RouteReport> {
+/// Whether each route can be served by what a plan has found, in the order of [`Route::ALL`].
+pub fn routes(plan: &Plan) -> Vec<RouteReport> {
     Route::ALL
         .into_iter()
         .map(|route| {
-            let (answer, finding) = judge(route, probes, read);
+            let (answer, finding) = judge(route, plan);
             RouteReport {
                 route: routes::name(route),
                 answer,
@@ -67,8 +67,8 @@ pub fn routes(probes: &[&Probe], read: Routes) -> Vec<RouteReport> {
         .collect()
 }
 
-fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
-    if !read.has(route) {
+fn judge(route: Route, plan: &Plan) -> (Answer, String) {
+    if !plan.routes().has(route) {
         let text = match route {
             Route::Logits => {
                 "takes --router-on-cpu, and then one more probe, on the return of \
@@ -78,7 +78,7 @@ fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
         };
         return (Answer::No, text.to_owned());
     }
-    let found = |hook: Hook| probes.iter().any(|probe| probe.hook == hook);
+    let found = |hook: Hook| plan.found(hook).next().is_some();
     let missing: Vec<&str> = needs(route)
         .iter()
         .filter(|hook| !found(**hook))
@@ -87,7 +87,12 @@ fn judge(route: Route, probes: &[&Probe], read: Routes) -> (Answer, String) {
     if !missing.is_empty() {
         return (Answer::No, format!("no {} was found", missing.join(", ")));
     }
-    if route == Route::Fetch && !visibility::sees_streams(probes.iter().copied()) {
+    if !needs(route).iter().all(|hook| plan.has(*hook)) {
+        let text = "the functions were found, and are probed once the program has a device that can \
+                    need it";
+        return (Answer::Yes, text.to_owned());
+    }
+    if route == Route::Fetch && !visibility::sees_streams(plan.probes.iter()) {
         let text = "compilers can put ggml_backend_tensor_get_async and …_set_async into their \
                     callers, where nothing hits the probes";
         return (Answer::CouldNotTell, text.to_owned());
@@ -658,7 +663,8 @@ mod tests {
 
     #[test]
     fn the_return_probe_is_for_logits_alone() {
-        let none = routes(&[], Routes::asked_for(&[], true));
+        let of = |routes| super::routes(&Plan::default().with_routes(routes));
+        let none = of(Routes::asked_for(&[], true));
         assert!(none.iter().all(|route| route.answer == No));
         let names: Vec<&str> = none.iter().map(|route| route.route).collect();
         assert_eq!(
@@ -672,7 +678,7 @@ mod tests {
                 "callback"
             ]
         );
-        let without = &routes(&[], Routes::default())[Route::Logits as usize];
+        let without = &of(Routes::default())[Route::Logits as usize];
         assert!(without.finding.contains("--router-on-cpu"), "{without:?}");
     }
 }

@@ -13,6 +13,7 @@ use object::{
 
 use crate::{
     eval_callback::CALLBACK_TYPE,
+    placement::DEVICES,
     symbols::{self, MAX_NAME, Strings},
 };
 
@@ -69,23 +70,6 @@ const MAX_STRING: u64 = 64 << 10;
 const MAX_ENTRIES: usize = 4096;
 /// Bytes of the names of libraries that are read, of one file.
 const MAX_NEEDED_BYTES: usize = 64 << 10;
-
-/// Device backends, and the functions that register them (ggml/src/ggml-backend-reg.cpp). HIP and MUSA
-/// are built from CUDA's sources.
-const DEVICES: [(&str, &str); 12] = [
-    ("ggml_backend_cuda_reg", "cuda"),
-    ("ggml_backend_vk_reg", "vulkan"),
-    ("ggml_backend_sycl_reg", "sycl"),
-    ("ggml_backend_metal_reg", "metal"),
-    ("ggml_backend_opencl_reg", "opencl"),
-    ("ggml_backend_cann_reg", "cann"),
-    ("ggml_backend_rpc_reg", "rpc"),
-    ("ggml_backend_webgpu_reg", "webgpu"),
-    ("ggml_backend_virtgpu_reg", "virtgpu"),
-    ("ggml_backend_hexagon_reg", "hexagon"),
-    ("ggml_backend_openvino_reg", "openvino"),
-    ("ggml_backend_zdnn_reg", "zdnn"),
-];
 
 /// Start of the symbols of functions that are in a class, which take an object before, or in a namespace.
 const NESTED: &str = "_ZN";

@@ -34,6 +34,7 @@ use crate::{
     caller::Caller,
     cli::Doctor,
     placement::Backends,
+    probes::Load,
     requirements::Purpose,
     router_on_cpu,
     routes::Routes,
@@ -204,8 +205,7 @@ fn examine(subject: &Subject<'_>, refusal: Option<&Refusal>) -> Report {
 
 /// The checks of a target, and what it is, unless nothing of it was found.
 fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
-    let probes: Vec<_> = survey.plan.probes.iter().collect();
-    let routes = coverage::routes(&probes, survey.plan.routes());
+    let routes = coverage::routes(&survey.plan);
     let devices = survey.devices();
     let backends = Backends::of_devices(&devices);
     let options = survey.options.clone().of_process(backends, None, None);
@@ -215,7 +215,7 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         routes: &routes,
         read: survey.plan.routes(),
         main_model: survey.main_model(),
-        sees_streams: visibility::sees_streams(probes.iter().copied()),
+        sees_streams: visibility::sees_streams(survey.plan.probes.iter()),
         router_on_cpu: survey.plan.reads_logits(),
         attached: survey.pid.is_some(),
     };
@@ -230,12 +230,14 @@ fn describe(mut survey: Survey) -> (Vec<Check>, Option<Target>) {
         return (checks, None);
     }
     let (hooks, possible_hooks) = survey.planned();
+    let probes = Load::of(&survey.plan.probes[..survey.certain]);
     let target = Target {
         kind: survey.kind,
         pid: survey.pid,
         tensor_layouts: survey.layouts(),
         command: survey.command,
         files: survey.files,
+        probes,
         hooks,
         possible_hooks,
         routes,

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     layout::Layout,
-    probes::Probe,
+    probes::{Load, Probe},
     stats::{ModelFile, Schema, Tool},
 };
 
@@ -152,6 +152,8 @@ pub struct Target {
     pub command: Vec<String>,
     /// The program, and files with functions or devices of llama.cpp.
     pub files: Vec<Build>,
+    /// How many of them, and what that costs.
+    pub probes: Load,
     /// The probes that would be set, in this order: as `target.hooks` of the counts' document.
     pub hooks: Vec<Planned>,
     /// Probes in files that the program may load by itself, such as backends beside it. They are set

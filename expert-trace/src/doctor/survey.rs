@@ -27,7 +27,7 @@ use crate::{
     layout::Layout,
     models::{self, KnownModels},
     placement::Options,
-    probes::{Change, Hook, Plan, Probe},
+    probes::{Change, Hook, Mapper, Plan, Probe},
     redact, router_on_cpu,
     routes::Routes,
     silence,
@@ -434,8 +434,19 @@ fn look_at_program(survey: &mut Survey, path: &Path, environment: &Environment) 
     survey.check_functions(|survey| without_functions(survey, &closure.files));
 }
 
+/// Stands for the process that a program has not become yet.
+const THE_PROGRAM: u32 = 0;
+
 fn add_code(survey: &mut Survey, code: &Code, loaded: Loaded) {
-    match survey.plan.add_file(&code.file, &code.path, &code.path) {
+    let options = survey.options.clone();
+    let mapper = Mapper {
+        process: Some(THE_PROGRAM),
+        options: &|| Some(options.clone()),
+    };
+    match survey
+        .plan
+        .add_file(&code.file, &code.path, &code.path, mapper)
+    {
         Ok(change) => survey.take_refusals([change]),
         Err(error) => tracing::debug!("{}: {error}", printable(&code.path)),
     }

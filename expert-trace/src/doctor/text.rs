@@ -9,7 +9,7 @@ use super::{
     coverage::Expectation,
     report::{Answer, Build, Check, Loaded, Planned, Report, Target, TargetKind},
 };
-use crate::{summary::ranges, target::printable};
+use crate::{probes::Load, summary::ranges, target::printable};
 
 /// Width of the column of answers.
 const COLUMN: usize = "could not tell".len() + 2;
@@ -84,13 +84,21 @@ fn write_target(out: &mut impl Write, target: &Target) -> fmt::Result {
     for build in &target.files {
         write_build(out, build)?;
     }
-    write_hooks(out, "Probes", &target.hooks)?;
+    let Load {
+        probes,
+        places,
+        perf_event_detach_ms,
+    } = target.probes;
+    let returns = target.hooks.iter().filter(|of| of.on_return).count();
+    writeln!(
+        out,
+        "Probes: {probes} in {places} places, {returns} of them on return; where perf events carry them, \
+         the end takes up to {perf_event_detach_ms} ms"
+    )?;
+    write_hooks(out, &target.hooks)?;
     if !target.possible_hooks.is_empty() {
-        write_hooks(
-            out,
-            "Probes in files that it may load",
-            &target.possible_hooks,
-        )?;
+        writeln!(out, "Probes that come with files that it may load:")?;
+        write_hooks(out, &target.possible_hooks)?;
     }
     let nothing = target.hooks.is_empty() && target.possible_hooks.is_empty();
     if nothing {
@@ -138,10 +146,7 @@ fn write_build(out: &mut impl Write, build: &Build) -> fmt::Result {
     writeln!(out, "  {path} ({})", words.join("; "))
 }
 
-fn write_hooks(out: &mut impl Write, title: &str, hooks: &[Planned]) -> fmt::Result {
-    let returns = hooks.iter().filter(|of| of.on_return).count();
-    let entries = hooks.len() - returns;
-    writeln!(out, "{title}: {entries} on entry, {returns} on return")?;
+fn write_hooks(out: &mut impl Write, hooks: &[Planned]) -> fmt::Result {
     for planned in hooks {
         let probe = &planned.probe;
         let file = Path::new(&probe.file).file_name().unwrap_or_default();

@@ -136,6 +136,23 @@ impl Shape {
         }
     }
 
+    /// Layers that are recurrent, of those that an ordinary decode goes through.
+    pub fn recurrent_layers(&self) -> u32 {
+        match self.architecture {
+            Architecture::NemotronHMoe => nemotron_h_moe::RECURRENT_LAYERS,
+            Architecture::Qwen3Next => qwen3next::recurrent_layers(self.layers),
+            _ => 0,
+        }
+    }
+
+    /// Layers that choose groups of experts first.
+    pub fn grouped_layers(&self) -> usize {
+        match self.architecture {
+            Architecture::DeepSeek2 => self.layers_with_experts().len(),
+            _ => 0,
+        }
+    }
+
     /// Experts of the second block that each layer has.
     pub fn second_experts(&self) -> Option<u32> {
         (self.architecture == Architecture::GroveMoe).then(|| grovemoe::second_experts(self))

@@ -5,6 +5,7 @@
 
 mod flood;
 mod hits;
+mod nodes;
 mod overhead;
 mod start;
 

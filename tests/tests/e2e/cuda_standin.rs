@@ -8,7 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
-use expert_trace::probes::{Hook, Plan};
+use expert_trace::probes::{Hook, Mapper, Plan};
 use expert_trace_tests::tracer::{self, Attached, Stats, read_log};
 use tempfile::TempDir;
 
@@ -381,7 +381,7 @@ fn stripped_builds() {
     assert!(traced.said.contains(reason), "{}", traced.said);
 
     // The API is visible, and NVIDIA's library; the device's own functions are not.
-    let build = Build::with_shared_runtime(&["-rdynamic", "-s"]);
+    let build = Build::with_shared_runtime(&["-rdynamic", "-s", "-DREGISTERED"]);
     let traced = run(build.command("new", SMALL, steps));
     assert_eq!(traced.seen, []);
     assert_eq!(Routes::of(&traced.stats), Routes::default());
@@ -426,7 +426,7 @@ fn copies_are_probed_for_llama_cpp_alone() {
 /// What a file adds to a plan.
 fn added(plan: &mut Plan, file: &Path) -> Vec<Hook> {
     let change = plan
-        .add_file(&File::open(file).unwrap(), file, file)
+        .add_file(&File::open(file).unwrap(), file, file, Mapper::UNKNOWN)
         .unwrap();
     change.probes.iter().map(|probe| probe.hook).collect()
 }

@@ -1,6 +1,7 @@
 //! `doctor` and `--dry-run`: what they say would happen is what happens, and nothing happens.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::Path,
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use crate::{
     errors::{Idle, errno, foreign_program, nobpf, under, with_capabilities},
     layouts::{compile, compile_to},
-    support::{dense, driver, known_small, llama, prebuilt, scratch},
+    support::{dense, driver, known_small, llama, llama_program, prebuilt, scratch},
 };
 
 /// The answer of `expert-trace doctor --json`, as its schema has it.
@@ -185,10 +186,33 @@ fn the_plan_is_what_is_set() {
     let library = llama().bin.join("libggml-cpu.so");
     let of_library = Answer::to(&["--binary", library.to_str().unwrap()]);
     of_library.assert_yes();
-    let same = |hook: &Value| of_command.hooks().contains(hook);
+    // Without llama.cpp beside it, passes begin in its scheduler.
+    let of_scheduler =
+        |hook: &Value| ["pass_begin", "scheduler_end"].contains(&hook["hook"].as_str().unwrap());
+    let same = |hook: &Value| of_command.hooks().contains(hook) || of_scheduler(hook);
     assert!(of_library.hooks().iter().all(same), "{:#}", of_library.0);
+    assert!(of_library.hooks().iter().any(of_scheduler));
     let shows_ids = |hook: &Value| hook["hook"] == "expert_ids";
     assert!(of_library.hooks().iter().any(shows_ids));
+}
+
+/// Without a device, nothing is probed that only devices hit; an RPC server that is named is one.
+#[test]
+fn a_plan_has_no_probe_too_many() {
+    let probes = |options: &[&str]| {
+        let program = llama_program("llama-completion", &known_small().path, options);
+        let answer = Answer::to_command(&program);
+        let hooks = answer.hooks();
+        let names: BTreeSet<String> = hooks.iter().map(|hook| hook["hook"].to_string()).collect();
+        (answer.0["target"]["probes"].clone(), names)
+    };
+    let (of_cpu, names) = probes(&[]);
+    let expected = json!({ "probes": 3, "places": 3, "perf_event_detach_ms": 370 });
+    assert_eq!(of_cpu, expected, "{names:?}");
+    let (with_a_server, further) = probes(&["--rpc", "localhost:1"]);
+    let expected = json!({ "probes": 7, "places": 6, "perf_event_detach_ms": 730 });
+    assert_eq!(with_a_server, expected, "{further:?}");
+    assert!(names.is_subset(&further));
 }
 
 #[test]

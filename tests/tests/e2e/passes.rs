@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use crate::{
     rpc,
     support::{
-        Files, Known, Traced, assert_schema, compare_with_callback, driver, known_small, prebuilt,
-        random_small, scratch, shape,
+        Files, Known, Traced, assert_schema, compare_with_callback, driver, known_small, llama,
+        prebuilt, random_small, scratch, shape,
     },
 };
 
@@ -233,6 +233,56 @@ fn an_adapter_for_routers_and_experts() {
     for layer in stats.0["contexts"][0]["layers"].as_array().unwrap() {
         assert_eq!(layer["routes"].to_string(), "[\"split_input\"]");
     }
+}
+
+/// A program that maps ggml before llama.cpp has its scheduler probed, too. Its passes and contexts are the
+/// same.
+#[test]
+fn a_scheduler_that_comes_before_llama_cpp() {
+    let contexts = |ggml_comes_first: bool| {
+        let files = Files::new();
+        let mut command = Command::new("env");
+        if ggml_comes_first {
+            let library = llama().bin.join("libggml-base.so.0");
+            command.arg(format!("LD_PRELOAD={}", library.display()));
+        }
+        let driver = driver(&known_small().path, &["-t", "1", "-c", "256"]);
+        command.arg(driver.get_program()).args(driver.get_args());
+        let mut traced = tracer::run(&files.options(), &command).unwrap();
+        let mut traced = Oracle::spawn(&mut traced).unwrap();
+        for command in [
+            "prompt 0 9 500",
+            "context",
+            "prompt 0 7 600",
+            "reserve",
+            "use 0",
+            "generate 0 3 4",
+            "use 1",
+            "generate 0 3 4",
+            "free 0",
+        ] {
+            traced.command(command).unwrap();
+        }
+        assert!(traced.quit().unwrap().success());
+        let mut stats = files.stats();
+        stats.assert_complete();
+        let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
+        let of_scheduler = hooks.filter(|hook| hook["hook"] == "pass_begin");
+        let hits: Vec<u64> = of_scheduler
+            .map(|hook| hook["hits"].as_u64().unwrap())
+            .collect();
+        let contexts = stats.0["contexts"].as_array_mut().unwrap();
+        for context in contexts.iter_mut() {
+            context["pid"] = Value::Null;
+        }
+        (hits, stats.0["contexts"].take())
+    };
+    let (of_none, expected) = contexts(false);
+    assert_eq!(of_none, [0; 0]);
+    let (of_scheduler, seen) = contexts(true);
+    assert_eq!(of_scheduler, [8]);
+    assert_eq!(expected.as_array().unwrap().len(), 2);
+    assert_eq!(seen, expected);
 }
 
 /// llama.cpp uses the tensors of a pass again in the next one of the same shape, with other contents.

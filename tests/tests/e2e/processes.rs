@@ -328,7 +328,7 @@ fn a_process_that_goes_on_without_its_main_thread() {
     // It calls the function once for each byte after the first.
     let calls = |stats: &Stats| {
         let hooks = stats.0["target"]["hooks"].as_array().unwrap().iter();
-        let of_function = hooks.filter(|hook| hook["symbol"] == "llama_free");
+        let of_function = hooks.filter(|hook| hook["symbol"] == "ggml_backend_sched_free");
         let hits = of_function.map(|hook| hook["hits"].as_u64().unwrap());
         hits.sum::<u64>()
     };

@@ -25,6 +25,15 @@ const KINDS: [Kind; 6] = [
 ];
 /// All layers.
 pub const LAYERS: u32 = KINDS.len() as u32;
+/// Those with Mamba 2.
+pub const RECURRENT_LAYERS: u32 = {
+    let (mut number, mut layer) = (0, 0);
+    while layer < KINDS.len() {
+        number += matches!(KINDS[layer], Kind::Mamba) as u32;
+        layer += 1;
+    }
+    number
+};
 /// The largest k.
 pub const MAX_K: u32 = 6;
 

@@ -36,10 +36,20 @@ pub const WRITER: Writer = Writer {
     layer,
 };
 
+fn has_full_attention(layer: u32) -> bool {
+    (layer + 1).is_multiple_of(FULL_ATTENTION_INTERVAL)
+}
+
+/// Of so many first layers, those that are recurrent.
+pub fn recurrent_layers(layers: u32) -> u32 {
+    let recurrent = (0..layers).filter(|layer| !has_full_attention(*layer));
+    recurrent.count() as u32
+}
+
 fn layer(layer: &mut Layer, shape: &Shape) {
     layer.norm("attn_norm", N_EMBD);
     let is_nextn = layer.index >= shape.layers;
-    if is_nextn || (layer.index + 1).is_multiple_of(FULL_ATTENTION_INTERVAL) {
+    if is_nextn || has_full_attention(layer.index) {
         full_attention(layer);
     } else {
         gated_delta_net(layer);

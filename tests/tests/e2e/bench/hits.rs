@@ -14,7 +14,7 @@ use std::{
 
 use expert_trace::{
     attach::{Scope, Session},
-    probes::{Hook, Plan},
+    probes::{Hook, Mapper, Plan},
 };
 use expert_trace_tests::{
     comparison::{self, Ratio, ratio},
@@ -153,7 +153,12 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
     let mut target = Oracle::spawn(&mut std::process::Command::new(&program)).unwrap();
     let pid = NonZeroU32::new(target.pid()).unwrap();
     let mut plan = Plan::default();
-    let planned = plan.add_file(&File::open(&program).unwrap(), &program, &program);
+    let planned = plan.add_file(
+        &File::open(&program).unwrap(),
+        &program,
+        &program,
+        Mapper::UNKNOWN,
+    );
     let probes = planned.unwrap().probes;
     let mut hooks: Vec<Hook> = probes.iter().map(|probe| probe.hook).collect();
     hooks.retain(|hook| HOOKS.contains(hook));

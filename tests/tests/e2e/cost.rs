@@ -80,7 +80,7 @@ fn memory(pid: u32, key: &str) -> u64 {
 fn of_a_process() {
     let directory = scratch();
     let path = directory.path().join("stats.json");
-    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "2"])).unwrap();
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
     let tracer = Attached::to(target.pid(), &["-o", path.to_str().unwrap()]).unwrap();
     target.command("generate 0 400 21").unwrap();
     let [peak, anonymous] = ["VmHWM:", "RssAnon:"].map(|key| memory(tracer.pid(), key));
@@ -105,7 +105,7 @@ fn of_a_process() {
 fn of_a_run() {
     let directory = scratch();
     let path = directory.path().join("stats.json");
-    let driver = driver(&known_small().path, &["-t", "2"]);
+    let driver = driver(&known_small().path, &["-t", "1"]);
     let options = ["-o", path.to_str().unwrap()];
     let mut run = tracer::run(&options, &driver).unwrap();
     let mut target = Oracle::spawn(run.stderr(std::process::Stdio::null())).unwrap();

@@ -13,7 +13,8 @@ use aya_ebpf::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS,
-    Counter, DeclaredLayout, Follow, Header, MAX_PROBES, MAX_SOURCES, Route, Site, payload,
+    Counter, DeclaredLayout, Follow, Header, Kind, MAX_PROBES, MAX_SOURCES, Route, Site, WakeUp,
+    payload,
 };
 
 use crate::target::{process, site};
@@ -144,6 +145,17 @@ pub fn wake_up() -> u64 {
     u64::from(control(CONTROL_WAKE_UP))
 }
 
+/// The same for records that tell of passes, contexts and processes. But for later passes they are rare,
+/// and have the tracer look at the process while it is there.
+#[inline(always)]
+pub fn wake_up_for(kind: u8, pass: u32) -> u64 {
+    if kind == Kind::Pass as u8 && pass != 0 {
+        wake_up()
+    } else {
+        WakeUp::Always as u64
+    }
+}
+
 #[inline(always)]
 pub fn control(index: u32) -> u32 {
     CONTROL.get(index).copied().unwrap_or(0)
@@ -225,6 +237,6 @@ pub fn emit<T: Copy>(header: Header, value: T) {
         (&raw mut (*record).header).write(header);
         (&raw mut (*record).payload).cast::<T>().write(value);
     }
-    entry.submit(wake_up());
+    entry.submit(wake_up_for(header.kind, header.pass));
     count(Counter::EventsEmitted, 1);
 }

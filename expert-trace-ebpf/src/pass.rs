@@ -18,7 +18,7 @@ use crate::{
     copies::on_pass_begin,
     maps::{
         CALLBACKS, CONTEXTS, ContextKey, ContextState, EVENTS, OWNERS, Record, THREADS,
-        ThreadState, control, count, emit, emit_header, note_early, wake_up,
+        ThreadState, control, count, emit, emit_header, note_early, wake_up_for,
     },
     rows::run_chunks,
     target::{Address, process, process_and_thread},
@@ -456,7 +456,7 @@ extern "C" fn pass_chunk<const PAYLOAD: usize>(index: u32, walk: *mut PassWalk) 
         // SAFETY: `i` is below the number of infos that fit in the payload.
         unsafe { infos.add(i).write(info) };
     }
-    entry.submit(wake_up());
+    entry.submit(wake_up_for(header.kind, header.pass));
     count(Counter::EventsEmitted, 1);
     0
 }

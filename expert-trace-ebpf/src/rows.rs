@@ -104,8 +104,7 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
         walk.header.rows = rows;
         emit_row(&walk);
     } else if row_stride == u64::from(walk.row_bytes) {
-        walk.chunk_rows = payload::LARGE as u32 / walk.row_bytes.max(1);
-        walk.run(contiguous_chunk);
+        contiguous(&mut walk);
     } else if !strided(&mut walk) {
         one_by_one(&mut walk);
     }
@@ -328,15 +327,28 @@ fn chunked<const PAYLOAD: usize, const ROW: usize>(walk: &mut RowsWalk) {
     walk.run(rows_chunk::<PAYLOAD, ROW>);
 }
 
+/// Emits rows that follow each other without a gap.
+#[inline(always)]
+fn contiguous(walk: &mut RowsWalk) {
+    let bytes = u64::from(walk.header.total_rows) * u64::from(walk.row_bytes);
+    if bytes <= payload::MEDIUM as u64 {
+        walk.chunk_rows = walk.header.total_rows;
+        walk.run(contiguous_chunk::<{ payload::MEDIUM }>);
+    } else {
+        walk.chunk_rows = payload::LARGE as u32 / walk.row_bytes.max(1);
+        walk.run(contiguous_chunk::<{ payload::LARGE }>);
+    }
+}
+
 /// Emits one record of rows that follow each other without a gap. Returns 0 to go on (the contract of
 /// `bpf_loop`).
 #[inline(never)]
-extern "C" fn contiguous_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
+extern "C" fn contiguous_chunk<const PAYLOAD: usize>(index: u32, walk: *mut RowsWalk) -> i64 {
     // SAFETY: the caller keeps the walk on its stack during the loop.
     let walk = unsafe { &*walk };
     let (first_row, rows) = walk.chunk(index);
     count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::LARGE }>>(0) else {
+    let Some(mut entry) = EVENTS.reserve::<Record<PAYLOAD>>(0) else {
         return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
     };
     let record = entry.as_mut_ptr();
@@ -354,7 +366,7 @@ extern "C" fn contiguous_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
     // Volatile: the verifier has to see the bound here.
     // SAFETY: a read of a live variable.
     let bytes = unsafe { ptr::read_volatile(&bytes) };
-    if bytes > payload::LARGE as u64
+    if bytes > PAYLOAD as u64
         // SAFETY: the payload has room for so many bytes by the check before.
         || unsafe { from.read_to(to, bytes as u32) }.is_none()
     {

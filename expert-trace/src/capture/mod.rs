@@ -209,7 +209,11 @@ impl Capture {
                     self.look_again(WakeUp::Never)?;
                 }
                 Reading::Waiting { due, wake_up } => {
-                    tokio::time::sleep_until(due.into()).await;
+                    // Some events wake us in any case: those of a process that may soon be gone.
+                    tokio::select! {
+                        () = tokio::time::sleep_until(due.into()) => {}
+                        woken = self.events.readable_mut() => woken?.clear_ready(),
+                    }
                     self.reading = Reading::Looking { wake_up };
                     self.taken = 0;
                     return Ok(());

@@ -487,7 +487,7 @@ fn a_dry_run_starts_nothing() {
     let plan = stdout(&output);
     assert_eq!(output.status.code(), Some(0), "{plan}");
     for words in [
-        "2 on return",
+        "2 of them on return",
         "0-3, by logits",
         "--no-op-offload",
         "Answer: yes",

@@ -376,8 +376,10 @@ pub const CONTROL_WAKE_UP: u32 = 9;
 /// Whether schedulers are probed, which passes enter that a `llama_context` has begun; index 10 of the map
 /// `CONTROL`.
 pub const CONTROL_SCHEDULERS: u32 = 10;
+/// The probe for expert ids while there is no other, by [`Site::lone`]; index 11 of the map `CONTROL`.
+pub const CONTROL_LONE_SITE: u32 = 11;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 11;
+pub const CONTROL_ENTRIES: u32 = 12;
 
 /// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
 #[repr(u32)]
@@ -423,9 +425,26 @@ impl Site {
             probe: (cookie >> 32) as u32,
         }
     }
+
+    /// In 32 bits, never 0. Where there is one probe, to ask for the cookie costs a tenth of a hit.
+    pub const fn lone(self) -> u32 {
+        1 << 31 | self.probe * MAX_SOURCES | self.source
+    }
+
+    /// Back from that; none from 0.
+    pub const fn of_lone(value: u32) -> Option<Self> {
+        if value == 0 {
+            return None;
+        }
+        Some(Self {
+            source: value % MAX_SOURCES,
+            probe: (value & !(1 << 31)) / MAX_SOURCES,
+        })
+    }
 }
 
 const _: () = {
+    assert!(MAX_SOURCES.is_power_of_two() && MAX_PROBES <= (1 << 31) / MAX_SOURCES);
     assert!(size_of::<Header>() == 64);
     assert!(align_of::<Header>() == 8);
     assert!(offset_of!(Header, context) == 8);

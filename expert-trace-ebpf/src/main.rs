@@ -50,13 +50,13 @@ use aya_ebpf::{
 use expert_trace_common::{Counter, Header, Kind};
 
 use crate::{
-    maps::{count, hit},
+    maps::{count, hit, hit_of_ids},
     target::Address,
 };
 
 #[uprobe]
 fn get_rows(ctx: ProbeContext) -> u32 {
-    let Some(site) = hit(&ctx) else {
+    let Some(site) = hit_of_ids(&ctx) else {
         return 0;
     };
     let (Some(params), Some(dst)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1)) else {

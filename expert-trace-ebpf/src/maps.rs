@@ -12,9 +12,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
-    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_ROUTES, CONTROL_WAKE_UP, COUNTERS,
-    Counter, DeclaredLayout, Follow, Header, Kind, MAX_PROBES, MAX_SOURCES, Route, Site, WakeUp,
-    payload,
+    CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_LONE_SITE, CONTROL_ROUTES,
+    CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, Header, Kind, MAX_PROBES,
+    MAX_SOURCES, Route, Site, WakeUp, payload,
 };
 
 use crate::target::{process, site};
@@ -127,10 +127,29 @@ pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Site> {
         return None;
     }
     let site = site(ctx);
+    count_hit(site);
+    Some(site)
+}
+
+/// The same of a probe for expert ids, which are hit most often.
+#[inline(always)]
+pub fn hit_of_ids<C: EbpfContext>(ctx: &C) -> Option<Site> {
+    if !active() {
+        return None;
+    }
+    let site = match Site::of_lone(control(CONTROL_LONE_SITE)) {
+        Some(site) => site,
+        None => site(ctx),
+    };
+    count_hit(site);
+    Some(site)
+}
+
+#[inline(always)]
+fn count_hit(site: Site) {
     if let Some(hits) = HITS.get_ptr_mut(site.probe) {
         add(hits, 1);
     }
-    Some(site)
 }
 
 /// Whether the capture takes this route.

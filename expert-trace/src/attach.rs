@@ -26,9 +26,9 @@ use aya::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
-    CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET, CONTROL_TRACER,
-    CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES,
-    MAX_SOURCES, TENSOR_LAYOUTS, WakeUp,
+    CONTROL_LONE_SITE, CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET,
+    CONTROL_TRACER, CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED,
+    MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -191,6 +191,8 @@ pub struct Session {
     declared: Array<MapData, Plain<DeclaredLayout>>,
     hits: PerCpuArray<MapData, u64>,
     links: Links,
+    /// Probes for expert ids that were ever set.
+    id_probes: u32,
     /// Keep the tracepoints' programs attached.
     tracepoints: Vec<OwnedFd>,
 }
@@ -233,6 +235,7 @@ impl Session {
             declared,
             hits,
             links: Links::default(),
+            id_probes: 0,
             tracepoints: Vec::new(),
         };
         session.load_programs([Hook::ExpertIds])?;
@@ -272,7 +275,7 @@ impl Session {
             (CONTROL_FOLLOW, follow as u32),
         ];
         for (index, value) in settings {
-            self.control.set(index, value, 0).map_err(map_error)?;
+            self.set(index, value)?;
         }
         let tracepoints = [
             ("new_task", c"task_newtask"),
@@ -375,6 +378,13 @@ impl Session {
                 (None, Some(code))
             }
         };
+        if probe.hook == Hook::ExpertIds {
+            self.id_probes += 1;
+            // Before there is a second one.
+            if self.id_probes > 1 {
+                self.set(CONTROL_LONE_SITE, 0)?;
+            }
+        }
         let link = self.link(probe, process).map_err(|error| {
             refused(match requirements::old_kernel() {
                 Some(old) => format!("{error}; {old}"),
@@ -385,6 +395,9 @@ impl Session {
             return Err(refused(OTHER_FILE.to_owned()));
         }
         self.links.0.push((probe.file_id, link));
+        if probe.hook == Hook::ExpertIds && self.id_probes == 1 {
+            self.set(CONTROL_LONE_SITE, site.lone())?;
+        }
         Ok(())
     }
 
@@ -454,14 +467,16 @@ impl Session {
         drop(Links(of_file.collect()));
     }
 
+    fn set(&mut self, index: u32, value: u32) -> Result<(), AttachError> {
+        self.control.set(index, value, 0).map_err(map_error)
+    }
+
     /// Switches all probes at once.
     ///
     /// # Errors
     /// When the map cannot be written.
     pub fn set_active(&mut self, active: bool) -> Result<(), AttachError> {
-        self.control
-            .set(CONTROL_ACTIVE, u32::from(active), 0)
-            .map_err(map_error)
+        self.set(CONTROL_ACTIVE, u32::from(active))
     }
 
     /// Tells the BPF programs whether records are to wake us: if we have taken all, until it is called.
@@ -469,9 +484,7 @@ impl Session {
     /// # Errors
     /// When the map cannot be written.
     pub fn set_wake_up(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
-        self.control
-            .set(CONTROL_WAKE_UP, wake_up as u32, 0)
-            .map_err(map_error)
+        self.set(CONTROL_WAKE_UP, wake_up as u32)
     }
 
     /// Tells the BPF programs which routes to read: none before.
@@ -480,7 +493,7 @@ impl Session {
     /// When the map cannot be written.
     pub fn read(&mut self, routes: Routes) -> Result<(), AttachError> {
         let bits = routes.bits();
-        self.control.set(CONTROL_ROUTES, bits, 0).map_err(map_error)
+        self.set(CONTROL_ROUTES, bits)
     }
 
     /// Tells the BPF programs whether schedulers are probed. Not before they are: a pass that has begun
@@ -489,9 +502,7 @@ impl Session {
     /// # Errors
     /// When the map cannot be written.
     pub fn expect_schedulers(&mut self, probed: bool) -> Result<(), AttachError> {
-        self.control
-            .set(CONTROL_SCHEDULERS, u32::from(probed), 0)
-            .map_err(map_error)
+        self.set(CONTROL_SCHEDULERS, u32::from(probed))
     }
 
     /// The kernel's counters, over all CPUs.

@@ -401,7 +401,7 @@ pub const TENSOR_NB: u32 = 48;
 /// Entries of the maps `LAYOUT` and `DECLARED`: libraries told apart in one session.
 pub const MAX_SOURCES: u32 = 1024;
 /// Entries of the map `HITS`: probes told apart in one session.
-pub const MAX_PROBES: u32 = 8192;
+pub const MAX_PROBES: u32 = 4096;
 
 /// What a probe is called by: its attach cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -411,6 +411,21 @@ pub struct Site {
     /// Which probe it is: index in the map `HITS`.
     pub probe: u32,
 }
+
+/// What is counted of a probe: values of the map `HITS`, one for each CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProbeCounts {
+    /// How often it was hit while tracing was on.
+    pub hits: u64,
+    /// Hits of which the program took its own time: every [`TIMED_EVERY`]th on a CPU, from the first on.
+    pub timed: u64,
+    /// What it took for those, in nanoseconds.
+    pub timed_ns: u64,
+}
+
+/// A prime: graphs have other numbers of nodes, so that no node is always timed, and none never.
+pub const TIMED_EVERY: u64 = 61;
 
 impl Site {
     /// The attach cookie.

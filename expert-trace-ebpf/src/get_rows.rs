@@ -78,9 +78,9 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
     };
     // Experts with scales gather those by the router's ids, too, once for each of their weights
     // (`build_lora_mm_id` in llama-graph.cpp), and recurrent layers their states, in nodes that nobody has
-    // named. So does the look-up of embeddings that are scaled.
+    // named. So does the look-up of embeddings that are scaled; tokens are of interest in first passes alone.
     let unnamed = name.starts_with(UNNAMED);
-    if unnamed && !any_is_early() {
+    if (unnamed || name.starts_with(EMBEDDINGS)) && !any_is_early() {
         return count(Counter::FilteredTensor, 1);
     }
     let Some(tensor) = DataAndName::read(index, &layout) else {

@@ -56,38 +56,38 @@ use crate::{
 
 #[uprobe]
 fn get_rows(ctx: ProbeContext) -> u32 {
-    let Some(site) = hit_of_ids(&ctx) else {
+    let Some(hit) = hit_of_ids(&ctx) else {
         return 0;
     };
     let (Some(params), Some(dst)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1)) else {
         count(Counter::HitUnreadable, 1);
         return 0;
     };
-    get_rows::on_get_rows(&ctx, site.source, Address(params), Address(dst));
+    get_rows::on_get_rows(&ctx, hit.site.source, Address(params), Address(dst));
     0
 }
 
 #[uprobe]
 fn cpu_split(ctx: ProbeContext) -> u32 {
-    if let Some(site) = hit(&ctx)
+    if let Some(hit) = hit(&ctx)
         && let Some(cgraph) = ctx.arg::<u64>(0)
     {
-        split::on_split(&ctx, site.source, Address(cgraph));
+        split::on_split(&ctx, hit.site.source, Address(cgraph));
     }
     0
 }
 
 #[uretprobe]
 fn cpu_split_done(ctx: RetProbeContext) -> u32 {
-    if let Some(site) = hit(&ctx) {
-        split::on_split_done(&ctx, site.source, ctx.ret());
+    if let Some(hit) = hit(&ctx) {
+        split::on_split_done(&ctx, hit.site.source, ctx.ret());
     }
     0
 }
 
 #[uprobe]
 fn fetch(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let (Some(tensor), Some(data), Some(offset)) =
             (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3))
     {
@@ -98,15 +98,15 @@ fn fetch(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn weights_follow(ctx: ProbeContext) -> u32 {
-    if let Some(site) = hit(&ctx) {
-        copies::on_weights_follow(&ctx, site.source);
+    if let Some(hit) = hit(&ctx) {
+        copies::on_weights_follow(&ctx, hit.site.source);
     }
     0
 }
 
 #[uprobe]
 fn tensor_get(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let (Some(tensor), Some(data), Some(offset), Some(bytes)) = (
             ctx.arg::<u64>(0),
             ctx.arg::<u64>(1),
@@ -121,15 +121,15 @@ fn tensor_get(ctx: ProbeContext) -> u32 {
 
 #[uretprobe]
 fn tensor_get_done(ctx: RetProbeContext) -> u32 {
-    if let Some(site) = hit(&ctx) {
-        copies::on_tensor_get_done(&ctx, site.source);
+    if let Some(hit) = hit(&ctx) {
+        copies::on_tensor_get_done(&ctx, hit.site.source);
     }
     0
 }
 
 #[uprobe]
 fn eval_callback(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let (Some(sched), Some(callback)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1))
     {
         pass::on_eval_callback(sched, callback);
@@ -139,7 +139,7 @@ fn eval_callback(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let Some(dst) = ctx.arg::<u64>(1)
     {
         copies::on_device_mul_mat_id(Address(dst));
@@ -149,7 +149,7 @@ fn device_mul_mat_id(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn device_memcpy(ctx: ProbeContext) -> u32 {
-    if let Some(site) = hit(&ctx)
+    if let Some(hit) = hit(&ctx)
         && let (Some(to), Some(from), Some(bytes), Some(kind), Some(stream)) = (
             ctx.arg::<u64>(0),
             ctx.arg::<u64>(1),
@@ -165,14 +165,14 @@ fn device_memcpy(ctx: ProbeContext) -> u32 {
             kind,
             stream,
         };
-        copies::on_device_memcpy(&ctx, site.source, copy);
+        copies::on_device_memcpy(&ctx, hit.site.source, copy);
     }
     0
 }
 
 #[uprobe]
 fn graph_compute(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let Some(sched) = ctx.arg::<u64>(0)
     {
         pass::on_graph_compute(sched);
@@ -182,7 +182,7 @@ fn graph_compute(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn set_inputs(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let Some(ubatch) = ctx.arg::<u64>(1)
     {
         pass::on_set_inputs(ubatch);
@@ -192,7 +192,7 @@ fn set_inputs(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn process_ubatch(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let (Some(llama_context), Some(ubatch)) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1))
     {
         pass::on_process_ubatch(llama_context, ubatch);
@@ -202,7 +202,7 @@ fn process_ubatch(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn leave_context(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some()
+    if let Some(_hit) = hit(&ctx)
         && let Some(context) = ctx.arg::<u64>(0)
     {
         pass::on_leave_context(context);
@@ -212,7 +212,7 @@ fn leave_context(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 fn libraries(ctx: ProbeContext) -> u32 {
-    if hit(&ctx).is_some() {
+    if let Some(_hit) = hit(&ctx) {
         maps::emit_header(Header {
             kind: Kind::Libraries as u8,
             process: target::process(),

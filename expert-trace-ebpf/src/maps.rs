@@ -8,13 +8,14 @@ use core::{
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_NO_PREALLOC,
+    helpers::bpf_ktime_get_ns,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_LONE_SITE, CONTROL_ROUTES,
     CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, Header, Kind, MAX_PROBES,
-    MAX_SOURCES, Route, Site, WakeUp, payload,
+    MAX_SOURCES, ProbeCounts, Route, Site, TIMED_EVERY, WakeUp, payload,
 };
 
 use crate::target::{process, site};
@@ -44,7 +45,7 @@ pub static DECLARED: Array<DeclaredLayout> = Array::with_max_entries(MAX_SOURCES
 
 /// By probe: how often it was hit while tracing was on.
 #[map]
-static HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PROBES, 0);
+static HITS: PerCpuArray<ProbeCounts> = PerCpuArray::with_max_entries(MAX_PROBES, 0);
 
 /// How many threads are in one of the first passes of a context, of which the tokens are wanted. It can
 /// stay too high, when a thread has ended in one, and is never too low.
@@ -120,20 +121,45 @@ pub fn active() -> bool {
         && (control(CONTROL_FOLLOW) == Follow::Nobody as u32 || is_followed(process()))
 }
 
-/// Where the hit is, and counts it for its probe, if it counts: see [`active`].
+/// A hit that counts, until its program ends, which takes its own time now and then.
+pub struct Hit {
+    /// Where it is.
+    pub site: Site,
+    timed: Option<Timed>,
+}
+
+struct Timed {
+    counts: *mut ProbeCounts,
+    begin_ns: u64,
+}
+
+impl Drop for Hit {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let Some(Timed { counts, begin_ns }) = self.timed else {
+            return;
+        };
+        // SAFETY: the helper takes no argument.
+        let ns = unsafe { bpf_ktime_get_ns() }.saturating_sub(begin_ns);
+        // SAFETY: the map's value is alive during the program.
+        let (timed, timed_ns) = unsafe { (&raw mut (*counts).timed, &raw mut (*counts).timed_ns) };
+        add(timed, 1);
+        add(timed_ns, ns);
+    }
+}
+
+/// Counts a hit for its probe, if it counts: see [`active`].
 #[inline(always)]
-pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Site> {
+pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Hit> {
     if !active() {
         return None;
     }
-    let site = site(ctx);
-    count_hit(site);
-    Some(site)
+    Some(count_hit(site(ctx)))
 }
 
 /// The same of a probe for expert ids, which are hit most often.
 #[inline(always)]
-pub fn hit_of_ids<C: EbpfContext>(ctx: &C) -> Option<Site> {
+pub fn hit_of_ids<C: EbpfContext>(ctx: &C) -> Option<Hit> {
     if !active() {
         return None;
     }
@@ -141,15 +167,26 @@ pub fn hit_of_ids<C: EbpfContext>(ctx: &C) -> Option<Site> {
         Some(site) => site,
         None => site(ctx),
     };
-    count_hit(site);
-    Some(site)
+    Some(count_hit(site))
 }
 
 #[inline(always)]
-fn count_hit(site: Site) {
-    if let Some(hits) = HITS.get_ptr_mut(site.probe) {
-        add(hits, 1);
-    }
+fn count_hit(site: Site) -> Hit {
+    let Some(counts) = HITS.get_ptr_mut(site.probe) else {
+        return Hit { site, timed: None };
+    };
+    // SAFETY: the map's value is alive during the program.
+    let hits = unsafe { &raw mut (*counts).hits };
+    // Volatile: others count there, too.
+    // SAFETY: as above.
+    let is_timed = unsafe { ptr::read_volatile(hits) } % TIMED_EVERY == 0;
+    add(hits, 1);
+    let timed = is_timed.then(|| Timed {
+        counts,
+        // SAFETY: the helper takes no argument.
+        begin_ns: unsafe { bpf_ktime_get_ns() },
+    });
+    Hit { site, timed }
 }
 
 /// Whether the capture takes this route.

@@ -28,7 +28,7 @@ use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_LONE_SITE, CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET,
     CONTROL_TRACER, CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED,
-    MAX_PROBES, MAX_SOURCES, TENSOR_LAYOUTS, WakeUp,
+    MAX_PROBES, MAX_SOURCES, ProbeCounts, TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -37,7 +37,7 @@ use tracing::level_filters::LevelFilter;
 pub use self::multi::is_supported as has_uprobe_multi;
 use self::programs::Programs;
 use crate::{
-    bpf::{self, Command, ProgLoad, RunTime},
+    bpf::{self, Command, ProgLoad},
     kernel_types,
     layout::Declared,
     probes::{FileId, Hook, Probe},
@@ -130,6 +130,8 @@ struct Plain<T>(T);
 
 // SAFETY: three integers of the same size, valid for every pattern of bits.
 unsafe impl Pod for Plain<DeclaredLayout> {}
+// SAFETY: the same.
+unsafe impl Pod for Plain<ProbeCounts> {}
 
 /// Most processes that are followed at once, for which the kernel makes room beforehand.
 fn most_followed(scope: Scope) -> u32 {
@@ -189,7 +191,7 @@ pub struct Session {
     counts: PerCpuArray<MapData, [u64; COUNTERS]>,
     layouts: Array<MapData, u32>,
     declared: Array<MapData, Plain<DeclaredLayout>>,
-    hits: PerCpuArray<MapData, u64>,
+    hits: PerCpuArray<MapData, Plain<ProbeCounts>>,
     links: Links,
     /// Probes for expert ids that were ever set.
     id_probes: u32,
@@ -423,16 +425,6 @@ impl Session {
         })
     }
 
-    /// What the hits of a hook's program have taken, while the kernel took their times; those of all
-    /// processes, also such as do not count.
-    ///
-    /// # Errors
-    /// When the kernel does not tell.
-    pub fn run_time(&self, hook: Hook) -> io::Result<RunTime> {
-        let program = self.programs.get(hook.program());
-        bpf::run_time(program.ok_or(io::ErrorKind::NotFound)?)
-    }
-
     /// Gives the kernel's answer when it refuses.
     fn link(&self, probe: &Probe, process: Option<NonZeroU32>) -> Result<OwnedFd, String> {
         let program = self.programs.get(probe.hook.program());
@@ -552,8 +544,22 @@ impl Session {
     /// # Errors
     /// When the map cannot be read.
     pub fn hits(&self, probe: &Probe) -> Result<u64, AttachError> {
-        let hits = self.hits.get(&probe.site.probe, 0).map_err(map_error)?;
-        Ok(hits.iter().sum())
+        Ok(self.probe_counts(probe)?.hits)
+    }
+
+    /// What is counted of a probe, over all CPUs.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn probe_counts(&self, probe: &Probe) -> Result<ProbeCounts, AttachError> {
+        let of_cpus = self.hits.get(&probe.site.probe, 0).map_err(map_error)?;
+        let mut sums = ProbeCounts::default();
+        for Plain(counts) in of_cpus.iter() {
+            sums.hits += counts.hits;
+            sums.timed += counts.timed;
+            sums.timed_ns += counts.timed_ns;
+        }
+        Ok(sums)
     }
 
     /// Keeps an empty probe, to be detached with the others at the end.

@@ -14,8 +14,6 @@ pub enum Command {
     MapUpdate = 2,
     /// BPF_PROG_LOAD
     ProgLoad = 5,
-    /// BPF_OBJ_GET_INFO_BY_FD
-    InfoByDescriptor = 15,
     /// BPF_RAW_TRACEPOINT_OPEN
     RawTracepointOpen = 17,
     /// BPF_BTF_LOAD
@@ -24,8 +22,6 @@ pub enum Command {
     MapFreeze = 22,
     /// BPF_LINK_CREATE
     LinkCreate = 28,
-    /// BPF_ENABLE_STATS
-    EnableStats = 32,
 }
 
 /// The type of programs that uprobes run (BPF_PROG_TYPE_KPROBE).
@@ -186,73 +182,4 @@ pub fn program_id(program: BorrowedFd) -> io::Result<u32> {
     let id = shown.lines().find_map(|line| line.strip_prefix("prog_id:"));
     let id = id.and_then(|id| id.trim().parse().ok());
     id.ok_or(io::ErrorKind::InvalidData.into())
-}
-
-/// What a program's runs have taken, while the kernel took their times.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RunTime {
-    /// Their time together, in nanoseconds.
-    pub ns: u64,
-    /// Runs.
-    pub runs: u64,
-}
-
-/// Has the kernel take the time of every run of every program (BPF_STATS_RUN_TIME), until what it gives is
-/// closed. Since Linux 5.8.
-///
-/// # Errors
-/// The kernel's: it takes CAP_SYS_ADMIN.
-pub fn take_run_times() -> Result<OwnedFd, Errno> {
-    const RUN_TIME: u32 = 0;
-    // SAFETY: the attributes are complete.
-    unsafe { descriptor(Command::EnableStats, &RUN_TIME) }
-}
-
-/// What the runs of a program have taken.
-///
-/// # Errors
-/// The kernel's; or it is older than 5.1, and does not tell.
-pub fn run_time(program: BorrowedFd) -> io::Result<RunTime> {
-    /// Start of `bpf_prog_info`: what is behind it is newer.
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Info {
-        /// Addresses and lengths of 0 ask for nothing.
-        _others: [u64; 24],
-        run_time_ns: u64,
-        runs: u64,
-    }
-    #[repr(C)]
-    struct InfoByDescriptor {
-        descriptor: u32,
-        length: u32,
-        info: u64,
-    }
-    let mut info = Info {
-        _others: [0; 24],
-        run_time_ns: 0,
-        runs: 0,
-    };
-    let mut attributes = InfoByDescriptor {
-        descriptor: program.as_raw_fd() as u32,
-        length: size_of::<Info>() as u32,
-        info: (&raw mut info) as u64,
-    };
-    // SAFETY: the attributes are complete, and there is room for as much as is said.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            Command::InfoByDescriptor as libc::c_long,
-            &raw mut attributes,
-            size_of::<InfoByDescriptor>(),
-        )
-    };
-    Errno::result(result)?;
-    if attributes.length < size_of::<Info>() as u32 {
-        return Err(io::ErrorKind::Unsupported.into());
-    }
-    Ok(RunTime {
-        ns: info.run_time_ns,
-        runs: info.runs,
-    })
 }

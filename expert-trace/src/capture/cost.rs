@@ -1,88 +1,28 @@
 //! Measures what a capture costs, while it goes on and at its end.
 
-use std::{fs, io, num::NonZeroU32, os::fd::OwnedFd, time::Duration};
+use std::{
+    fs, io,
+    num::NonZeroU32,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use nix::{
-    errno::Errno,
     sys::resource::{UsageWho, getrusage},
     time::{ClockId, clock_gettime},
 };
-use tokio::task::JoinHandle;
 
 use super::Capture;
 use crate::{
-    attach::Session,
-    bpf,
+    attach::{AttachError, Session},
     own_code::{self, Function},
-    probes::Hook,
+    probes::{Hook, Probe},
     prologue::Step,
     stats::cost::{Cost, Measured, ProbeHits, Tracer, Traps},
 };
 
-/// For this much of each [`PERIOD`], the kernel takes the times of runs: it makes every hit longer.
-const SAMPLE: Duration = Duration::from_millis(10);
-/// Prompts and decoding, which differ, are both in the sample; to begin and to end one, the kernel changes
-/// its own code, which takes as long as some hundred hits.
-const PERIOD: Duration = Duration::from_millis(500);
-
-/// What is measured while a capture goes on.
-pub struct Meter {
-    /// Has the kernel take the times of runs now and then; or why it does not.
-    sampling: Option<Result<JoinHandle<()>, Errno>>,
-    target: Option<TargetClock>,
-}
-
-impl Meter {
-    /// Begins to measure.
-    pub fn start(pid: NonZeroU32, from_start: bool) -> Self {
-        Self {
-            sampling: None,
-            target: TargetClock::start(pid, from_start),
-        }
-    }
-
-    /// There are hits: has the times of runs taken, unless that is so. Needs a tokio runtime.
-    pub fn sample(&mut self) {
-        let begin = || bpf::take_run_times().map(|first| tokio::spawn(sample(first)));
-        self.sampling.get_or_insert_with(begin);
-    }
-
-    /// Takes no more times, and gives those of the target and why there are none of runs. To be called
-    /// before hits are counted no more.
-    fn stop(self) -> (Option<Duration>, Vec<String>) {
-        let mut unknown = Vec::new();
-        match self.sampling {
-            None => {}
-            Some(Ok(sampling)) => sampling.abort(),
-            Some(Err(error)) => unknown.push(format!(
-                "the kernel does not take the times of BPF programs: {}",
-                io::Error::from(error)
-            )),
-        }
-        let target = self.target.and_then(|target| target.elapsed());
-        if target.is_none() {
-            unknown.push("the target's processor time: it had ended".to_owned());
-        }
-        (target, unknown)
-    }
-}
-
-/// Has the kernel take the times of runs for a part of each period, from now on.
-async fn sample(first: OwnedFd) {
-    let mut taken = first;
-    loop {
-        tokio::time::sleep(SAMPLE).await;
-        drop(taken);
-        tokio::time::sleep(PERIOD - SAMPLE).await;
-        taken = match bpf::take_run_times() {
-            Ok(taken) => taken,
-            Err(error) => return tracing::debug!("no times of runs: {error}"),
-        };
-    }
-}
-
 /// The processor time of what is traced.
-enum TargetClock {
+pub enum TargetClock {
     /// Of a process that was there before, and its time then.
     Process(ClockId, Duration),
     /// Of our child, and of those of its children that it has waited for; and what others had taken.
@@ -90,7 +30,8 @@ enum TargetClock {
 }
 
 impl TargetClock {
-    fn start(pid: NonZeroU32, is_child: bool) -> Option<Self> {
+    /// Of a process, from now on; `is_child` when it is our own, which we will have waited for.
+    pub fn start(pid: NonZeroU32, is_child: bool) -> Option<Self> {
         if is_child {
             return Some(Self::Child(of_children()?));
         }
@@ -98,7 +39,8 @@ impl TargetClock {
         Some(Self::Process(clock, clock_gettime(clock).ok()?.into()))
     }
 
-    fn elapsed(self) -> Option<Duration> {
+    /// What it took since then.
+    pub fn elapsed(self) -> Option<Duration> {
         match self {
             Self::Process(clock, before) => {
                 let now: Duration = clock_gettime(clock).ok()?.into();
@@ -125,27 +67,31 @@ fn processor_time(who: UsageWho) -> Option<Duration> {
 
 impl Capture {
     /// Draws up what the capture has cost, once its hits are counted no more.
-    pub(super) fn cost(&mut self, window: Duration, tokens: u64) -> Cost {
-        let (target_cpu, mut unknown) = match self.meter.take() {
-            Some(meter) => meter.stop(),
-            None => (None, Vec::new()),
-        };
-        let probes: Vec<ProbeHits> = self
-            .hooks
-            .iter()
-            .map(|probe| ProbeHits {
+    pub(super) fn cost(
+        &mut self,
+        window: Duration,
+        target_cpu: Option<Duration>,
+        tokens: u64,
+    ) -> Result<Cost, AttachError> {
+        let of_probe = |probe: &Probe| {
+            Ok(ProbeHits {
                 hook: probe.hook,
                 step: probe.definition.instruction,
-                hits: self.session.hits(probe).unwrap_or(0),
-                timed: self.session.run_time(probe.hook).unwrap_or_default(),
+                counts: self.session.probe_counts(probe)?,
             })
-            .collect();
+        };
+        let probes: Result<Vec<ProbeHits>, AttachError> = self.hooks.iter().map(of_probe).collect();
+        let probes = probes?;
+        let mut unknown = Vec::new();
         let traps = traps(&mut self.session, &probes).unwrap_or_else(|error| {
             unknown.push(format!("what a trap takes: {error}"));
             Traps::default()
         });
+        if target_cpu.is_none() {
+            unknown.push("the target's processor time: it had ended".to_owned());
+        }
         let ring_buffer_bytes = self.recording.ring_bytes(self.plan.reads_logits());
-        Cost::new(Measured {
+        Ok(Cost::new(Measured {
             probes,
             traps,
             window,
@@ -153,40 +99,60 @@ impl Capture {
             target_cpu,
             unknown,
             tracer: tracer(ring_buffer_bytes),
-        })
+        }))
     }
 }
 
-/// Hits functions of our own, of the kinds that were hit.
+/// What traps of the kinds that were hit take here. Several captures of one tracer measure each kind once:
+/// an empty probe stays where it is until its capture detaches.
 fn traps(session: &mut Session, probes: &[ProbeHits]) -> anyhow::Result<Traps> {
+    static KNOWN: Mutex<Traps> = Mutex::new(Traps {
+        emulated: None,
+        single_stepped: None,
+        on_return: None,
+    });
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let was_hit = |on_return: bool, step: Step| {
+        probes.iter().any(|probe| {
+            let same_step = probe.step.unwrap_or(Step::Emulated) == step;
+            let is_like = probe.hook.on_return() == on_return && (on_return || same_step);
+            is_like && probe.counts.hits > 0
+        })
+    };
+    let mut measure = |hook: Hook, step: Step, function: Function, known: &mut Option<f64>| {
+        if known.is_none() && was_hit(hook.on_return(), step) {
+            *known = Some(trap_ns(session, hook, function)?);
+        }
+        anyhow::Ok(())
+    };
+    let ids = Hook::ExpertIds;
+    measure(ids, Step::Emulated, own_code::emulated, &mut known.emulated)?;
+    measure(
+        ids,
+        Step::SingleStepped,
+        own_code::single_stepped,
+        &mut known.single_stepped,
+    )?;
+    measure(
+        Hook::SplitDone,
+        Step::Emulated,
+        own_code::returning,
+        &mut known.on_return,
+    )?;
+    Ok(*known)
+}
+
+/// Hits a function of our own, with an empty probe and before that.
+fn trap_ns(session: &mut Session, hook: Hook, function: Function) -> anyhow::Result<f64> {
     let pid =
         NonZeroU32::new(std::process::id()).ok_or(io::Error::from(io::ErrorKind::NotFound))?;
-    let mut measure = |hook: Hook, step: Step, function: Function| -> anyhow::Result<Option<f64>> {
-        let is_like = |probe: &&ProbeHits| {
-            let same_step = probe.step.unwrap_or(Step::Emulated) == step;
-            let both_return = hook.on_return() && probe.hook.on_return();
-            both_return || (same_step && !hook.on_return() && !probe.hook.on_return())
-        };
-        if !probes.iter().filter(is_like).any(|probe| probe.hits > 0) {
-            return Ok(None);
-        }
-        let probe = own_code::probe(hook, 0, function)?;
-        let without = own_code::call_ns(function);
-        let empty = session.attach_empty(&probe, pid)?;
-        let with = own_code::call_ns(function);
-        // To detach it takes a grace period of the kernel.
-        session.keep(empty);
-        Ok(Some((with - without).max(0.0)))
-    };
-    Ok(Traps {
-        emulated: measure(Hook::ExpertIds, Step::Emulated, own_code::emulated)?,
-        single_stepped: measure(
-            Hook::ExpertIds,
-            Step::SingleStepped,
-            own_code::single_stepped,
-        )?,
-        on_return: measure(Hook::SplitDone, Step::Emulated, own_code::returning)?,
-    })
+    let probe = own_code::probe(hook, 0, function)?;
+    let without = own_code::call_ns(function);
+    let empty = session.attach_empty(&probe, pid)?;
+    let with = own_code::call_ns(function);
+    // To detach it takes a grace period of the kernel.
+    session.keep(empty);
+    Ok((with - without).max(0.0))
 }
 
 fn tracer(ring_buffer_bytes: u32) -> Tracer {

@@ -22,7 +22,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{attach::attach, run::run};
 use self::{
-    cost::Meter,
+    cost::TargetClock,
     sinks::{Sinks, Wanted},
     targets::{Targets, Variables},
 };
@@ -74,7 +74,7 @@ struct Capture {
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
     /// Measures what it costs, once it has started.
-    meter: Option<Meter>,
+    target_clock: Option<TargetClock>,
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
@@ -130,7 +130,7 @@ impl Capture {
             contexts_known: 0,
             from_start,
             started: None,
-            meter: None,
+            target_clock: None,
             recording,
             heading: String::new(),
         })
@@ -141,7 +141,7 @@ impl Capture {
         self.sinks.begin()?;
         self.session.set_active(true)?;
         self.started = Some((SystemTime::now(), Instant::now()));
-        self.meter = Some(Meter::start(self.pid, self.from_start));
+        self.target_clock = TargetClock::start(self.pid, self.from_start);
         Ok(())
     }
 
@@ -200,13 +200,13 @@ impl Capture {
             match self.reading {
                 Reading::Woken => {
                     self.events.readable_mut().await?.clear_ready();
-                    if let Some(meter) = &mut self.meter {
-                        meter.sample();
+                    if !self.gathering.is_zero() {
+                        self.session.set_wake_up(WakeUp::Never)?;
+                        let wake_up = WakeUp::Never;
+                        self.reading = Reading::Looking { wake_up };
+                        self.taken = 0;
                     }
-                    if self.gathering.is_zero() {
-                        return Ok(());
-                    }
-                    self.look_again(WakeUp::Never)?;
+                    return Ok(());
                 }
                 Reading::Waiting { due, wake_up } => {
                     // Some events wake us in any case: those of a process that may soon be gone.
@@ -359,6 +359,7 @@ impl Capture {
         let duration = self
             .started
             .map_or(Duration::ZERO, |(_, began)| began.elapsed());
+        let target_cpu = self.target_clock.take().and_then(TargetClock::elapsed);
         self.session.set_active(false)?;
         let mut integrity = self.settle().await?;
         // What a target awaits that goes on, or that we know was killed, belongs to a pass that was cut.
@@ -392,7 +393,7 @@ impl Capture {
         let output = sinks.output.take();
         let wants_summary = sinks.stats;
         let tokens = self.model.contexts().iter().map(Context::tokens).sum();
-        let cost = self.cost(duration, tokens);
+        let cost = self.cost(duration, target_cpu, tokens)?;
         let stats = self.stats(integrity, cost, why, duration)?;
         let complete = stats.integrity.complete;
 

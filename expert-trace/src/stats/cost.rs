@@ -1,14 +1,16 @@
 //! What a capture has cost the target, as measured by itself: hits times what one takes; and what we took.
 //!
 //! A hit is a trap, and the run of a BPF program. What the trap takes depends on the machine and on the
-//! instruction under the probe; it is measured on functions of our own. The kernel takes the times of the
-//! programs' runs, of a sample of them, since that costs time, too.
+//! instruction under the probe; it is measured on functions of our own. The programs take their own times,
+//! at some of the hits, since that costs time, too.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::{bpf::RunTime, probes::Hook, prologue::Step};
+use expert_trace_common::ProbeCounts;
+
+use crate::{probes::Hook, prologue::Step};
 
 /// Hits of a probe, and what is known of them.
 #[derive(Clone, Copy, Debug)]
@@ -17,10 +19,8 @@ pub struct ProbeHits {
     pub hook: Hook,
     /// How the kernel gets past the instruction under it.
     pub step: Option<Step>,
-    /// How often it was hit.
-    pub hits: u64,
-    /// Runs of its program of which the time was taken.
-    pub timed: RunTime,
+    /// Its hits, and what its program took for some of them.
+    pub counts: ProbeCounts,
 }
 
 /// What traps take on this machine, in nanoseconds; of those that were not needed, or could not be
@@ -112,8 +112,8 @@ pub struct HookCost {
     pub hook: Hook,
     /// Their hits.
     pub hits: u64,
-    /// Runs of their program of which the time was taken.
-    pub timed_runs: u64,
+    /// Those of which the program took its own time.
+    pub timed_hits: u64,
     /// What a trap takes, in nanoseconds; the mean, where probes differ.
     pub trap_ns: Option<f64>,
     /// What a run of the program takes, in nanoseconds: the mean of those.
@@ -122,22 +122,23 @@ pub struct HookCost {
 
 impl HookCost {
     fn of(hook: Hook, probes: &[ProbeHits], traps: &Traps) -> Self {
-        let of_hook = probes.iter().filter(|probe| probe.hook == hook);
-        let hits = of_hook.clone().map(|probe| probe.hits).sum();
-        let hit = of_hook.filter(|probe| probe.hits > 0);
-        // All of them have the same program.
-        let timed = hit
-            .clone()
-            .next()
-            .map_or(RunTime::default(), |probe| probe.timed);
-        let all = hit.map(|probe| Some(traps.of(hook, probe.step)? * probe.hits as f64));
+        let hit = probes
+            .iter()
+            .filter(|probe| probe.hook == hook && probe.counts.hits > 0);
+        let sum = |of: fn(&ProbeCounts) -> u64| hit.clone().map(|probe| of(&probe.counts)).sum();
+        let (hits, timed, timed_ns): (u64, u64, u64) = (
+            sum(|counts| counts.hits),
+            sum(|counts| counts.timed),
+            sum(|counts| counts.timed_ns),
+        );
+        let all = hit.map(|probe| Some(traps.of(hook, probe.step)? * probe.counts.hits as f64));
         let all: Option<f64> = all.sum();
         Self {
             hook,
             hits,
-            timed_runs: timed.runs,
+            timed_hits: timed,
             trap_ns: all.and_then(|all| quotient(all, hits as f64)),
-            run_ns: quotient(timed.ns as f64, timed.runs as f64),
+            run_ns: quotient(timed_ns as f64, timed as f64),
         }
     }
 
@@ -167,12 +168,22 @@ impl Cost {
         // Where no run was timed at all, what is left says nothing.
         let is_timed = untimed_hits < hits || hits == 0;
         let all: Option<f64> = hooks.iter().map(HookCost::hits_ns).sum();
-        let hits_ns = all.filter(|_| is_timed);
-        if !is_timed && unknown.is_empty() {
-            unknown.push("no run of a BPF program was timed: none came in time".to_owned());
+        // A sum of nothing is -0.
+        let hits_ns = all.filter(|_| is_timed).map(|ns| ns + 0.0);
+        if !is_timed {
+            unknown.push("what the BPF programs take: no hit was timed to its end".to_owned());
         }
         let share = |of: f64| Some(100.0 * quotient(hits_ns?, of)?);
         let target_cpu_s = target_cpu.map(|time| time.as_secs_f64());
+        let mut target_cpu_percent = target_cpu_s.and_then(|seconds| share(seconds * 1e9));
+        if target_cpu_percent.is_some_and(|percent| percent > 100.0) {
+            target_cpu_percent = None;
+            unknown.push(
+                "the part of the target's processor time: its hits would have taken more than all, so \
+                 that a trap takes less here than measured, or processes were hit that nobody waited for"
+                    .to_owned(),
+            );
+        }
         Self {
             hits,
             untimed_hits,
@@ -181,7 +192,7 @@ impl Cost {
             ns_per_token: hits_ns.and_then(|ns| quotient(ns, tokens as f64)),
             window_percent: share(window.as_secs_f64() * 1e9),
             target_cpu_s,
-            target_cpu_percent: target_cpu_s.and_then(|seconds| share(seconds * 1e9)),
+            target_cpu_percent,
             hooks,
             unknown,
             tracer,
@@ -197,12 +208,15 @@ fn quotient(dividend: f64, divisor: f64) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn probe(hook: Hook, step: Step, hits: u64, ns: u64, runs: u64) -> ProbeHits {
+    fn probe(hook: Hook, step: Step, hits: u64, timed_ns: u64, timed: u64) -> ProbeHits {
         ProbeHits {
             hook,
             step: Some(step),
-            hits,
-            timed: RunTime { ns, runs },
+            counts: ProbeCounts {
+                hits,
+                timed,
+                timed_ns,
+            },
         }
     }
 
@@ -238,7 +252,7 @@ mod tests {
             ids.trap_ns,
             Some((300.0 * 800.0 + 100.0 * 20_000.0) / 400.0)
         );
-        assert_eq!((ids.run_ns, ids.timed_runs), (Some(100.0), 50));
+        assert_eq!((ids.run_ns, ids.timed_hits), (Some(100.0), 100));
         assert_eq!((done.trap_ns, done.run_ns), (Some(2500.0), None));
         let ns = 300.0 * 900.0 + 100.0 * 20_100.0 + 10.0 * 2500.0;
         assert_eq!(cost.hits_ns, Some(ns));
@@ -258,7 +272,7 @@ mod tests {
 
         let mut untimed = measured();
         for probe in &mut untimed.probes {
-            probe.timed = RunTime::default();
+            (probe.counts.timed, probe.counts.timed_ns) = (0, 0);
         }
         untimed.tokens = 0;
         let cost = Cost::new(untimed);
@@ -280,5 +294,16 @@ mod tests {
         });
         assert_eq!((cost.hits, cost.hits_ns), (0, Some(0.0)));
         assert_eq!(cost.window_percent, Some(0.0));
+        assert!(cost.hits_ns.is_some_and(f64::is_sign_positive));
+    }
+
+    #[test]
+    fn no_part_is_more_than_all() {
+        let cost = Cost::new(Measured {
+            target_cpu: Some(Duration::from_millis(1)),
+            ..measured()
+        });
+        assert_eq!(cost.target_cpu_percent, None);
+        assert_eq!(cost.unknown.len(), 1);
     }
 }

@@ -41,11 +41,11 @@ fn assert_adds_up(stats: &Stats) {
         assert_eq!(of_hook, counted, "{hook}");
         hits += of_hook;
         let run_ns = hook["run_ns"].as_f64();
-        assert_eq!(run_ns.is_some(), hook["timed_runs"] != 0, "{hook}");
+        assert_eq!(run_ns.is_some(), hook["timed_hits"] != 0, "{hook}");
         ns += of_hook as f64 * (hook["trap_ns"].as_f64().unwrap() + run_ns.unwrap_or(0.0));
         if hook["hook"] == "expert_ids" {
             assert_eq!(of_hook, stats.number("/integrity/hits/entered"));
-            let timed = hook["timed_runs"].as_u64().unwrap();
+            let timed = hook["timed_hits"].as_u64().unwrap();
             assert!(timed > 0 && timed <= of_hook, "{hook}");
         }
     }

@@ -17,9 +17,13 @@ const JUMP_BY_POINTER: [u8; 2] = [0xff, 0x25];
 /// Bytes that a stub can have before its jump: none, `bnd`, `endbr64`, both.
 const BEFORE_JUMP: [u64; 4] = [0, 1, 4, 5];
 
-/// Calls of the function at `address` (before relocation) in the file's own code; `None` where that
-/// cannot be told: the file cannot be read, or is not for x86-64.
-pub fn count<'data, R: ReadRef<'data>>(data: R, address: u64) -> Option<usize> {
+/// More executable segments, pointers to a function, or stubs that jump there, linkers do not make: each
+/// makes the search longer.
+const MAX_PLACES: usize = 8;
+
+/// Calls of the function at `address` (before relocation) in the file's own code, counted up to `most`;
+/// `None` where that cannot be told: the file cannot be read, is not for x86-64, or not as linkers make it.
+pub fn count<'data, R: ReadRef<'data>>(data: R, address: u64, most: usize) -> Option<usize> {
     let file = ElfFile64::<Endianness, R>::parse(data).ok()?;
     if file.architecture() != object::Architecture::X86_64 {
         return None;
@@ -28,35 +32,41 @@ pub fn count<'data, R: ReadRef<'data>>(data: R, address: u64) -> Option<usize> {
     let mut code: Vec<(u64, &[u8])> = Vec::new();
     for segment in file.elf_program_headers() {
         if segment.p_type(endian) == PT_LOAD && segment.p_flags(endian) & PF_X != 0 {
+            if code.len() == MAX_PLACES {
+                return None;
+            }
             code.push((segment.p_vaddr(endian), segment.data(endian, data).ok()?));
         }
     }
-    let pointers = pointers_to(&file, address);
-    let by_pointer = |instruction: &[u8]| {
+    let pointers = pointers_to(&file, address)?;
+    let by_pointer = |instruction: &[u8], most: usize| {
         let of_segment = |(start, bytes)| distances(bytes, start, instruction);
         let all = code.iter().copied().flat_map(of_segment);
         let to_it = all.filter(|(_, target)| pointers.contains(target));
-        to_it.map(|(at, _)| at).collect::<Vec<u64>>()
+        to_it.map(|(at, _)| at).take(most).collect::<Vec<u64>>()
     };
     let (mut functions, mut calls) = (vec![address], 0);
     if !pointers.is_empty() {
-        calls = by_pointer(&CALL_BY_POINTER).len();
-        for jump in by_pointer(&JUMP_BY_POINTER) {
+        calls = by_pointer(&CALL_BY_POINTER, most).len();
+        let jumps = by_pointer(&JUMP_BY_POINTER, MAX_PLACES + 1);
+        if jumps.len() > MAX_PLACES {
+            return None;
+        }
+        for jump in jumps {
             functions.extend(BEFORE_JUMP.map(|before| jump.wrapping_sub(before)));
         }
     }
-    for (start, bytes) in code {
-        let all = distances(bytes, start, &CALL);
-        calls += all.filter(|(_, to)| functions.contains(to)).count();
-    }
-    Some(calls)
+    let of_segment = |(start, bytes)| distances(bytes, start, &CALL);
+    let all = code.into_iter().flat_map(of_segment);
+    let to_it = all.filter(|(_, to)| functions.contains(to));
+    Some(calls + to_it.take(most.saturating_sub(calls)).count())
 }
 
-/// Where the dynamic linker writes the function's address.
+/// Where the dynamic linker writes the function's address; `None` if in too many places.
 fn pointers_to<'data, R: ReadRef<'data>>(
     file: &ElfFile64<'data, Endianness, R>,
     address: u64,
-) -> Vec<u64> {
+) -> Option<Vec<u64>> {
     let symbols = file.dynamic_symbol_table();
     let is_it = |target: RelocationTarget| {
         let RelocationTarget::Symbol(index) = target else {
@@ -68,7 +78,8 @@ fn pointers_to<'data, R: ReadRef<'data>>(
     };
     let relocations = file.dynamic_relocations().into_iter().flatten();
     let to_it = relocations.filter(|(_, relocation)| is_it(relocation.target()));
-    to_it.map(|(at, _)| at).collect()
+    let pointers: Vec<u64> = to_it.map(|(at, _)| at).take(MAX_PLACES + 1).collect();
+    (pointers.len() <= MAX_PLACES).then_some(pointers)
 }
 
 /// Where bytes look like an instruction, and what its distance leads to. Few of them are one: what leads
@@ -119,7 +130,7 @@ mod tests {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let base = u64::from_str_radix(maps.split('-').next().unwrap(), 16).unwrap();
         let calls = |function: extern "C" fn(u64) -> u64| {
-            count(own.as_slice(), function as usize as u64 - base)
+            count(own.as_slice(), function as usize as u64 - base, 9)
         };
         assert_eq!(called_twice(1) + called_twice(2), 3);
         assert_eq!(calls(called_twice), Some(2));
@@ -128,6 +139,6 @@ mod tests {
 
     #[test]
     fn what_is_no_program_has_no_answer() {
-        assert_eq!(count(&b"\x7fELF"[..], 0), None);
+        assert_eq!(count(&b"\x7fELF"[..], 0, 1), None);
     }
 }

@@ -225,6 +225,14 @@ impl Options {
         Self::of(Role::Main, set.collect(), words.collect())
     }
 
+    /// The same where options can come from a file (`has_config_file`), too: then these are not all.
+    pub fn beside(self, has_config_file: bool) -> Options {
+        Options {
+            understood: self.understood && !has_config_file,
+            ..self
+        }
+    }
+
     fn of(role: Role, variables: Vec<(&'static str, String)>, words: Vec<String>) -> Options {
         let program = words.first().map(OsStr::new).unwrap_or_default();
         let mut options = Options {

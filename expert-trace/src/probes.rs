@@ -278,7 +278,9 @@ impl Mapper<'_> {
 pub fn options_of(pid: u32) -> Option<Options> {
     let command = target::command_line(pid).ok()?;
     let environment = target::environment(pid);
-    Some(Options::parse(&command, |name| environment.get(name)))
+    let options = Options::parse(&command, |name| environment.get(name));
+    let root = target::root(pid);
+    Some(options.beside(target::has_config_file(&root, |name| environment.get(name))))
 }
 
 /// A file in which probes are, by its number among those.
@@ -487,6 +489,18 @@ impl Plan {
         let waits = |id: &FileId, waiting: &[Probe]| waiting.iter().any(|of| of.file_id == *id);
         self.held.retain(|id, _| waits(id, &self.waiting));
         let mut ready = self.take_ready();
+        for look in &mut looks {
+            if self.held.len() >= MAX_HELD
+                && let Some((id, _)) = &look.added
+                && waits(id, &self.waiting)
+            {
+                self.waiting.retain(|probe| probe.file_id != *id);
+                let shown = &look.shown;
+                look.refusal.get_or_insert(format!(
+                    "{shown} is not traced: {MAX_HELD} files wait for a device by now"
+                ));
+            }
+        }
         let last = looks.len().saturating_sub(1);
         let mut added = Vec::new();
         for look in &mut looks {
@@ -722,7 +736,8 @@ fn traits(file: &File, shown: &Path, elf: &symbols::Elf) -> Traits {
     };
     let is_called = |definition: &Definition| {
         let cache = bounded::cache(file);
-        calls::count(Bounded(&cache), entry(definition)).is_some_and(|calls| calls >= CALLERS)
+        let calls = calls::count(Bounded(&cache), entry(definition), CALLERS);
+        calls == Some(CALLERS)
     };
     let mut devices: Vec<&str> = Vec::new();
     for (function, device) in DEVICES {
@@ -758,6 +773,9 @@ fn look_up(file: &File) -> Result<symbols::Elf, SymbolError> {
     let names: Vec<&str> = hooks.chain(devices).collect();
     symbols::resolve(Bounded(&bounded::cache(file)), &names)
 }
+
+/// Files that can wait to be probed: each takes a descriptor, and time at every look at another one.
+const MAX_HELD: usize = 64;
 
 /// Time to find a layout in DWARF, a hundred times what the largest libraries take. Without it, names
 /// tell the layout; meanwhile, the traced process waits.

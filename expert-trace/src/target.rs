@@ -350,6 +350,28 @@ pub fn environment(pid: u32) -> Environment {
     Environment::parse(&fs::read(format!("/proc/{pid}/environ")).unwrap_or_default())
 }
 
+/// The root directory of a process.
+pub fn root(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root"))
+}
+
+/// Whether there is a file from which llama.cpp's programs take options besides their arguments
+/// (`common_params_apply_system_config` in common/arg.cpp, by b11434), or may be one, for a program with
+/// this root directory and these variables.
+pub fn has_config_file<'a>(root: &Path, variable: impl Fn(&str) -> Option<&'a OsStr>) -> bool {
+    const FILE: &str = "llama.cpp/config.ini";
+    let set = |name| variable(name).filter(|value| !value.is_empty());
+    let of_user = set("XDG_CONFIG_HOME").map(PathBuf::from);
+    let of_user = of_user.or_else(|| Some(Path::new(set("HOME")?).join(".config")));
+    let exists = |directory: &Path| {
+        let inside = directory.strip_prefix("/");
+        // Of a relative path, it takes the working directory to tell.
+        inside.map_or(true, |inside| root.join(inside).join(FILE).exists())
+    };
+    // Without a home, the account's is looked up.
+    exists(Path::new("/etc")) || of_user.is_none_or(|directory| exists(&directory))
+}
+
 /// A path of the target's choosing, fit for a terminal: control characters replaced.
 pub fn printable(path: &Path) -> String {
     path.to_string_lossy().replace(char::is_control, "\u{fffd}")
@@ -471,6 +493,31 @@ pub fn is_gguf(file: &File) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::{fs::PermissionsExt as _, process::CommandExt as _};
+
+    #[test]
+    fn options_in_files_are_looked_for_where_the_program_does() {
+        let root = tempfile::tempdir().unwrap();
+        let has = |variables: &[(&str, &'static str)]| {
+            has_config_file(root.path(), |name| {
+                let (_, value) = variables.iter().find(|(known, _)| *known == name)?;
+                Some(OsStr::new(*value))
+            })
+        };
+        let write = |directory: &str| {
+            let directory = root.path().join(directory).join("llama.cpp");
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(directory.join("config.ini"), "[*]\n").unwrap();
+        };
+        assert!(!has(&[("HOME", "/home/u")]));
+        assert!(has(&[]) && has(&[("XDG_CONFIG_HOME", "relative")]));
+        write("home/u/.config");
+        assert!(has(&[("HOME", "/home/u")]));
+        assert!(!has(&[("HOME", "/home/u"), ("XDG_CONFIG_HOME", "/cfg")]));
+        write("cfg");
+        assert!(has(&[("HOME", "/home/u"), ("XDG_CONFIG_HOME", "/cfg")]));
+        write("etc");
+        assert!(has(&[("HOME", "/nobody")]));
+    }
 
     #[test]
     fn lines_of_real_processes() {

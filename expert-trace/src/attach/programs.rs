@@ -152,12 +152,17 @@ impl Programs {
     fn load_together(&self, names: &[&'static str]) -> Vec<Result<OwnedFd, LoadError>> {
         thread::scope(|scope| {
             let load = |name| move || without_signals(|| self.load_program(name));
-            let workers = names.iter().map(|name| scope.spawn(load(*name)));
+            let workers = names.iter().map(|name| {
+                let worker = thread::Builder::new().spawn_scoped(scope, load(*name));
+                (*name, worker)
+            });
             let workers: Vec<_> = workers.collect();
-            let joined = workers.into_iter().map(|worker| worker.join());
-            joined
-                .map(|result| result.unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
+            let joined = workers.into_iter().map(|(name, worker)| match worker {
+                Ok(worker) => worker.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                // There can be a limit on threads.
+                Err(_) => load(name)(),
+            });
+            joined.collect()
         })
     }
 

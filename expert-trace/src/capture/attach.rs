@@ -119,7 +119,9 @@ impl Loaded {
             .with_context(|| format!("cannot attach to process {pid}"));
         let exit = diagnosis::unless_ended(pid.get(), exit)?;
         let command = target::command_line(pid.get()).unwrap_or_default();
-        let variables = Variables::from(|name| target::variable(pid.get(), name));
+        let variables = Variables::from(&target::root(pid.get()), |name| {
+            target::variable(pid.get(), name)
+        });
         let logits = arguments.router_on_cpu
             || router_on_cpu::is_asked_for(&command, variables.override_tensor.as_deref());
         let start = Start {

@@ -249,6 +249,7 @@ impl Capture {
             contexts_known,
             pid,
             first_process,
+            plan,
             ..
         } = self;
         let mut looked_at = Vec::new();
@@ -294,6 +295,12 @@ impl Capture {
             {
                 looked_at.push(process);
                 look(targets, model, process, false);
+            }
+            if let Ok(event) = &event
+                && let Body::ProcessEnd(_) = event.body
+                && let Some(pid) = known_by(event.header.process)
+            {
+                plan.forget(pid);
             }
             model.push(event, &mut |pass| {
                 if let Some(log) = &mut sinks.log

@@ -158,7 +158,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     };
     let mut capture = Capture::new(session, start, sinks)?;
     capture.targets.main.command = command.clone();
-    capture.targets.main.variables = Variables::from(|name| environment.get(name).map(Into::into));
+    capture.targets.main.variables =
+        Variables::from("/".as_ref(), |name| environment.get(name).map(Into::into));
     capture.start()?;
     capture.announce();
     let gate = child.release(&program, |gate| {

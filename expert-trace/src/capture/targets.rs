@@ -69,11 +69,18 @@ pub struct Variables {
     pub override_tensor: Option<OsString>,
     /// All that decide about places, by name.
     placing: BTreeMap<&'static str, OsString>,
+    /// There are options in a file, too.
+    has_config_file: bool,
 }
 
 impl Variables {
-    /// Those of an environment.
-    pub fn from(get: impl Fn(&str) -> Option<OsString>) -> Self {
+    /// Those of an environment, for a program with this root directory.
+    pub fn from(root: &Path, get: impl Fn(&str) -> Option<OsString>) -> Self {
+        let of_config = ["XDG_CONFIG_HOME", "HOME"].map(|name| (name, get(name)));
+        let of_config = |wanted: &str| {
+            let (_, value) = of_config.iter().find(|(name, _)| *name == wanted)?;
+            value.as_deref()
+        };
         Self {
             model: get("LLAMA_ARG_MODEL"),
             override_tensor: get(OVERRIDE_VARIABLE),
@@ -81,6 +88,7 @@ impl Variables {
                 .iter()
                 .filter_map(|(name, _)| Some((*name, get(name)?)))
                 .collect(),
+            has_config_file: target::has_config_file(root, of_config),
         }
     }
 }
@@ -114,7 +122,8 @@ impl Target {
 
     fn options_of(&self, command: &[OsString]) -> Options {
         let variables = &self.variables.placing;
-        Options::parse(command, |name| variables.get(name).map(OsString::as_os_str))
+        let options = Options::parse(command, |name| variables.get(name).map(OsString::as_os_str));
+        options.beside(self.variables.has_config_file)
     }
 
     /// Its executable, as it sees it.
@@ -170,7 +179,8 @@ impl Targets {
         // A script can have set variables for what it became.
         let environment = target::environment(pid);
         if environment.iter().next().is_some() {
-            target.variables = Variables::from(|name| environment.get(name).map(Into::into));
+            let get = |name: &str| environment.get(name).map(Into::into);
+            target.variables = Variables::from(&target::root(pid), get);
         }
         let files = target::mapped_files(pid).unwrap_or_default();
         if !files.is_empty() {

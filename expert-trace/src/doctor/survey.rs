@@ -303,6 +303,8 @@ pub fn command(command: &Command<'_>) -> Survey {
         routes,
     } = *command;
     let options = Options::parse(arguments, |name| environment.get(name));
+    let has_config_file = target::has_config_file("/".as_ref(), |name| environment.get(name));
+    let options = options.beside(has_config_file);
     let plan = Plan::gated().with_routes(routes);
     let mut survey = Survey::new(TargetKind::Command, plan, options);
     survey.command = redact::command(arguments);
@@ -511,6 +513,8 @@ pub fn process(pid: u32, router_on_cpu: bool, routes: &[Route]) -> Survey {
     let override_tensor = environment.get(router_on_cpu::OVERRIDE_VARIABLE);
     let logits = router_on_cpu || router_on_cpu::is_asked_for(&arguments, override_tensor);
     let options = Options::parse(&arguments, |name| environment.get(name));
+    let has_config_file = target::has_config_file(&target::root(pid), |name| environment.get(name));
+    let options = options.beside(has_config_file);
     let plan = Plan::default().with_routes(Routes::asked_for(routes, logits));
     let mut survey = Survey::new(TargetKind::Process, plan, options);
     survey.pid = Some(pid);

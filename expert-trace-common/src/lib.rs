@@ -378,8 +378,10 @@ pub const CONTROL_WAKE_UP: u32 = 9;
 pub const CONTROL_SCHEDULERS: u32 = 10;
 /// The probe for expert ids while there is no other, by [`Site::lone`]; index 11 of the map `CONTROL`.
 pub const CONTROL_LONE_SITE: u32 = 11;
+/// Nobody sets it; index 12 of the map `CONTROL`.
+pub const CONTROL_ZERO: u32 = 12;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 12;
+pub const CONTROL_ENTRIES: u32 = 13;
 
 /// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
 #[repr(u32)]
@@ -443,7 +445,7 @@ impl Site {
 
     /// In 32 bits, never 0. Where there is one probe, to ask for the cookie costs a tenth of a hit.
     pub const fn lone(self) -> u32 {
-        1 << 31 | self.probe * MAX_SOURCES | self.source
+        (1 << 31) | (self.probe * MAX_SOURCES) | self.source
     }
 
     /// Back from that; none from 0.

@@ -14,8 +14,8 @@ use aya_ebpf::{
 };
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_ENTRIES, CONTROL_FOLLOW, CONTROL_LONE_SITE, CONTROL_ROUTES,
-    CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, Header, Kind, MAX_PROBES,
-    MAX_SOURCES, ProbeCounts, Route, Site, TIMED_EVERY, WakeUp, payload,
+    CONTROL_WAKE_UP, CONTROL_ZERO, COUNTERS, Counter, DeclaredLayout, Follow, Header, Kind,
+    MAX_PROBES, MAX_SOURCES, ProbeCounts, Route, Site, TIMED_EVERY, WakeUp, payload,
 };
 
 use crate::target::{process, site};
@@ -125,20 +125,20 @@ pub fn active() -> bool {
 pub struct Hit {
     /// Where it is.
     pub site: Site,
-    timed: Option<Timed>,
-}
-
-struct Timed {
     counts: *mut ProbeCounts,
+    /// 0 when it is not timed.
     begin_ns: u64,
 }
 
 impl Drop for Hit {
     #[inline(always)]
     fn drop(&mut self) {
-        let Some(Timed { counts, begin_ns }) = self.timed else {
+        let Self {
+            counts, begin_ns, ..
+        } = *self;
+        if begin_ns == 0 {
             return;
-        };
+        }
         // SAFETY: the helper takes no argument.
         let ns = unsafe { bpf_ktime_get_ns() }.saturating_sub(begin_ns);
         // SAFETY: the map's value is alive during the program.
@@ -154,7 +154,7 @@ pub fn hit<C: EbpfContext>(ctx: &C) -> Option<Hit> {
     if !active() {
         return None;
     }
-    Some(count_hit(site(ctx)))
+    count_hit(site(ctx))
 }
 
 /// The same of a probe for expert ids, which are hit most often.
@@ -167,26 +167,30 @@ pub fn hit_of_ids<C: EbpfContext>(ctx: &C) -> Option<Hit> {
         Some(site) => site,
         None => site(ctx),
     };
-    Some(count_hit(site))
+    count_hit(site)
 }
 
 #[inline(always)]
-fn count_hit(site: Site) -> Hit {
-    let Some(counts) = HITS.get_ptr_mut(site.probe) else {
-        return Hit { site, timed: None };
-    };
+fn count_hit(site: Site) -> Option<Hit> {
+    let counts = HITS.get_ptr_mut(site.probe)?;
     // SAFETY: the map's value is alive during the program.
     let hits = unsafe { &raw mut (*counts).hits };
     // Volatile: others count there, too.
     // SAFETY: as above.
     let is_timed = unsafe { ptr::read_volatile(hits) } % TIMED_EVERY == 0;
     add(hits, 1);
-    let timed = is_timed.then(|| Timed {
-        counts,
+    let begin_ns = if is_timed {
         // SAFETY: the helper takes no argument.
-        begin_ns: unsafe { bpf_ktime_get_ns() },
-    });
-    Hit { site, timed }
+        unsafe { bpf_ktime_get_ns() }
+    } else {
+        // A zero that the verifier does not know: else it would follow all that comes twice.
+        u64::from(control(CONTROL_ZERO))
+    };
+    Some(Hit {
+        site,
+        counts,
+        begin_ns,
+    })
 }
 
 /// Whether the capture takes this route.

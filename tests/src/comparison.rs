@@ -59,11 +59,13 @@ impl Goal {
             }
             Goal::Unchanged => {
                 let within = ratio.low >= 1.0 - RESOLUTION && ratio.high <= 1.0 + RESOLUTION;
-                return match ratio.low > 1.0 || ratio.high < 1.0 {
-                    _ if within => Verdict::Met,
-                    // It has changed, and by how much goes beyond what is allowed.
-                    true => Verdict::Missed,
-                    false => Verdict::NotResolved,
+                let has_changed = ratio.low > 1.0 || ratio.high < 1.0;
+                return if within {
+                    Verdict::Met
+                } else if has_changed {
+                    Verdict::Missed
+                } else {
+                    Verdict::NotResolved
                 };
             }
             Goal::NotMore => (ratio.low <= 1.0, ratio.low > 1.0),
@@ -205,7 +207,9 @@ mod tests {
 
     #[test]
     fn blocks_that_have_nothing_in_common_are_like_rounds() {
-        let rounds: Vec<f64> = (0..64).map(|i| 1.0 + 0.001 * f64::from(i * 37 % 64)).collect();
+        let rounds: Vec<f64> = (0..64)
+            .map(|i| 1.0 + 0.001 * f64::from(i * 37 % 64))
+            .collect();
         let blocks: Vec<Vec<f64>> = rounds.iter().map(|ratio| vec![*ratio]).collect();
         let expected = ratio(&rounds, &[1.0; 64]);
         let found = clustered(&blocks);

@@ -408,7 +408,9 @@ impl Configuration {
         };
         let blocks = self.blocks.iter();
         let blocks = blocks.map(|rounds| rounds.iter().filter_map(of_round).collect());
-        let blocks: Vec<Vec<f64>> = blocks.filter(|block: &Vec<f64>| !block.is_empty()).collect();
+        let blocks: Vec<Vec<f64>> = blocks
+            .filter(|block: &Vec<f64>| !block.is_empty())
+            .collect();
         (!blocks.is_empty()).then(|| Measured {
             ratio: comparison::clustered(&blocks),
             pairs: blocks.iter().map(Vec::len).sum(),

@@ -131,7 +131,10 @@ impl Arm {
         let hooks = hooks.map_or(&[][..], Vec::as_slice);
         if let Target::Large(library) = &self.target {
             let library = library.to_str().unwrap();
-            assert!(hooks.iter().any(|hook| hook["file"] == library), "{hooks:?}");
+            assert!(
+                hooks.iter().any(|hook| hook["file"] == library),
+                "{hooks:?}"
+            );
         }
         Sample {
             armed_ms,

@@ -211,8 +211,8 @@ impl Unit {
     }
 }
 
-/// libgomp's threads look for work in a loop for some milliseconds (4 to 12 were seen) after an answer, and
-/// CPU time of running threads is known by ticks of the scheduler alone. Both have an end by then.
+/// libgomp's threads look for work in a loop for some milliseconds after an answer, and CPU time of running
+/// threads is known by ticks of the scheduler alone. After this, they wait.
 const REST: Duration = Duration::from_millis(20);
 
 fn time(target: &mut Oracle, command: &str, times: &mut Times) {

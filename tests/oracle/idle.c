@@ -1,4 +1,4 @@
-// A process to look at: maps the files it is given, says "ready", and waits until its standard input
+// A process to look at: maps the files it is given as code, says "ready", and waits until its standard input
 // is closed. The thread id of a second thread, which waits too, follows the word.
 //
 // With -DHOOKED it defines the function that the tracer probes, as ggml's CPU backend does. With
@@ -44,7 +44,7 @@ int main(int argc, char ** argv) {
     char      byte;
     for (int i = 1; i < argc; i++) {
         int file = open(argv[i], O_RDONLY);
-        if (file < 0 || mmap(NULL, 1, PROT_READ, MAP_PRIVATE, file, 0) == MAP_FAILED) {
+        if (file < 0 || mmap(NULL, 1, PROT_READ | PROT_EXEC, MAP_PRIVATE, file, 0) == MAP_FAILED) {
             perror(argv[i]);
             return 1;
         }

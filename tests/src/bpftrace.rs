@@ -1,7 +1,7 @@
 //! Scripts of bpftrace, next to which the tracer is measured.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::breakpoints::{self, Mapping, Places};
 use crate::tracer::Counts;
 
 /// Counts as the tracer does, on a CPU.
@@ -22,6 +23,9 @@ const COUNT_NODES: &str = "uprobe:LIBRARY:ggml_cpu_extra_compute_forward { @hits
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The same of removing its probe and printing its maps.
 const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// Begins the name of the library that is probed.
+const LIBRARY: &str = "libggml-cpu";
 
 /// What is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,14 @@ impl Script {
             Script::CountNodes => COUNT_NODES,
         }
     }
+
+    /// What it probes.
+    fn function(self) -> &'static str {
+        match self {
+            Script::Count => "ggml_compute_forward_get_rows",
+            Script::EveryNode | Script::CountNodes => breakpoints::EVERY_NODE,
+        }
+    }
 }
 
 /// A running script. bpftrace of Debian 12 sets its probes in all processes that map the library.
@@ -52,19 +64,25 @@ pub struct Running {
 }
 
 impl Running {
-    /// Runs a script on the libggml-cpu of a process that nothing else probes; returns when its
-    /// breakpoint is there.
+    /// Runs a script on the libggml-cpu of a process; returns when its breakpoint is there. Gives
+    /// nothing where another tracer has its own at that place: the script's could not be told from it.
     ///
     /// # Errors
     ///
     /// If bpftrace is missing, or ends.
-    pub fn on(pid: u32, script: Script) -> Result<Running> {
-        let mapping = Mapping::of(pid)?;
-        let library = &mapping.path;
-        ensure!(!mapping.is_probed(pid)?, "{library} is probed already");
+    pub fn on(pid: u32, script: Script) -> Result<Option<Running>> {
+        let mut mappings = Mapping::all(pid)?.into_iter();
+        let library = mappings
+            .find(|mapping| mapping.file_name().starts_with(LIBRARY))
+            .with_context(|| format!("process {pid} maps no {LIBRARY}"))?
+            .path;
+        let place = Places::of(pid, LIBRARY, &[script.function()])?;
+        if place.are_probed(pid)? {
+            return Ok(None);
+        }
         let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
         let child = Command::new("bpftrace")
-            .args(["-e", &script.text().replace("LIBRARY", library)])
+            .args(["-e", &script.text().replace("LIBRARY", &library)])
             .stdout(stdout.try_clone()?)
             .stderr(stderr.try_clone()?)
             .spawn()
@@ -76,14 +94,14 @@ impl Running {
         };
         let deadline = Instant::now() + START_LIMIT;
         // It says nothing when it is ready.
-        while !mapping.is_probed(pid)? {
+        while !place.are_probed(pid)? {
             if running.child.try_wait()?.is_some() {
                 bail!("bpftrace ended: {}", text(&mut running.stderr)?);
             }
             ensure!(Instant::now() < deadline, "bpftrace sets no probe");
             std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(running)
+        Ok(Some(running))
     }
 
     /// Ends it as Ctrl-C does, and gives what it prints.
@@ -176,64 +194,6 @@ pub fn hits(printed: &str) -> Result<u64> {
     Ok(hits.parse()?)
 }
 
-/// The code of libggml-cpu in a process.
-#[derive(Debug, PartialEq)]
-struct Mapping {
-    path: String,
-    /// In memory.
-    start: u64,
-    /// In the file.
-    offset: u64,
-    /// In bytes.
-    len: usize,
-}
-
-impl Mapping {
-    fn of(pid: u32) -> Result<Mapping> {
-        let path = format!("/proc/{pid}/maps");
-        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        let mapping = text.lines().find_map(Self::parse);
-        mapping.with_context(|| format!("no libggml-cpu in {path}"))
-    }
-
-    /// A line such as `7f00-7f08 r-xp 00001000 fe:00 5   /lib/libggml-cpu.so`.
-    fn parse(line: &str) -> Option<Mapping> {
-        let path = line.find('/').map(|start| &line[start..])?;
-        let (_, file) = path.rsplit_once('/')?;
-        let mut fields = line.split(' ');
-        let (start, end) = fields.next()?.split_once('-')?;
-        let is_code = fields.next()? == "r-xp";
-        let number = |text: &str| u64::from_str_radix(text, 16).ok();
-        let (start, end) = (number(start)?, number(end)?);
-        (is_code && file.starts_with("libggml-cpu")).then_some(Mapping {
-            path: path.to_owned(),
-            start,
-            offset: number(fields.next()?)?,
-            len: usize::try_from(end - start).ok()?,
-        })
-    }
-
-    /// Whether the process has a breakpoint where the file has none.
-    fn is_probed(&self, pid: u32) -> Result<bool> {
-        let in_memory = read(&format!("/proc/{pid}/mem"), self.start, self.len)?;
-        let in_file = read(&self.path, self.offset, self.len)?;
-        // The last page goes beyond the end of the file.
-        Ok(in_memory.iter().zip(&in_file).any(|(a, b)| a != b))
-    }
-}
-
-/// `len` bytes of a file, or those that there are.
-fn read(path: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
-    let failed = || format!("read {path}");
-    let mut file = File::open(path).with_context(failed)?;
-    file.seek(SeekFrom::Start(offset)).with_context(failed)?;
-    let mut bytes = Vec::new();
-    file.take(len as u64)
-        .read_to_end(&mut bytes)
-        .with_context(failed)?;
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,23 +207,5 @@ mod tests {
         assert!(counts("@counts[0]: 5\n").is_err());
         assert_eq!(hits("Attaching 1 probe...\n\n\n@hits: 31\n").unwrap(), 31);
         assert!(hits("").is_err());
-    }
-
-    #[test]
-    fn code_of_the_library_is_found() {
-        let line = |permissions: &str, file: &str| {
-            format!("7f0000001000-7f0000003000 {permissions} 00001000 fe:00 5    /a b/{file}")
-        };
-        let expected = Mapping {
-            path: "/a b/libggml-cpu.so.0".to_owned(),
-            start: 0x7f00_0000_1000,
-            offset: 0x1000,
-            len: 0x2000,
-        };
-        let mapping = Mapping::parse(&line("r-xp", "libggml-cpu.so.0"));
-        assert_eq!(mapping, Some(expected));
-        assert_eq!(Mapping::parse(&line("r--p", "libggml-cpu.so.0")), None);
-        assert_eq!(Mapping::parse(&line("r-xp", "libc.so.6")), None);
-        assert_eq!(Mapping::parse("7f00-7f08 r-xp 00000000 00:00 0"), None);
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod account;
 pub mod bpftrace;
+pub mod breakpoints;
 pub mod builds;
 pub mod comparison;
 pub mod cpu_time;

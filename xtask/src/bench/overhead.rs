@@ -75,7 +75,7 @@ pub fn table(results: &[Value]) -> String {
             n => format!("{n} threads"),
         };
         let mut lines = format!("### {model}, {threads_in_words}\n\n");
-        lines += &format!("{}\n\n", untraced(&results));
+        lines += &format!("{} {}\n\n", untraced(&results), blocks(&results));
         lines += &document::head(&[
             "setup",
             "phase",
@@ -117,6 +117,19 @@ fn untraced(results: &[&Value]) -> String {
     format!("Untraced: {}.", speeds.collect::<Vec<_>>().join(", "))
 }
 
+/// How often everything was begun anew, and what another tracer on the machine has spoilt.
+fn blocks(results: &[&Value]) -> String {
+    let number = |key: &str| {
+        results
+            .iter()
+            .filter_map(|result| result[key].as_u64())
+            .max()
+    };
+    let blocks = number("blocks").unwrap_or_default();
+    let dropped = number("dropped_rounds").unwrap_or_default();
+    format!("Blocks: {blocks}. Dropped rounds: {dropped}.")
+}
+
 fn met(wall: &Value, cpu: &Value) -> String {
     let met = |result: &Value| match &result["met"] {
         Value::Bool(true) => "yes".to_owned(),
@@ -126,17 +139,25 @@ fn met(wall: &Value, cpu: &Value) -> String {
     };
     match (met(wall), met(cpu)) {
         (wall, cpu) if wall == cpu => wall,
-        (wall, cpu) => format!("{wall}, {cpu}"),
+        (wall, cpu) => [wall, cpu]
+            .map(|met| {
+                if met.is_empty() {
+                    "–".to_owned()
+                } else {
+                    met
+                }
+            })
+            .join(", "),
     }
 }
 
-/// Hits in a pass, at so many nanoseconds, and what they come to.
+/// Hits in a pass, at so many nanoseconds, and what they come to; a dash where there are none.
 fn hits(result: &Value) -> String {
     let number = |key: &str| result["hits"][key].as_f64();
     let (Some(per_pass), Some(ns), Some(percent)) =
         (number("per_pass"), number("ns"), number("percent"))
     else {
-        return String::new();
+        return "–".to_owned();
     };
     format!("{per_pass:.0} a pass × {ns:.0} = {percent:.2}")
 }
@@ -152,14 +173,27 @@ mod tests {
             json!({
                 "model": "m", "threads": threads, "phase": "decode", "measure": measure,
                 "arm": "attach", "compared_with": "untraced", "pairs": 30,
+                "blocks": 5, "dropped_rounds": 2,
                 "percent_more": [-0.1, 0.25, 0.5], "goal": "at most 0.5 %", "met": met,
                 "hits": {"per_pass": 10.4, "ns": 1144.0, "percent": 0.119},
                 "untraced_ms_per_token": 20.0,
             })
         };
+        let mut callback = [
+            row(1, "wall", Value::Null),
+            row(1, "cpu", "not resolved".into()),
+        ];
+        for row in &mut callback {
+            row["arm"] = "callback".into();
+            row["goal"] = Value::Null;
+            row["hits"] = Value::Null;
+        }
+        let [wall, cpu] = callback;
         vec![
             row(1, "wall", "not resolved".into()),
             row(1, "cpu", true.into()),
+            wall,
+            cpu,
             row(2, "wall", false.into()),
             row(2, "cpu", false.into()),
         ]
@@ -169,10 +203,11 @@ mod tests {
     fn each_configuration_has_a_table() {
         let table = table(&results());
         for line in [
-            "### m, 1 thread\n\nUntraced: 50 tokens/s in decode.\n",
+            "### m, 1 thread\n\nUntraced: 50 tokens/s in decode. Blocks: 5. Dropped rounds: 2.\n",
             "### m, 2 threads\n",
             "| attach | decode | +0.25 (-0.10 – +0.50) | +0.25 (-0.10 – +0.50) | 30 | at most 0.5 % | \
              not resolved, yes | 10 a pass × 1144 = 0.12 |\n",
+            "| 30 |  | –, not resolved | – |\n",
             "| at most 0.5 % | no | 10 a pass",
         ] {
             assert!(table.contains(line), "{line}\nin\n{table}");

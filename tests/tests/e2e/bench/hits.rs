@@ -130,8 +130,8 @@ fn smoke() {
     for result in results {
         let number = |key: &str| result[key].as_f64().unwrap();
         assert!(number("untraced_ns") < number("empty_ns"), "{result}");
-        assert!(number("empty_ns") < number("attached_ns"), "{result}");
-        assert!(number("run_ns") > number("untraced_ns"), "{result}");
+        assert!(number("untraced_ns") < number("attached_ns"), "{result}");
+        assert!(number("untraced_ns") < number("run_ns"), "{result}");
         assert_eq!(result["rounds"], 2);
     }
 }

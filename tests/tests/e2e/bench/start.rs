@@ -128,10 +128,18 @@ impl Arm {
         };
         assert_eq!(stats.0["capture"]["attached_by"], by);
         let hooks = stats.0["target"]["hooks"].as_array();
+        let hooks = hooks.map_or(&[][..], Vec::as_slice);
+        if let Target::Large(library) = &self.target {
+            let library = library.to_str().unwrap();
+            assert!(
+                hooks.iter().any(|hook| hook["file"] == library),
+                "{hooks:?}"
+            );
+        }
         Sample {
             armed_ms,
             end_ms,
-            probes: hooks.map_or(0, Vec::len),
+            probes: hooks.len(),
         }
     }
 
@@ -165,9 +173,9 @@ impl Arm {
 
     fn armed_goal(&self) -> Option<f64> {
         match self.target {
-            Target::Function(_) => Some(ARMED),
+            Target::Function(_) | Target::LlamaCpp => Some(ARMED),
             Target::Large(_) => Some(ARMED_LARGE),
-            Target::LlamaCpp | Target::True => None,
+            Target::True => None,
         }
     }
 
@@ -233,12 +241,20 @@ fn measure(effort: Effort) -> Vec<Value> {
             end: End::TargetEnds,
         },
     ];
+    let large = Target::Large(large_library());
     let (rounds, until) = match effort {
-        Effort::Smoke => (1, None),
+        Effort::Smoke => {
+            arms.push(Arm {
+                target: large,
+                by: By::UprobeMulti,
+                end: End::Interrupt,
+            });
+            (1, None)
+        }
         Effort::Full { limit } => {
             arms.push(function(By::UprobeMulti, End::TargetEnds));
             arms.push(function(By::PerfEvents, End::Interrupt));
-            for target in [Target::LlamaCpp, Target::Large(large_library())] {
+            for target in [Target::LlamaCpp, large] {
                 for by in [By::UprobeMulti, By::PerfEvents] {
                     arms.push(Arm {
                         target: target.clone(),
@@ -275,7 +291,9 @@ fn large_library() -> PathBuf {
     let builds = Build::list_from_env().unwrap();
     let mut files = builds.iter().flat_map(|build| &build.command);
     let is_large = |file: &&PathBuf| fs::metadata(file).is_ok_and(|file| file.len() >= LARGE);
-    files.find(is_large).expect("a large library").clone()
+    let file = files.find(is_large).expect("a large library");
+    // As it is mapped.
+    fs::canonicalize(file).unwrap()
 }
 
 /// Has a tracer end whose last words nobody reads, so that it waits before it detaches. Gives whether its
@@ -357,15 +375,16 @@ fn at_the_probe(pid: u32, program: &Path, stats: &Stats) -> u8 {
 #[test]
 fn smoke() {
     let rows = measure(Effort::Smoke);
-    assert_eq!(rows.len(), 7);
-    for row in &rows[..6] {
+    assert_eq!(rows.len(), 9);
+    for row in &rows[..8] {
         assert!(row["ms"].as_f64().is_some_and(|ms| ms > 0.0), "{row}");
         assert_eq!(row["rounds"], 1);
     }
     // By kind: with a function there is a probe, and each means of attaching has had its turn.
     assert!(rows[0]["probes"].as_u64() >= Some(1), "{}", rows[0]);
     assert_eq!(rows[2]["attached_by"], "perf_event");
-    assert_eq!(rows[6]["met"], true, "{}", rows[6]);
+    assert!(rows[6]["probes"].as_u64() >= Some(1), "{}", rows[6]);
+    assert_eq!(rows[8]["met"], true, "{}", rows[8]);
 }
 
 #[test]

@@ -18,23 +18,18 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "function.h"
+
 enum { MAX_ROWS = 2048, MAX_LAYERS = 128, MAX_EXPERTS = 512, MAX_CONTEXTS = 16 };
 
-#define NOTHING __attribute__((noinline, noclone))
+FUNCTION("ggml_compute_forward_get_rows");
+FUNCTION("ggml_backend_sched_graph_compute_async");
+FUNCTION("_ZN16llm_graph_result10set_inputsEPK12llama_ubatch");
 
-NOTHING void ggml_compute_forward_get_rows(const void * params, const void * dst) {
-    __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
-}
-
-NOTHING int ggml_backend_sched_graph_compute_async(const void * sched, const void * graph) {
-    __asm__ volatile("" : : "r"(sched), "r"(graph) : "memory");
-    return 0;
-}
-
-// llm_graph_result::set_inputs
-NOTHING void _ZN16llm_graph_result10set_inputsEPK12llama_ubatch(const void * result, const void * ubatch) {
-    __asm__ volatile("" : : "r"(result), "r"(ubatch) : "memory");
-}
+void ggml_compute_forward_get_rows(const void * params, const void * dst);
+int  ggml_backend_sched_graph_compute_async(const void * sched, const void * graph);
+void set_inputs(const void * result, const void * ubatch)
+    __asm__("_ZN16llm_graph_result10set_inputsEPK12llama_ubatch");
 
 // As of b11434 (ggml.h).
 struct tensor {
@@ -115,7 +110,7 @@ static void pass(int number, int count, int rows, int layers, int experts) {
         .n_seqs_unq = 1, .n_pos = 1, .pos = positions, .n_seq_id = n_seq_id, .seq_id = seq_id,
         .seq_id_unq = &sequence, .seq_idx = &sequence, .output = output,
     };
-    _ZN16llm_graph_result10set_inputsEPK12llama_ubatch(graph, &ubatch);
+    set_inputs(graph, &ubatch);
     ggml_backend_sched_graph_compute_async(contexts[number % count], graph);
     // ith, nth
     const int32_t params[16] = { 0, 1 };

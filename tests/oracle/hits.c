@@ -24,17 +24,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LAYERS = 48, N_EXPERT = 128, WIDE = 512, MAX_TOKENS = 1024, MAX_BATCHES = 1 << 16, PACE_NS = 200000 };
+#include "function.h"
 
-// The first instruction decides what a probe costs: it is that of compilers' functions.
-#if defined(__x86_64__)
-#define BODY "    push %rbp\n    pop %rbp\n    ret\n"
-#elif defined(__aarch64__)
-#define BODY "    stp x29, x30, [sp, #-16]!\n    ldp x29, x30, [sp], #16\n    ret\n"
-#endif
-#define FUNCTION(name)                                                                             \
-    __asm__(".text\n.globl " name "\n.type " name ", %function\n.p2align 4\n" name ":\n" BODY      \
-            ".size " name ", . - " name "\n")
+enum { LAYERS = 48, N_EXPERT = 128, WIDE = 512, MAX_TOKENS = 1024, MAX_BATCHES = 1 << 16, PACE_NS = 200000 };
 
 FUNCTION("ggml_compute_forward_get_rows");
 FUNCTION("ggml_backend_sched_graph_compute_async");

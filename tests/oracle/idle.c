@@ -13,15 +13,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "function.h"
+
 #ifdef HOOKED
-__attribute__((noinline)) void ggml_compute_forward_get_rows(const void * params, void * dst) {
-    __asm__ volatile("" : : "r"(params), "r"(dst) : "memory");
-}
+FUNCTION("ggml_compute_forward_get_rows");
 #endif
 #ifdef CONTEXT
-__attribute__((noinline)) void llama_free(void * context) {
-    __asm__ volatile("" : : "r"(context) : "memory");
-}
+FUNCTION("llama_free");
 #endif
 #ifdef MARKED
 __attribute__((used)) static const char mark[] = "ffn_moe_topk";

@@ -2,7 +2,8 @@
 
 use std::{mem::size_of, ops::Range, slice};
 
-use expert_trace_common::{Header, Kind, PassSource, ROW_OUTPUT, Route, RowInfo, payload};
+use expert_trace_common::{Header, Kind, PassSource, ROW_OUTPUT, Route};
+use expert_trace_tests::records::Records as Layout;
 
 /// What is decoded.
 #[derive(Clone, Copy)]
@@ -24,10 +25,6 @@ pub struct Records {
     bytes: Vec<u8>,
     places: Vec<Range<usize>>,
 }
-
-/// Rows of at most so many bytes leave room for one of them at a record's end (`ROW_NARROW` in
-/// expert-trace-ebpf/src/rows.rs).
-const ROW_NARROW: usize = 256;
 
 impl Passes {
     /// Expert ids in all passes.
@@ -64,9 +61,9 @@ impl Passes {
     }
 
     fn add_ubatch(&self, records: &mut Records, header: Header, position: i32) {
-        let per_record = payload::LARGE as u32 / size_of::<RowInfo>() as u32;
-        for first_row in (0..self.rows).step_by(per_record as usize) {
-            let rows = per_record.min(self.rows - first_row);
+        let layout = Layout::of_ubatch(self.rows);
+        for first_row in (0..self.rows).step_by(layout.rows as usize) {
+            let rows = layout.rows.min(self.rows - first_row);
             let header = Header {
                 kind: Kind::Pass as u8,
                 first_row,
@@ -80,23 +77,14 @@ impl Passes {
                 bytes.extend(flags.to_ne_bytes());
                 bytes
             });
-            records.push(&header, infos);
+            records.push(&header, infos, layout.payload);
         }
     }
 
     fn add_layer(&self, records: &mut Records, header: Header, layer: u16, draw: &mut Draw) {
-        let row_bytes = usize::from(self.k) * 4;
-        let size = match self.rows as usize * row_bytes {
-            ..=payload::SMALL if self.rows == 1 => payload::SMALL,
-            bytes if bytes <= payload::MEDIUM - ROW_NARROW => payload::MEDIUM,
-            _ => payload::LARGE,
-        };
-        let per_record = match size {
-            payload::SMALL => 1,
-            size => ((size - ROW_NARROW) / row_bytes + 1) as u32,
-        };
-        for first_row in (0..self.rows).step_by(per_record as usize) {
-            let rows = per_record.min(self.rows - first_row);
+        let layout = Layout::of_layer(self.rows, self.k.into(), self.n_expert);
+        for first_row in (0..self.rows).step_by(layout.rows as usize) {
+            let rows = layout.rows.min(self.rows - first_row);
             let header = Header {
                 kind: Kind::Rows as u8,
                 route: Route::Router as u8,
@@ -108,7 +96,8 @@ impl Passes {
                 ..header
             };
             let ids: Vec<u32> = (0..rows).flat_map(|_| draw.row(self.k)).collect();
-            records.push(&header, ids.into_iter().flat_map(u32::to_ne_bytes));
+            let ids = ids.into_iter().flat_map(u32::to_ne_bytes);
+            records.push(&header, ids, layout.payload);
         }
     }
 }
@@ -124,17 +113,15 @@ impl Records {
         self.places.len()
     }
 
-    fn push(&mut self, header: &Header, body: impl Iterator<Item = u8>) {
+    fn push(&mut self, header: &Header, body: impl Iterator<Item = u8>, payload: usize) {
         let start = self.bytes.len();
         // SAFETY: the header is made of integers without padding (checked in the common crate).
         self.bytes.extend_from_slice(unsafe {
             slice::from_raw_parts((&raw const *header).cast::<u8>(), size_of::<Header>())
         });
         self.bytes.extend(body);
-        let used = self.bytes.len() - start - size_of::<Header>();
-        let sizes = [payload::SMALL, payload::MEDIUM, payload::LARGE];
-        let size = sizes.into_iter().find(|size| used <= *size);
-        let end = start + size_of::<Header>() + size.expect("a payload fits its record");
+        let end = start + size_of::<Header>() + payload;
+        assert!(self.bytes.len() <= end, "a payload fits its record");
         self.bytes.resize(end, 0);
         self.places.push(start..end);
         // The kernel's own header before the next one (BPF_RINGBUF_HDR_SZ).

@@ -127,6 +127,10 @@ pub fn table(rows: &[Value]) -> String {
             None => String::new(),
         };
         let when = row["when"].as_str().unwrap_or_default();
+        let when = match row["shape"].as_str() {
+            Some(shape) => format!("{shape}: {when}"),
+            None => when.to_owned(),
+        };
         table += &format!("| {what} | {when} | {measured} | {goal} |\n");
     }
     table
@@ -197,7 +201,7 @@ mod tests {
         let rows = [
             loss(8 << 20, 4e6, 1),
             json!({
-                "measured": "memory", "when": "attached", "anonymous_mib": 30.04,
+                "measured": "memory", "shape": "8 layers", "when": "attached", "anonymous_mib": 30.04,
                 "ring_buffer_mib": 8.0, "goal": "at most 24 MiB", "met": false,
             }),
             json!({
@@ -208,7 +212,7 @@ mod tests {
         let table = table(&rows);
         for cell in [
             "| nothing lost: not met |",
-            "| 30.0 MiB, and 8 MiB of ring buffer | at most 24 MiB: not met |",
+            "| 8 layers: attached | 30.0 MiB, and 8 MiB of ring buffer | at most 24 MiB: not met |",
             "| 0.20 % of a core (0.10 – 2.00) | at most 0.01 of a core: not resolved |",
         ] {
             assert!(table.contains(cell), "{cell}: {table}");

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use expert_trace_tests::{hits, records::Records};
 use serde_json::{Value, json};
 
 use super::flood;
@@ -69,25 +70,16 @@ struct Cost {
     detach_ms: f64,
 }
 
-/// GET_ROWS nodes of a graph beside those of its routers: the lookup of tokens, and of the rows whose
-/// output is wanted (`build_inp_embd` and `build_inp_out_ids` in llama-graph.cpp).
-const OTHER_NODES: u32 = 2;
+/// GET_ROWS nodes of a graph beside those of its routers: of tokens (`build_inp_embd` in
+/// llama-graph.cpp), and two in the last layer, which keep the rows whose output is wanted (`inp_out_ids`
+/// for `cur` and for `inpSA`, models/qwen3moe.cpp).
+const OTHER_NODES: u32 = 3;
 
 /// The usual plan on the CPU, by the goals of the project: not measured.
 const PROBES: u32 = 3;
 /// A perf event's way out, one after the other, and links' shared one, by the same goals.
 const DETACH_EACH_MS: f64 = 90.0;
 const DETACH_SHARED_MS: f64 = 100.0;
-
-/// Of records, in bytes (expert-trace-common, `payload`; BPF_RINGBUF_HDR_SZ).
-const HEADER: u64 = 64 + 8;
-const SMALL: u64 = 64;
-const MEDIUM: u64 = 1024;
-const LARGE: u64 = 8192;
-/// Room that is left at a record's end for one row (`ROW_NARROW` in expert-trace-ebpf/src/rows.rs).
-const ROW_NARROW: u64 = 256;
-/// Of a token in the ubatch.
-const ROW_INFO: u64 = 8;
 
 impl Case {
     fn cost(&self, terms: &Terms) -> Cost {
@@ -113,7 +105,7 @@ impl Case {
         };
         let ns_per_token = (first_thread + others) / tokens;
         let passes_per_second = tokens_per_second / tokens;
-        let bytes = bytes_of_pass(ubatch.into(), k.into(), self.layers.into());
+        let bytes = bytes_of_pass(ubatch, k, self.layers);
         let ids_per_second = tokens_per_second * layers * f64::from(k);
         Cost {
             hits_per_token_and_thread: nodes / tokens,
@@ -130,30 +122,9 @@ impl Case {
 }
 
 /// Bytes of a pass' records in the ring buffer.
-fn bytes_of_pass(rows: u64, k: u64, layers: u64) -> u64 {
-    let row = 4 * k;
-    let of_layer = if rows == 1 && row <= SMALL {
-        HEADER + SMALL
-    } else {
-        let fitting = |payload: u64| (payload - ROW_NARROW) / row + 1;
-        let payload = if rows * row <= MEDIUM - ROW_NARROW {
-            MEDIUM
-        } else {
-            LARGE
-        };
-        rows.div_ceil(fitting(payload)) * (HEADER + payload)
-    };
-    let smallest = |bytes: u64| {
-        [SMALL, MEDIUM, LARGE]
-            .into_iter()
-            .find(|size| bytes <= *size)
-    };
-    let infos = rows * ROW_INFO;
-    let of_ubatch = match smallest(infos) {
-        Some(payload) => HEADER + payload,
-        None => infos.div_ceil(LARGE) * (HEADER + LARGE),
-    };
-    layers * of_layer + of_ubatch
+fn bytes_of_pass(tokens: u32, k: u32, layers: u32) -> u64 {
+    let of_layer = Records::of_layer(tokens, k, EXPERTS).bytes();
+    u64::from(layers) * of_layer + Records::of_ubatch(tokens).bytes()
 }
 
 /// Threads, layers with experts, tokens of a pass, and tokens in a second.
@@ -176,6 +147,8 @@ const CASES: [(u32, u32, u32, f64); 14] = [
 
 /// Experts chosen per token and layer, as most models in the field do.
 const K: u32 = 8;
+/// Experts of a layer, between which they are chosen: as far as that are rows from each other.
+const EXPERTS: u32 = 128;
 
 /// Benchmarks whose results are computed from.
 const FROM: [&str; 2] = ["hits", "flood"];
@@ -214,18 +187,18 @@ fn read(root: &Path, file: &ResultFile) -> Result<Value> {
 
 /// Medians of what the traced program lost per hit, over what the function takes by itself.
 fn terms(hits: &Value, flood: &Value) -> Option<Terms> {
-    let hits = hits.as_array()?;
-    let hit = |name: &str| hits.iter().find(|hit| hit["hit"] == name);
+    let rows = hits.as_array()?;
+    let hit = |name: &str| rows.iter().find(|hit| hit["hit"] == name);
     let added = |name: &str| {
         let hit = hit(name)?;
         Some(hit["attached_ns"].as_f64()? - hit["untraced_ns"].as_f64()?)
     };
     Some(Terms {
-        other_thread: added("another thread")?,
-        other_node: added("another tensor")?,
-        one_row: added("one row, k 8")?,
-        row: hit("512 rows, k 8")?["row_ns"][1].as_f64()?,
-        pass: added("a pass begins, 1 token")?,
+        other_thread: added(hits::OTHER_THREAD)?,
+        other_node: added(hits::OTHER_TENSOR)?,
+        one_row: added(hits::ONE_ROW)?,
+        row: hit(hits::PROMPT)?["row_ns"][1].as_f64()?,
+        pass: added(hits::PASS)?,
         safe_ids_per_second: flood::safe_rate(flood.as_array()?)?,
     })
 }
@@ -346,9 +319,9 @@ mod tests {
     #[test]
     fn a_token_is_late_by_the_hits_of_the_first_thread() {
         let cost = DECODE.cost(&TERMS);
-        assert_eq!(cost.hits_per_token_and_thread, 50.0);
-        assert_eq!(cost.ns_per_token, 1000.0 + 2.0 * 150.0 + 48.0 * 200.0);
-        assert!((cost.percent - 0.109).abs() < 1e-9);
+        assert_eq!(cost.hits_per_token_and_thread, 51.0);
+        assert_eq!(cost.ns_per_token, 1000.0 + 3.0 * 150.0 + 48.0 * 200.0);
+        assert!((cost.percent - 0.1105).abs() < 1e-9);
         assert_eq!(cost.margin, 50.0);
         let more_threads = Case {
             threads: 128,
@@ -364,7 +337,7 @@ mod tests {
             ..DECODE
         };
         let more = old.cost(&TERMS).ns_per_token - DECODE.cost(&TERMS).ns_per_token;
-        assert_eq!(more, 7.0 * 50.0 * 100.0);
+        assert_eq!(more, 7.0 * 51.0 * 100.0);
         assert_eq!(old.cost(&TERMS).detach_ms, 270.0);
         let alone = Case { threads: 1, ..old };
         assert_eq!(
@@ -380,23 +353,15 @@ mod tests {
             ..DECODE
         };
         let cost = prompt.cost(&TERMS);
-        assert_eq!(cost.hits_per_token_and_thread, 50.0 / 512.0);
-        let pass = 1300.0 + 48.0 * (200.0 + 511.0 * 10.0);
+        assert_eq!(cost.hits_per_token_and_thread, 51.0 / 512.0);
+        let pass = 1450.0 + 48.0 * (200.0 + 511.0 * 10.0);
         assert_eq!(cost.ns_per_token, pass / 512.0);
     }
 
     #[test]
-    fn records_are_of_three_sizes() {
-        // One row of up to 16 ids is a small record, as is the ubatch of up to 8 tokens.
+    fn each_layer_and_the_ubatch_have_records() {
         assert_eq!(bytes_of_pass(1, 8, 48), 49 * (72 + 64));
-        assert_eq!(bytes_of_pass(1, 32, 1), (72 + 1024) + (72 + 64));
-        assert_eq!(bytes_of_pass(24, 8, 1), 2 * (72 + 1024));
-        // 249 rows of 8 ids in a large one.
-        assert_eq!(bytes_of_pass(512, 8, 1), 3 * (72 + 8192) + (72 + 8192));
-        assert_eq!(
-            bytes_of_pass(8192, 8, 1),
-            33 * (72 + 8192) + 8 * (72 + 8192)
-        );
+        assert_eq!(bytes_of_pass(512, 8, 48), (48 * 17 + 4) * (72 + 1024));
     }
 
     #[test]
@@ -404,17 +369,17 @@ mod tests {
         let hit =
             |name: &str, ns: f64| json!({ "hit": name, "untraced_ns": 5.0, "attached_ns": ns });
         let mut rows = vec![
-            hit("another thread", 105.0),
-            hit("another tensor", 155.0),
-            hit("one row, k 8", 205.0),
-            hit("a pass begins, 1 token", 1005.0),
+            hit(hits::OTHER_THREAD, 105.0),
+            hit(hits::OTHER_TENSOR, 155.0),
+            hit(hits::ONE_ROW, 205.0),
+            hit(hits::PASS, 1005.0),
         ];
         let flood = json!([{
             "measured": "loss", "buffer_bytes": 8 << 20, "default_buffer": true,
             "ids_per_second": TERMS.safe_ids_per_second, "rows_lost": 0,
         }]);
         assert_eq!(terms(&json!(rows), &flood), None);
-        rows.push(json!({ "hit": "512 rows, k 8", "row_ns": [9.0, 10.0, 11.0] }));
+        rows.push(json!({ "hit": hits::PROMPT, "row_ns": [9.0, 10.0, 11.0] }));
         assert_eq!(terms(&json!(rows), &flood), Some(TERMS));
         let table = table(&[
             json!({ "what": "terms", "measured": describe(&TERMS), "of_commit": { "hits": "abc" } }),
@@ -424,7 +389,7 @@ mod tests {
             table.contains("| hit of one row ns | 200 | abc |"),
             "{table}"
         );
-        let line = "| 6.13 and newer | 8 | 48 | 1 | 100 | 50.000 | 10.9 | 0.11 | 0.67 | 50 × |";
+        let line = "| 6.13 and newer | 8 | 48 | 1 | 100 | 51.000 | 11.1 | 0.11 | 0.67 | 50 × |";
         assert!(table.contains(line), "{table}");
     }
 }

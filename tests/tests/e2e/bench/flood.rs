@@ -14,6 +14,7 @@ use expert_trace_tests::{
     comparison::{self, Ratio},
     cpu_time,
     oracle::Oracle,
+    records::Records,
     tracer::{Attached, Stats},
 };
 use nix::sys::signal::Signal;
@@ -26,10 +27,10 @@ use crate::{layouts::compile, support::scratch};
 #[derive(Clone, Copy)]
 struct Shape {
     contexts: u32,
-    rows: u64,
-    layers: u64,
-    k: u64,
-    experts: u64,
+    rows: u32,
+    layers: u32,
+    k: u32,
+    experts: u32,
 }
 
 /// The prompts of the flood.
@@ -49,9 +50,15 @@ const DECODE: Shape = Shape {
     ..PROMPT
 };
 
-/// The widest model that memory has to suffice for.
+/// Prompts of such a model, whose rows are near enough to each other to be read together.
+const NEAR_PROMPT: Shape = Shape {
+    rows: PROMPT.rows,
+    ..DECODE
+};
+
+/// Prompts of the widest model that memory has to suffice for, in ubatches of llama.cpp's own size.
 const WIDE: Shape = Shape {
-    contexts: 4,
+    contexts: 1,
     rows: 512,
     layers: 128,
     k: 10,
@@ -61,7 +68,14 @@ const WIDE: Shape = Shape {
 impl Shape {
     /// Rows of a pass in all layers.
     fn rows_of_pass(self) -> u64 {
-        self.rows * self.layers
+        u64::from(self.rows) * u64::from(self.layers)
+    }
+
+    /// Records of a pass.
+    fn records_of_pass(self) -> u64 {
+        let of_layer = Records::of_layer(self.rows, self.k, self.experts).number;
+        let of_ubatch = Records::of_ubatch(self.rows).number;
+        u64::from(self.layers) * u64::from(of_layer) + u64::from(of_ubatch)
     }
 }
 
@@ -92,7 +106,6 @@ impl Flood {
     fn trace(&self, buffer: Option<u64>) -> Tracer {
         let document = self.directory.path().join("stats.json");
         let mut options = vec![format!("--output={}", document.display())];
-        options.push("--top=0".to_owned());
         options.extend(buffer.map(|bytes| format!("--buffer-size={bytes}")));
         Tracer {
             attached: Attached::to(self.target.pid(), &options).unwrap(),
@@ -121,17 +134,21 @@ impl Flood {
 }
 
 impl Tracer {
-    /// Ends it, and gives how many of `rows` rows it has lost by its own account, which must be right.
-    fn lost(self, rows: u64) -> u64 {
+    /// Ends it, and gives how many rows of so many passes it has lost by its own account, which must be
+    /// right.
+    fn lost(self, shape: Shape, passes: u64) -> u64 {
         let said = self.attached.interrupt().unwrap();
         let stats = Stats::read(&self.document).unwrap();
         let number = |pointer: &str| stats.number(&format!("/integrity{pointer}"));
+        let rows = passes * shape.rows_of_pass();
         assert_eq!(number("/rows/seen"), rows);
         let lost = number("/rows/dropped/ring_full");
         assert_eq!(number("/rows/emitted") + lost, rows);
         assert_eq!(number("/received/rows"), number("/rows/emitted"));
         assert_eq!(number("/received/events"), number("/events/emitted"));
         let events_lost = number("/events/dropped/ring_full");
+        let events = passes * shape.records_of_pass();
+        assert_eq!(number("/events/emitted") + events_lost, events);
         let complete = &stats.0["integrity"]["complete"];
         assert_eq!(*complete, events_lost == 0, "{said}");
         if lost > 0 {
@@ -140,16 +157,16 @@ impl Tracer {
         }
         lost
     }
+}
 
-    /// Anonymous memory, in bytes.
-    fn anonymous(&self) -> Option<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.attached.pid())).ok()?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("RssAnon:"))?;
-        let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-        Some(kib << 10)
-    }
+/// Anonymous memory of a process, in bytes; nothing when it has ended.
+fn anonymous(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
 }
 
 #[test]
@@ -160,13 +177,17 @@ fn smoke() {
     tracer.attached.signal(Signal::SIGSTOP).unwrap();
     flood.pass(PROMPT, 1, None);
     tracer.attached.signal(Signal::SIGCONT).unwrap();
-    assert!(tracer.lost(PROMPT.rows_of_pass()) > 0);
+    assert!(tracer.lost(PROMPT, 1) > 0);
 
     let tracer = flood.trace(None);
     flood.pass(DECODE, 100, Some(1000.0));
-    assert!(tracer.anonymous().unwrap() > 0);
+    assert!(anonymous(tracer.attached.pid()).unwrap() > 0);
     assert!(cpu_time::of(tracer.attached.pid()).unwrap() > Duration::ZERO);
-    assert_eq!(tracer.lost(100 * DECODE.rows_of_pass()), 0);
+    assert_eq!(tracer.lost(DECODE, 100), 0);
+
+    let tracer = flood.trace(None);
+    flood.pass(NEAR_PROMPT, 1, None);
+    assert_eq!(tracer.lost(NEAR_PROMPT, 1), 0);
     flood.end();
 }
 
@@ -205,8 +226,7 @@ fn losses() {
             let passes = (SECONDS * rate.unwrap_or(100.0)) as u64;
             let tracer = flood.trace((buffer != DEFAULT_BUFFER).then_some(buffer));
             let achieved = flood.pass(PROMPT, passes, rate);
-            let rows = passes * PROMPT.rows_of_pass();
-            let lost = tracer.lost(rows);
+            let lost = tracer.lost(PROMPT, passes);
             let has_goal = buffer == DEFAULT_BUFFER && rate.is_some_and(|rate| rate <= SEVERAL);
             let row = json!({
                 "measured": "loss",
@@ -214,9 +234,9 @@ fn losses() {
                 "default_buffer": buffer == DEFAULT_BUFFER,
                 "wanted_passes_per_second": rate,
                 "passes_per_second": achieved,
-                "ids_per_second": achieved * (PROMPT.rows_of_pass() * PROMPT.k) as f64,
+                "ids_per_second": achieved * PROMPT.rows_of_pass() as f64 * f64::from(PROMPT.k),
                 "passes": passes,
-                "rows": rows,
+                "rows": passes * PROMPT.rows_of_pass(),
                 "rows_lost": lost,
                 "goal": has_goal.then_some("no row lost"),
                 "met": has_goal.then_some(lost == 0),
@@ -235,19 +255,32 @@ const FLAT: f64 = 0.25;
 #[test]
 #[ignore = "takes minutes: cargo xtask bench flood"]
 fn memory() {
+    memory_at(WIDE, true);
+    let more = Shape {
+        contexts: 4,
+        rows: 2048,
+        ..WIDE
+    };
+    memory_at(more, false);
+}
+
+/// Prints what the tracer needs, by prompts of this shape and generated tokens by turns. `is_judged`:
+/// there are goals for it.
+fn memory_at(shape: Shape, is_judged: bool) {
     const STEPS: u64 = 20;
     const DECODES: u64 = 400;
     const PROMPTS: u64 = 8;
-    let decode = Shape { rows: 1, ..WIDE };
+    let decode = Shape { rows: 1, ..shape };
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let mut flood = Flood::start();
     let tracer = flood.trace(None);
-    let at_start = tracer.anonymous().unwrap();
+    let pid = tracer.attached.pid();
+    let at_start = anonymous(pid).unwrap();
     let mut readings = Vec::new();
     for _ in 0..STEPS {
-        flood.pass(WIDE, PROMPTS, Some(20.0));
+        flood.pass(shape, PROMPTS, Some(prompts_per_second(shape)));
         flood.pass(decode, DECODES, Some(1000.0));
-        readings.push(tracer.anonymous().unwrap());
+        readings.push(anonymous(pid).unwrap());
     }
     let (early, last) = (
         readings[STEPS as usize / 10 - 1],
@@ -255,49 +288,71 @@ fn memory() {
     );
     let most = readings.iter().copied().max().unwrap();
 
-    // The document is made when the capture has ended.
+    // The document is made when the capture has ended, and what is said then is more than a pipe holds.
     tracer.attached.signal(Signal::SIGINT).unwrap();
-    let at_end = most_of(|| tracer.anonymous());
-    let rows = STEPS * (PROMPTS * WIDE.rows_of_pass() + DECODES * decode.rows_of_pass());
-    let stats = {
-        let (status, said) = tracer.attached.wait().unwrap();
-        assert!(status.success(), "{said}");
-        Stats::read(&tracer.document).unwrap()
-    };
-    stats.assert_complete();
+    let (ended, at_end) = thread::scope(|scope| {
+        let at_end = scope.spawn(|| most_of(|| anonymous(pid)));
+        (tracer.attached.wait().unwrap(), at_end.join().unwrap())
+    });
+    let (status, said) = ended;
+    assert!(status.success(), "{said}");
+    let stats = Stats::read(&tracer.document).unwrap();
+    let lost = stats.number("/integrity/rows/dropped/ring_full");
+    if is_judged {
+        stats.assert_complete();
+    }
+    let rows = STEPS * (PROMPTS * shape.rows_of_pass() + DECODES * decode.rows_of_pass());
     assert_eq!(stats.number("/integrity/rows/seen"), rows);
     flood.end();
 
-    let growth = mib(last) - mib(early);
-    let rows = [
-        ("attached", at_start, None),
-        ("while tracing, most of all", most, Some(MEMORY_GOAL)),
-        (
-            "while the document is made, most of all",
-            at_end,
-            Some(MEMORY_GOAL),
-        ),
-    ];
-    for (when, bytes, goal) in rows {
+    let Shape {
+        contexts,
+        rows,
+        layers,
+        experts,
+        ..
+    } = shape;
+    let what = match contexts {
+        1 => "1 context".to_owned(),
+        _ => format!("{contexts} contexts"),
+    };
+    let what = format!("{layers} layers × {experts} experts, {what}, prompts of {rows} tokens");
+    let row = |measured, when, mib: f64, goal: Option<(String, bool)>| {
+        let (goal, met) = goal.filter(|_| is_judged).unzip();
         let row = json!({
-            "measured": "memory",
-            "shape": "128 layers × 512 experts, 4 contexts",
+            "measured": measured,
+            "shape": what,
             "when": when,
-            "anonymous_mib": mib(bytes),
-            "ring_buffer_mib": mib(DEFAULT_BUFFER),
-            "goal": goal.map(|goal| format!("at most {goal} MiB")),
-            "met": goal.map(|goal| mib(bytes) <= goal),
+            "anonymous_mib": mib,
+            "ring_buffer_mib": DEFAULT_BUFFER >> 20,
+            "rows_lost": lost,
+            "goal": goal,
+            "met": met,
         });
         println!("RESULT {row}");
-    }
-    let row = json!({
-        "measured": "growth",
-        "when": "from the first tenth of the passes to the last",
-        "anonymous_mib": growth,
-        "goal": format!("flat: at most {FLAT} MiB"),
-        "met": growth <= FLAT,
-    });
-    println!("RESULT {row}");
+    };
+    let most_allowed = |mib: f64| Some((format!("at most {MEMORY_GOAL} MiB"), mib <= MEMORY_GOAL));
+    row("memory", "attached", mib(at_start), None);
+    let most = mib(most);
+    row(
+        "memory",
+        "while tracing, most of all",
+        most,
+        most_allowed(most),
+    );
+    let at_end = mib(at_end);
+    let when = "while the document is made, most of all";
+    row("memory", when, at_end, most_allowed(at_end));
+    let growth = mib(last) - mib(early);
+    let flat = (format!("flat: at most {FLAT} MiB"), growth <= FLAT);
+    let when = "from the first tenth of the passes to the last";
+    row("growth", when, growth, Some(flat));
+}
+
+/// Prompts of a shape that bring as many ids as those of the flood at [`SEVERAL`] a second.
+fn prompts_per_second(shape: Shape) -> f64 {
+    let ids = |shape: Shape| shape.rows_of_pass() as f64 * f64::from(shape.k);
+    SEVERAL * ids(PROMPT) / ids(shape)
 }
 
 /// The largest of what `read` gives until it gives nothing.
@@ -328,7 +383,7 @@ fn processor() {
         let used = cpu_time::of(pid).unwrap() - before;
         shares.push(used.as_secs_f64() / begin.elapsed().as_secs_f64());
     }
-    assert_eq!(tracer.lost(WINDOWS as u64 * 200 * DECODE.rows_of_pass()), 0);
+    assert_eq!(tracer.lost(DECODE, WINDOWS as u64 * 200), 0);
     flood.end();
     // A ratio to one is the value itself.
     let Ratio { median, low, high } = comparison::ratio(&shares, &[1.0; WINDOWS]);

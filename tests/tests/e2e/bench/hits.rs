@@ -18,6 +18,7 @@ use expert_trace::{
 };
 use expert_trace_tests::{
     comparison::{self, Ratio, ratio},
+    hits,
     oracle::Oracle,
     tracer::{self, Attached, Stats},
 };
@@ -49,16 +50,16 @@ const FILTERED: Goal = Goal::Ratio(1.3);
 const ONE_ROW: Goal = Goal::Ratio(2.5);
 
 const CASES: [Case; 11] = [
-    Case::new("another thread", "thread", 20, Some(FILTERED)),
-    Case::new("another tensor", "other", 20, Some(FILTERED)),
+    Case::new(hits::OTHER_THREAD, "thread", 20, Some(FILTERED)),
+    Case::new(hits::OTHER_TENSOR, "other", 20, Some(FILTERED)),
     Case::new("scales of experts", "scales", 20, Some(FILTERED)),
     Case::new("one row, k 4", "decode 4", 20, Some(ONE_ROW)),
-    Case::new("one row, k 8", "decode 8", 20, Some(ONE_ROW)),
+    Case::new(hits::ONE_ROW, "decode 8", 20, Some(ONE_ROW)),
     Case::new("one row, k 10", "decode 10", 20, Some(ONE_ROW)),
     Case::new("one row, k 8, every 0.2 ms", "paced 8", 5, Some(ONE_ROW)),
-    Case::of_512_rows("512 rows, k 8 of 128", "prompt 8 512"),
+    Case::of_512_rows(hits::PROMPT, "prompt 8 512"),
     Case::of_512_rows("512 rows, k 10 of 512", "wide 10 512"),
-    Case::new("a pass begins, 1 token", "pass 1", 200, None),
+    Case::new(hits::PASS, "pass 1", 200, None),
     Case::new("a pass begins, 512 tokens", "pass 512", 40, None),
 ];
 

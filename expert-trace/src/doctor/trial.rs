@@ -55,13 +55,12 @@ pub fn trace_ourselves() -> Result<HitCosts, TrialError> {
     let (mut session, mut events) = Session::load(RING_BYTES, Scope::Process(pid))?;
     session.load_programs(Hook::ALL)?;
     let mut costs = [0.0; 3];
-    let mut number = 0;
-    for (cost, (hook, function)) in costs.iter_mut().zip([
-        (Hook::Libraries, emulated as extern "C" fn()),
-        (Hook::Libraries, single_stepped),
+    // Programs that count their hits, and have nothing to say of a function that is not ggml's.
+    for (number, (cost, (hook, function))) in (1..).zip(costs.iter_mut().zip([
+        (Hook::WeightsFollow, emulated as extern "C" fn()),
+        (Hook::WeightsFollow, single_stepped),
         (Hook::SplitDone, returning),
-    ]) {
-        number += 1;
+    ])) {
         let probe = probe(hook, number, function)?;
         let without = call_ns(function);
         session.attach(&probe)?;
@@ -69,17 +68,14 @@ pub fn trace_ourselves() -> Result<HitCosts, TrialError> {
         let with = call_ns(function);
         session.set_active(false)?;
         *cost = with - without;
-        let calls = CALLS;
-        let mut arrived = arrived(&mut events);
-        // The program of the return probe counts its hits, and has nothing to say of a function that
-        // is not ggml's.
-        if hook == Hook::SplitDone {
-            arrived = usize::try_from(session.hits(&probe)?).unwrap_or(0);
-        }
-        if arrived != calls {
-            return Err(TrialError::Lost { calls, arrived });
-        }
+        expect_all(usize::try_from(session.hits(&probe)?).unwrap_or(0))?;
     }
+    // One that tells of each hit, which wakes us and so takes longer.
+    session.attach(&probe(Hook::Libraries, 4, emulated)?)?;
+    session.set_active(true)?;
+    call_ns(emulated);
+    session.set_active(false)?;
+    expect_all(arrived(&mut events))?;
     session.detach();
     let [entry, entry_single_stepped, on_return] = costs;
     Ok(HitCosts {
@@ -87,6 +83,16 @@ pub fn trace_ourselves() -> Result<HitCosts, TrialError> {
         entry_single_stepped,
         on_return,
     })
+}
+
+fn expect_all(arrived: usize) -> Result<(), TrialError> {
+    match arrived {
+        CALLS => Ok(()),
+        arrived => Err(TrialError::Lost {
+            calls: CALLS,
+            arrived,
+        }),
+    }
 }
 
 fn arrived(events: &mut Events) -> usize {

@@ -101,8 +101,10 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
         walk.chunk_rows = 1;
         run_chunks(rows.max(1), scattered_chunk, &mut walk);
     } else if rows <= 1 && walk.row_bytes as usize <= payload::SMALL {
-        walk.header.rows = rows;
-        emit_row(&walk);
+        // One row of a decoded token, or a record without a row.
+        emit_rows::<{ payload::SMALL }>(&walk, (0, rows), |to| {
+            copy_together::<{ payload::SMALL }>(&walk, 0, rows, to)
+        });
     } else if row_stride == u64::from(walk.row_bytes) {
         contiguous(&mut walk);
     } else if !strided(&mut walk) {
@@ -123,37 +125,58 @@ fn one_by_one(walk: &mut RowsWalk) {
     }
 }
 
-/// Emits the one row of a decoded token, or a record without a row.
+/// Emits a record of rows, with room for `PAYLOAD` bytes of them, which `fill` puts there. Returns 0 (for
+/// `bpf_loop`: to go on).
 #[inline(always)]
-fn emit_row(walk: &RowsWalk) {
-    let rows = walk.header.rows;
+fn emit_rows<const PAYLOAD: usize>(
+    walk: &RowsWalk,
+    (first_row, rows): (u32, u32),
+    fill: impl FnOnce(*mut u8) -> Option<()>,
+) -> i64 {
     count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::SMALL }>>(0) else {
-        walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
-        return;
+    let Some(mut entry) = EVENTS.reserve::<Record<PAYLOAD>>(0) else {
+        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
     };
     let record = entry.as_mut_ptr();
     // SAFETY: the entry is as large as the record.
-    unsafe { (&raw mut (*record).header).write(walk.header) };
-    // SAFETY: as above.
-    let to = unsafe { (&raw mut (*record).payload).cast::<u8>() };
-    let bytes = u64::from(rows) * u64::from(walk.row_bytes);
-    // Volatile: the verifier has to see the bound here.
-    // SAFETY: a read of a live variable.
-    let bytes = unsafe { ptr::read_volatile(&bytes) };
-    if bytes > payload::SMALL as u64
-        // SAFETY: the payload has room for so many bytes by the check before.
-        || unsafe { walk.data.read_to(to, bytes as u32) }.is_none()
-    {
+    let payload = unsafe {
+        (&raw mut (*record).header).write(Header {
+            first_row,
+            rows,
+            ..walk.header
+        });
+        (&raw mut (*record).payload).cast()
+    };
+    if fill(payload).is_none() {
         entry.discard(0);
-        walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-        return;
+        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
     entry.submit(wake_up());
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),
     ]);
+    0
+}
+
+/// Copies so many rows, which follow each other without a gap, to a payload of `PAYLOAD` bytes.
+#[inline(always)]
+fn copy_together<const PAYLOAD: usize>(
+    walk: &RowsWalk,
+    first_row: u32,
+    rows: u32,
+    to: *mut u8,
+) -> Option<()> {
+    let from = walk.data.offset(u64::from(first_row) * walk.row_stride);
+    let bytes = u64::from(rows) * u64::from(walk.row_bytes);
+    // Volatile: the verifier has to see the bound here.
+    // SAFETY: a read of a live variable.
+    let bytes = unsafe { ptr::read_volatile(&bytes) };
+    if bytes > PAYLOAD as u64 {
+        return None;
+    }
+    // SAFETY: the payload has room for so many bytes by the check before.
+    unsafe { from.read_to(to, bytes as u32) }
 }
 
 /// Whether the current pass shows these ids for the first time: one tensor of ids serves all weights
@@ -347,38 +370,9 @@ extern "C" fn contiguous_chunk<const PAYLOAD: usize>(index: u32, walk: *mut Rows
     // SAFETY: the caller keeps the walk on its stack during the loop.
     let walk = unsafe { &*walk };
     let (first_row, rows) = walk.chunk(index);
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<PAYLOAD>>(0) else {
-        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record.
-    let to = unsafe {
-        (&raw mut (*record).header).write(Header {
-            first_row,
-            rows,
-            ..walk.header
-        });
-        (&raw mut (*record).payload).cast::<u8>()
-    };
-    let from = walk.data.offset(u64::from(first_row) * walk.row_stride);
-    let bytes = u64::from(rows) * u64::from(walk.row_bytes);
-    // Volatile: the verifier has to see the bound here.
-    // SAFETY: a read of a live variable.
-    let bytes = unsafe { ptr::read_volatile(&bytes) };
-    if bytes > PAYLOAD as u64
-        // SAFETY: the payload has room for so many bytes by the check before.
-        || unsafe { from.read_to(to, bytes as u32) }.is_none()
-    {
-        entry.discard(0);
-        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-    }
-    entry.submit(wake_up());
-    count_each([
-        (Counter::EventsEmitted, 1),
-        (Counter::RowsEmitted, u64::from(rows)),
-    ]);
-    0
+    emit_rows::<PAYLOAD>(walk, (first_row, rows), |to| {
+        copy_together::<PAYLOAD>(walk, first_row, rows, to)
+    })
 }
 
 /// Rows that are read with what is between them. A read costs as much as some hundred bytes of it.
@@ -439,65 +433,45 @@ extern "C" fn strided_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
     // SAFETY: the caller keeps the walk on its stack during the loop.
     let walk = unsafe { &*walk };
     let (first_row, rows) = walk.chunk(index);
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::MEDIUM }>>(0) else {
-        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record.
-    let to = unsafe {
-        (&raw mut (*record).header).write(Header {
-            first_row,
-            rows,
-            ..walk.header
+    emit_rows::<{ payload::MEDIUM }>(walk, (first_row, rows), |to| {
+        // Volatile: the verifier has to see bounds where they are checked.
+        // SAFETY: reads of live references.
+        let (stride, row_bytes) = unsafe {
+            (
+                ptr::read_volatile(&walk.row_stride),
+                u64::from(ptr::read_volatile(&walk.row_bytes)),
+            )
+        };
+        let bytes = u64::from(rows.saturating_sub(1)) * stride + row_bytes;
+        // SAFETY: a read of a live variable.
+        let bytes = unsafe { ptr::read_volatile(&bytes) };
+        let scratch = SCRATCH.get_ptr_mut(0);
+        // SAFETY: the map's value is alive during the program.
+        let scratch = scratch.map(|scratch| unsafe { (&raw mut (*scratch).bytes).cast::<u8>() });
+        let from = walk.data.offset(u64::from(first_row) * stride);
+        let read = scratch.filter(|scratch| {
+            // SAFETY: there is room for so many bytes by the check before.
+            bytes <= LAST_FROM && unsafe { from.read_to(*scratch, bytes as u32) }.is_some()
         });
-        (&raw mut (*record).payload).cast::<u8>()
-    };
-    // Volatile: the verifier has to see bounds where they are checked.
-    // SAFETY: reads of live references.
-    let (stride, row_bytes) = unsafe {
-        (
-            ptr::read_volatile(&walk.row_stride),
-            u64::from(ptr::read_volatile(&walk.row_bytes)),
-        )
-    };
-    let bytes = u64::from(rows.saturating_sub(1)) * stride + row_bytes;
-    // SAFETY: a read of a live variable.
-    let bytes = unsafe { ptr::read_volatile(&bytes) };
-    let scratch = SCRATCH.get_ptr_mut(0);
-    // SAFETY: the map's value is alive during the program.
-    let scratch = scratch.map(|scratch| unsafe { (&raw mut (*scratch).bytes).cast::<u8>() });
-    let from = walk.data.offset(u64::from(first_row) * stride);
-    let read = scratch.filter(|scratch| {
-        // SAFETY: there is room for so many bytes by the check before.
-        bytes <= LAST_FROM && unsafe { from.read_to(*scratch, bytes as u32) }.is_some()
-    });
-    let Some(scratch) = read else {
-        entry.discard(0);
-        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-    };
-    let mut row = 0;
-    while row < STRIDED_ROWS as u64 && row < u64::from(rows) {
-        let (at, put) = (row * stride, row * row_bytes);
-        if at > LAST_FROM || put > LAST_TO {
-            break;
+        let scratch = read?;
+        let mut row = 0;
+        while row < STRIDED_ROWS as u64 && row < u64::from(rows) {
+            let (at, put) = (row * stride, row * row_bytes);
+            if at > LAST_FROM || put > LAST_TO {
+                return None;
+            }
+            // What is too much of it the next row overwrites, and what is behind the last one is not of
+            // the record.
+            // SAFETY: both have room for a row of the largest size by the check before.
+            unsafe {
+                let at = scratch.add(at as usize).cast::<[u64; WORDS]>();
+                let put = to.add(put as usize).cast::<[u64; WORDS]>();
+                put.write_unaligned(at.read_unaligned());
+            }
+            row += 1;
         }
-        // What is too much of it the next row overwrites, and what is behind the last one is not of
-        // the record.
-        // SAFETY: both have room for a row of the largest size by the check before.
-        unsafe {
-            let at = scratch.add(at as usize).cast::<[u64; WORDS]>();
-            let put = to.add(put as usize).cast::<[u64; WORDS]>();
-            put.write_unaligned(at.read_unaligned());
-        }
-        row += 1;
-    }
-    entry.submit(wake_up());
-    count_each([
-        (Counter::EventsEmitted, 1),
-        (Counter::RowsEmitted, u64::from(rows)),
-    ]);
-    0
+        Some(())
+    })
 }
 
 /// Calls `chunk` for 0 to `chunks` - 1, once when there is nothing but must be a record.
@@ -516,38 +490,16 @@ extern "C" fn rows_chunk<const PAYLOAD: usize, const ROW: usize>(
     // SAFETY: the caller keeps the walk on its stack during the loop.
     let walk = unsafe { &*walk };
     let (first_row, rows) = walk.chunk(index);
-
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<PAYLOAD>>(0) else {
-        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record.
-    unsafe {
-        (&raw mut (*record).header).write(Header {
-            first_row,
-            rows,
-            ..walk.header
-        })
-    };
-    let mut copy = Copy {
-        // SAFETY: as above.
-        to: unsafe { (&raw mut (*record).payload).cast() },
-        from: walk.data.offset(u64::from(first_row) * walk.row_stride),
-        stride: walk.row_stride,
-        bytes: walk.row_bytes,
-        failed: 0,
-    };
-    if copy.run(rows, copy_piece::<PAYLOAD, ROW>).is_none() {
-        entry.discard(0);
-        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-    }
-    entry.submit(wake_up());
-    count_each([
-        (Counter::EventsEmitted, 1),
-        (Counter::RowsEmitted, u64::from(rows)),
-    ]);
-    0
+    emit_rows::<PAYLOAD>(walk, (first_row, rows), |to| {
+        let mut copy = Copy {
+            to,
+            from: walk.data.offset(u64::from(first_row) * walk.row_stride),
+            stride: walk.row_stride,
+            bytes: walk.row_bytes,
+            failed: 0,
+        };
+        copy.run(rows, copy_piece::<PAYLOAD, ROW>)
+    })
 }
 
 /// Emits one row whose ids do not lie side by side (`nb[0]` is not 4).
@@ -558,41 +510,18 @@ extern "C" fn scattered_chunk(index: u32, walk: *mut RowsWalk) -> i64 {
     // SAFETY: the caller keeps the walk on its stack during the loop.
     let walk = unsafe { &*walk };
     let (first_row, rows) = walk.chunk(index);
-
-    count(Counter::EventsSeen, 1);
-    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::LARGE }>>(0) else {
-        return walk.lost(rows, Counter::EventsRingFull, Counter::RowsRingFull);
-    };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is as large as the record.
-    unsafe {
-        (&raw mut (*record).header).write(Header {
-            first_row,
-            rows,
-            ..walk.header
-        })
-    };
-    let k = if rows == 0 { 0 } else { walk.header.k };
-    let mut copy = Copy {
-        // SAFETY: as above.
-        to: unsafe { (&raw mut (*record).payload).cast() },
-        from: walk.data.offset(u64::from(first_row) * walk.row_stride),
-        stride: walk.element_stride,
-        bytes: ELEMENT_SIZE as u32,
-        failed: 0,
-    };
-    let copied = copy.run(
-        u32::from(k),
-        copy_piece::<{ payload::LARGE }, { ELEMENT_SIZE as usize }>,
-    );
-    if copied.is_none() {
-        entry.discard(0);
-        return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
-    }
-    entry.submit(wake_up());
-    count_each([
-        (Counter::EventsEmitted, 1),
-        (Counter::RowsEmitted, u64::from(rows)),
-    ]);
-    0
+    emit_rows::<{ payload::LARGE }>(walk, (first_row, rows), |to| {
+        let k = if rows == 0 { 0 } else { walk.header.k };
+        let mut copy = Copy {
+            to,
+            from: walk.data.offset(u64::from(first_row) * walk.row_stride),
+            stride: walk.element_stride,
+            bytes: ELEMENT_SIZE as u32,
+            failed: 0,
+        };
+        copy.run(
+            u32::from(k),
+            copy_piece::<{ payload::LARGE }, { ELEMENT_SIZE as usize }>,
+        )
+    })
 }

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "function.h"
+#include "structs.h"
 
 enum { MAX_ROWS = 2048, MAX_LAYERS = 128, MAX_EXPERTS = 512, MAX_CONTEXTS = 16 };
 
@@ -30,38 +31,6 @@ void ggml_compute_forward_get_rows(const void * params, const void * dst);
 int  ggml_backend_sched_graph_compute_async(const void * sched, const void * graph);
 void set_inputs(const void * result, const void * ubatch)
     __asm__("_ZN16llm_graph_result10set_inputsEPK12llama_ubatch");
-
-// As of b11434 (ggml.h).
-struct tensor {
-    int32_t         type;
-    void *          buffer;
-    int64_t         ne[4];
-    size_t          nb[4];
-    int32_t         op;
-    int32_t         op_params[16];
-    int32_t         flags;
-    struct tensor * src[10];
-    struct tensor * view_src;
-    size_t          view_offs;
-    void *          data;
-    char            name[64];
-    void *          extra;
-    char            padding[8];
-};
-_Static_assert(offsetof(struct tensor, src) == 152 && offsetof(struct tensor, data) == 248, "ggml.h");
-
-// As of b11434 (llama-batch.h).
-struct ubatch {
-    uint32_t   b_equal_seqs, n_tokens, n_seq_tokens, n_seqs, n_seqs_unq, n_pos;
-    int32_t *  token;
-    float *    embd;
-    int32_t *  pos;
-    int32_t *  n_seq_id;
-    int32_t ** seq_id;
-    int32_t *  seq_id_unq;
-    int32_t *  seq_idx;
-    int8_t *   output;
-};
 
 static struct tensor ids[MAX_LAYERS], weights[MAX_LAYERS];
 // Row r begins with experts r, r + 1, … (mod their number). A layer, and a pass, begin at another row.

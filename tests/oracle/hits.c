@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "function.h"
+#include "structs.h"
 
 enum { LAYERS = 48, N_EXPERT = 128, WIDE = 512, MAX_TOKENS = 1024, MAX_BATCHES = 1 << 16, PACE_NS = 200000 };
 
@@ -41,38 +42,6 @@ void set_inputs(const void * result, const void * ubatch)
 void process_ubatch(const void * context, const void * ubatch)
     __asm__("_ZN13llama_context14process_ubatchERK12llama_ubatch14llm_graph_type"
             "P22llama_memory_context_iR11ggml_status");
-
-// As of b11434 (ggml.h).
-struct tensor {
-    int32_t         type;
-    void *          buffer;
-    int64_t         ne[4];
-    size_t          nb[4];
-    int32_t         op;
-    int32_t         op_params[16];
-    int32_t         flags;
-    struct tensor * src[10];
-    struct tensor * view_src;
-    size_t          view_offs;
-    void *          data;
-    char            name[64];
-    void *          extra;
-    char            padding[8];
-};
-_Static_assert(offsetof(struct tensor, src) == 152 && offsetof(struct tensor, data) == 248, "ggml.h");
-
-// As of b11434 (llama-batch.h).
-struct ubatch {
-    uint32_t   b_equal_seqs, n_tokens, n_seq_tokens, n_seqs, n_seqs_unq, n_pos;
-    int32_t *  token;
-    float *    embd;
-    int32_t *  pos;
-    int32_t *  n_seq_id;
-    int32_t ** seq_id;
-    int32_t *  seq_id_unq;
-    int32_t *  seq_idx;
-    int8_t *   output;
-};
 
 static struct tensor ids[LAYERS], weights[LAYERS];
 static int32_t       sequence, positions[MAX_TOKENS], n_seq_id[MAX_TOKENS];

@@ -29,6 +29,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "structs.h"
+
 #ifdef CALLBACK
 // There is a device by this, for the tracer.
 void * ggml_backend_cuda_reg(void) {
@@ -93,22 +95,9 @@ static inline __attribute__((always_inline)) void get_rows(const params_t * para
 #endif
 
 #ifdef SCHEDULED
-// As of b11434 (llama-batch.h).
-struct llama_ubatch {
-    uint32_t  b_equal_seqs, n_tokens, n_seq_tokens, n_seqs, n_seqs_unq, n_pos;
-    int32_t * token;
-    float *   embd;
-    int32_t * pos;
-    int32_t * n_seq_id;
-    int32_t ** seq_id;
-    int32_t * seq_id_unq;
-    int32_t * seq_idx;
-    int8_t *  output;
-};
-
 // llm_graph_result::set_inputs
 __attribute__((noinline)) void _ZN16llm_graph_result10set_inputsEPK12llama_ubatch(
-        void * result, const struct llama_ubatch * ubatch) {
+        void * result, const struct ubatch * ubatch) {
     __asm__ volatile("" : : "r"(result), "r"(ubatch) : "memory");
 }
 
@@ -135,7 +124,7 @@ static void begin_pass(uint32_t tokens) {
         seq_id[i]   = &sequence;
         output[i]   = i + 1 == tokens;
     }
-    const struct llama_ubatch ubatch = {
+    const struct ubatch ubatch = {
         .b_equal_seqs = 1, .n_tokens = tokens, .n_seq_tokens = tokens, .n_seqs = 1, .n_seqs_unq = 1,
         .n_pos = 1, .pos = pos, .n_seq_id = n_seq_id, .seq_id = seq_id, .seq_id_unq = &sequence,
         .seq_idx = &sequence, .output = output,

@@ -10,3 +10,7 @@ pub const ONE_ROW: &str = "one row, k 8";
 pub const PROMPT: &str = "512 rows, k 8 of 128";
 /// A pass of one token begins.
 pub const PASS: &str = "a pass begins, 1 token";
+/// A pass of [`PROMPT_TOKENS`] tokens begins.
+pub const PROMPT_PASS: &str = "a pass begins, 512 tokens";
+/// Tokens of that.
+pub const PROMPT_TOKENS: u32 = 512;

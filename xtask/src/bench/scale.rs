@@ -25,8 +25,10 @@ struct Terms {
     one_row: f64,
     /// Each row of a longer pass.
     row: f64,
-    /// What begins a pass.
+    /// What begins a pass of one token.
     pass: f64,
+    /// What each further token adds to that.
+    pass_token: f64,
     /// Expert ids in a second that nothing was lost of, at the default ring buffer.
     safe_ids_per_second: f64,
 }
@@ -97,7 +99,8 @@ impl Case {
             1 => terms.one_row,
             _ => terms.one_row + (tokens - 1.0) * terms.row,
         };
-        let first_thread = terms.pass + f64::from(OTHER_NODES) * terms.other_node + layers * routed;
+        let begin = terms.pass + (tokens - 1.0) * terms.pass_token;
+        let first_thread = begin + f64::from(OTHER_NODES) * terms.other_node + layers * routed;
         // The others wait at the barrier behind each node, for longer than their own hits take.
         let others = match kernel {
             Kernel::New => 0.0,
@@ -193,12 +196,15 @@ fn terms(hits: &Value, flood: &Value) -> Option<Terms> {
         let hit = hit(name)?;
         Some(hit["attached_ns"].as_f64()? - hit["untraced_ns"].as_f64()?)
     };
+    let pass = added(hits::PASS)?;
+    let further = added(hits::PROMPT_PASS)? - pass;
     Some(Terms {
         other_thread: added(hits::OTHER_THREAD)?,
         other_node: added(hits::OTHER_TENSOR)?,
         one_row: added(hits::ONE_ROW)?,
         row: hit(hits::PROMPT)?["row_ns"][1].as_f64()?,
-        pass: added(hits::PASS)?,
+        pass,
+        pass_token: further / f64::from(hits::PROMPT_TOKENS - 1),
         safe_ids_per_second: flood::safe_rate(flood.as_array()?)?,
     })
 }
@@ -210,6 +216,7 @@ fn describe(terms: &Terms) -> Value {
         one_row,
         row,
         pass,
+        pass_token,
         safe_ids_per_second,
     } = *terms;
     json!({
@@ -218,6 +225,7 @@ fn describe(terms: &Terms) -> Value {
         "hit_of_one_row_ns": one_row,
         "row_of_a_prompt_ns": row,
         "begin_of_a_pass_ns": pass,
+        "begin_of_a_pass_for_each_further_token_ns": pass_token,
         "ids_per_second_without_loss": safe_ids_per_second,
     })
 }
@@ -305,6 +313,7 @@ mod tests {
         one_row: 200.0,
         row: 10.0,
         pass: 1000.0,
+        pass_token: 2.0,
         safe_ids_per_second: 38400.0 * 50.0,
     };
     const DECODE: Case = Case {
@@ -354,7 +363,7 @@ mod tests {
         };
         let cost = prompt.cost(&TERMS);
         assert_eq!(cost.hits_per_token_and_thread, 51.0 / 512.0);
-        let pass = 1450.0 + 48.0 * (200.0 + 511.0 * 10.0);
+        let pass = 1450.0 + 511.0 * 2.0 + 48.0 * (200.0 + 511.0 * 10.0);
         assert_eq!(cost.ns_per_token, pass / 512.0);
     }
 
@@ -373,6 +382,7 @@ mod tests {
             hit(hits::OTHER_TENSOR, 155.0),
             hit(hits::ONE_ROW, 205.0),
             hit(hits::PASS, 1005.0),
+            hit(hits::PROMPT_PASS, 2027.0),
         ];
         let flood = json!([{
             "measured": "loss", "buffer_bytes": 8 << 20, "default_buffer": true,

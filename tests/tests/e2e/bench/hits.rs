@@ -60,7 +60,7 @@ const CASES: [Case; 11] = [
     Case::of_512_rows(hits::PROMPT, "prompt 8 512"),
     Case::of_512_rows("512 rows, k 10 of 512", "wide 10 512"),
     Case::new(hits::PASS, "pass 1", 200, None),
-    Case::new("a pass begins, 512 tokens", "pass 512", 40, None),
+    Case::new(hits::PROMPT_PASS, "pass 512", 40, None),
 ];
 
 impl Case {

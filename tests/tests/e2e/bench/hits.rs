@@ -114,12 +114,7 @@ enum Arm {
 const ARMS: [Arm; 4] = [Arm::Untraced, Arm::Empty, Arm::Attached, Arm::Run];
 
 /// Probed functions that the program calls.
-const HOOKS: [Hook; 4] = [
-    Hook::ExpertIds,
-    Hook::Context,
-    Hook::Ubatch,
-    Hook::PassBegin,
-];
+const HOOKS: [Hook; 2] = [Hook::ExpertIds, Hook::Context];
 
 /// Rounds after which the intervals are narrow enough for the goals to be judged.
 const ROUNDS: usize = 40;
@@ -154,12 +149,12 @@ fn measure(effort: Effort) -> Vec<serde_json::Value> {
     let mut target = Oracle::spawn(&mut std::process::Command::new(&program)).unwrap();
     let pid = NonZeroU32::new(target.pid()).unwrap();
     let mut plan = Plan::default();
-    let planned = plan.add_file(
-        &File::open(&program).unwrap(),
-        &program,
-        &program,
-        Mapper::UNKNOWN,
-    );
+    // The process is known, and so its plan is that of `attach`.
+    let mapper = Mapper {
+        process: Some(pid.get()),
+        ..Mapper::UNKNOWN
+    };
+    let planned = plan.add_file(&File::open(&program).unwrap(), &program, &program, mapper);
     let probes = planned.unwrap().probes;
     let mut hooks: Vec<Hook> = probes.iter().map(|probe| probe.hook).collect();
     hooks.retain(|hook| HOOKS.contains(hook));

@@ -7,7 +7,7 @@ use core::{
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, BPF_RB_RING_SIZE},
     helpers::bpf_ktime_get_ns,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
@@ -205,12 +205,24 @@ pub fn wake_up() -> u64 {
     u64::from(control(CONTROL_WAKE_UP))
 }
 
+/// The same for records that come before others: they wake the tracer in any case once a quarter of the
+/// buffer is full, so that it can leave them for longer than a burst takes to fill it.
+#[inline(always)]
+pub fn wake_up_in_time() -> u64 {
+    let [filled, size] = [BPF_RB_AVAIL_DATA, BPF_RB_RING_SIZE].map(|of| EVENTS.query(of.into()));
+    if filled > size / 4 {
+        WakeUp::Always as u64
+    } else {
+        wake_up()
+    }
+}
+
 /// The same for records that tell of passes, contexts and processes. But for later passes they are rare,
 /// and have the tracer look at the process while it is there.
 #[inline(always)]
 pub fn wake_up_for(kind: u8, pass: u32) -> u64 {
     if kind == Kind::Pass as u8 && pass != 0 {
-        wake_up()
+        wake_up_in_time()
     } else {
         WakeUp::Always as u64
     }

@@ -7,7 +7,10 @@ use aya_log_ebpf::debug;
 use expert_trace_common::{Counter, Header, Kind, MAX_EXPERTS, PassSource, Route, payload};
 
 use crate::{
-    maps::{EVENTS, Record, THREADS, ThreadState, add, count, count_each, is_read, wake_up},
+    maps::{
+        EVENTS, Record, THREADS, ThreadState, add, count, count_each, is_read, wake_up,
+        wake_up_in_time,
+    },
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
@@ -151,7 +154,11 @@ fn emit_rows<const PAYLOAD: usize>(
         entry.discard(0);
         return walk.lost(rows, Counter::EventsUnreadable, Counter::RowsUnreadable);
     }
-    entry.submit(wake_up());
+    entry.submit(match PAYLOAD {
+        // Such ones fill the buffer slowly: it is looked at when their pass begins.
+        payload::SMALL => wake_up(),
+        _ => wake_up_in_time(),
+    });
     count_each([
         (Counter::EventsEmitted, 1),
         (Counter::RowsEmitted, u64::from(rows)),

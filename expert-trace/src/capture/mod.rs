@@ -647,16 +647,16 @@ impl Capture {
     }
 }
 
-/// How long events are left in a ring buffer of this size: not so long that a thread could fill it by
-/// rows, which take more than a nanosecond for a byte, nor that somebody who reads the log would notice.
+/// How long events are left in a ring buffer of this size: not so long that somebody who reads the log would
+/// notice. One that fills up wakes us; in a small one, that would be too late.
 fn gathering(ring_bytes: u32) -> Duration {
-    const UNNOTICED: Duration = Duration::from_millis(10);
-    /// Timers have whole ones.
-    const MILLISECOND: Duration = Duration::from_millis(1);
-    let filled = Duration::from_nanos(ring_bytes.into());
-    match filled.min(UNNOTICED) {
-        short if short < 2 * MILLISECOND => Duration::ZERO,
-        long => long - MILLISECOND,
+    const UNNOTICED: Duration = Duration::from_millis(40);
+    /// Rows take more than a nanosecond for a byte, so that the rest of it lasts for longer than we take
+    /// to wake up.
+    const SMALLEST: u32 = 2 << 20;
+    match ring_bytes {
+        SMALLEST.. => UNNOTICED,
+        _ => Duration::ZERO,
     }
 }
 

@@ -30,8 +30,8 @@ pub enum Kind {
     /// A pass of a scheduler begins (`first_row == 0`), or goes on. Payload: `rows` × [`RowInfo`] of
     /// the pass' ubatch; none when the ubatch could not be read.
     Pass = 2,
-    /// Token ids of a pass of at most [`MAX_WARMUP_TOKENS`] tokens, for the recognition of warm-up
-    /// passes alone. Payload: `rows` × `i32`.
+    /// Token ids of a pass: of one of at most [`MAX_WARMUP_TOKENS`] tokens, for the recognition of warm-up
+    /// passes, and of all where [`CONTROL_TOKENS`] asks for them. Payload: `rows` × `i32`.
     Tokens = 3,
     /// The context is being freed: no pass of it follows.
     ContextEnd = 4,
@@ -380,8 +380,10 @@ pub const CONTROL_SCHEDULERS: u32 = 10;
 pub const CONTROL_LONE_SITE: u32 = 11;
 /// Nobody sets it; index 12 of the map `CONTROL`.
 pub const CONTROL_ZERO: u32 = 12;
+/// Whether token ids of all passes are read; index 13 of the map `CONTROL`.
+pub const CONTROL_TOKENS: u32 = 13;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 13;
+pub const CONTROL_ENTRIES: u32 = 14;
 
 /// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
 #[repr(u32)]

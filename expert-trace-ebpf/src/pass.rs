@@ -8,10 +8,12 @@
 //! The scheduler is probed only where some process can come to it in no other way. Where it is, it is
 //! entered for each pass that a `llama_context` has begun as well.
 
+use core::ptr;
+
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use expert_trace_common::{
-    CONTROL_SCHEDULERS, Counter, Header, Kind, MAX_ROWS, MAX_WARMUP_PASSES, PassSource, Phase,
-    ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE, payload,
+    CONTROL_SCHEDULERS, CONTROL_TOKENS, Counter, Header, Kind, MAX_ROWS, MAX_WARMUP_PASSES,
+    PassSource, Phase, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE, payload,
 };
 
 use crate::{
@@ -29,6 +31,8 @@ use crate::{
 mod ubatch {
     /// `n_tokens`, `n_seq_tokens`, `n_seqs`, `n_seqs_unq`, each `u32`.
     pub const COUNTS: u64 = 4;
+    /// `token`: null where embeddings take the place of tokens.
+    pub const TOKENS: u64 = 24;
     /// `pos`: up to b11434; with another member before it, as b11549 has.
     pub const POSITIONS: [u64; 2] = [40, 48];
     /// `n_seq_id`, from `pos` on.
@@ -198,7 +202,21 @@ fn begin(beginning: Beginning) {
     };
     match ubatch {
         None => emit_header(header),
-        Some(ubatch) => emit_pass(header, ubatch),
+        Some(ubatch) => {
+            let total_rows = ubatch.tokens;
+            emit_pass(header, ubatch);
+            if control(CONTROL_TOKENS) != 0 {
+                emit_tokens(
+                    Header {
+                        kind: Kind::Tokens as u8,
+                        k: 0,
+                        total_rows,
+                        ..header
+                    },
+                    Address(address),
+                );
+            }
+        }
     }
 }
 
@@ -457,6 +475,68 @@ extern "C" fn pass_chunk<const PAYLOAD: usize>(index: u32, walk: *mut PassWalk) 
         unsafe { infos.add(i).write(info) };
     }
     entry.submit(wake_up_for(header.kind, header.pass));
+    count(Counter::EventsEmitted, 1);
+    0
+}
+
+struct TokensWalk {
+    header: Header,
+    /// Of token ids, `i32`.
+    data: Address,
+}
+
+/// Emits the token ids of a pass.
+#[inline(always)]
+fn emit_tokens(header: Header, ubatch: Address) {
+    let Some(data) = ubatch.offset(ubatch::TOKENS).read().map(Address) else {
+        return count(Counter::UbatchUnreadable, 1);
+    };
+    if data.0 == 0 {
+        return;
+    }
+    let records = header.total_rows.div_ceil(TOKENS_OF_RECORD);
+    run_chunks(records, tokens_chunk, &mut TokensWalk { header, data });
+}
+
+const TOKENS_OF_RECORD: u32 = (payload::MEDIUM / size_of::<i32>()) as u32;
+
+/// Emits the `index`th record of a pass' tokens. Returns 0 to go on (the contract of `bpf_loop`).
+#[inline(never)]
+extern "C" fn tokens_chunk(index: u32, walk: *mut TokensWalk) -> i64 {
+    // SAFETY: the caller keeps the walk on its stack during the loop.
+    let TokensWalk { header, data } = unsafe { &*walk };
+    let first_row = index * TOKENS_OF_RECORD;
+    let rows = TOKENS_OF_RECORD.min(header.total_rows.saturating_sub(first_row));
+
+    count(Counter::EventsSeen, 1);
+    let Some(mut entry) = EVENTS.reserve::<Record<{ payload::MEDIUM }>>(0) else {
+        count(Counter::EventsRingFull, 1);
+        return 0;
+    };
+    let record = entry.as_mut_ptr();
+    let bytes = rows * size_of::<i32>() as u32;
+    // Volatile: the verifier has to see the bound here.
+    // SAFETY: a read of a live variable.
+    let bytes = unsafe { ptr::read_volatile(&bytes) };
+    let from = data.offset(u64::from(first_row) * size_of::<i32>() as u64);
+    // SAFETY: the entry is as large as the record, and so many bytes fit in its payload.
+    let copied = unsafe {
+        (&raw mut (*record).header).write(Header {
+            first_row,
+            rows,
+            ..*header
+        });
+        match bytes <= payload::MEDIUM as u32 {
+            true => from.read_to((&raw mut (*record).payload).cast(), bytes),
+            false => None,
+        }
+    };
+    if copied.is_none() {
+        entry.discard(0);
+        count(Counter::EventsUnreadable, 1);
+        return 0;
+    }
+    entry.submit(wake_up_for(Kind::Pass as u8, header.pass));
     count(Counter::EventsEmitted, 1);
     0
 }

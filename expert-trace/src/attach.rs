@@ -27,8 +27,8 @@ use aya::{
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_LONE_SITE, CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET,
-    CONTROL_TRACER, CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow, LAYOUT_DECLARED,
-    MAX_PROBES, MAX_SOURCES, ProbeCounts, TENSOR_LAYOUTS, WakeUp,
+    CONTROL_TOKENS, CONTROL_TRACER, CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow,
+    LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, ProbeCounts, TENSOR_LAYOUTS, WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -486,6 +486,14 @@ impl Session {
     pub fn read(&mut self, routes: Routes) -> Result<(), AttachError> {
         let bits = routes.bits();
         self.set(CONTROL_ROUTES, bits)
+    }
+
+    /// Has the BPF programs read the token ids of all passes.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn read_tokens(&mut self) -> Result<(), AttachError> {
+        self.set(CONTROL_TOKENS, 1)
     }
 
     /// Tells the BPF programs whether schedulers are probed. Not before they are: a pass that has begun

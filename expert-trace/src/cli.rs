@@ -53,6 +53,10 @@ Examples:
   See the routing of a model that is fully on a GPU:
     sudo expert-trace run --router-on-cpu -- llama-cli -m model.gguf -p \"Hello\"
 
+  Record every token's experts in every layer:
+    sudo expert-trace run --trace routes.arrows -- \\
+      llama-cli -m model.gguf -p \"Hello\"
+
   Run the program as somebody else:
     sudo expert-trace run --user nobody -- llama-cli -m model.gguf -p \"Hello\"
 
@@ -81,6 +85,9 @@ Examples:
 
   Write the choice of every token in every layer to a file:
     sudo expert-trace attach --pid 4242 --log=routes.log --duration 30s
+
+  Record every token's experts of a server, an hour in each file:
+    sudo expert-trace attach --pid 4242 --trace routes.arrows --rotate 1h
 
   Trace every process that uses a library, and write a file for each:
     sudo expert-trace attach --all --library bin/libggml-cpu.so -d 30s \\
@@ -254,6 +261,17 @@ pub struct Recording {
     /// Print one line per token and layer, to stderr or to a file
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub log: Option<Option<PathBuf>>,
+    /// Record every routed token of every layer in this file, as an Arrow IPC stream. %p and %% as in
+    /// --output
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Record token ids in the trace, too: whoever has them can read the text
+    #[arg(long, requires = "trace")]
+    pub tokens: bool,
+    /// Go on in another file when the trace's has this size (1G) or this age (10m); each has a number
+    /// before the extension of its name
+    #[arg(long, value_name = "SIZE|TIME", requires = "trace", value_parser = rotation)]
+    pub rotate: Option<Rotation>,
     /// List at most so many experts per layer in the summary
     #[arg(long, value_name = "N")]
     pub top: Option<usize>,
@@ -280,6 +298,15 @@ pub struct Recording {
     /// with routers on the CPU]
     #[arg(long, value_name = "BYTES", value_parser = ring_buffer_bytes)]
     pub buffer_size: Option<u32>,
+}
+
+/// When a trace goes on in another file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rotation {
+    /// The file has so many bytes.
+    Bytes(u64),
+    /// The file was begun so long ago.
+    Age(Duration),
 }
 
 impl Recording {
@@ -323,7 +350,8 @@ fn variable(text: OsString) -> Result<(OsString, OsString), &'static str> {
 /// Largest ring buffer: larger powers of two do not fit the kernel's interface.
 const MAX_RING: u64 = 1 << 31;
 
-fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
+/// A size with a unit of K, M or G, by powers of two.
+fn bytes(text: &str) -> Option<u64> {
     let (digits, unit) = match text
         .trim_end_matches(['B', 'i'])
         .strip_suffix(['K', 'M', 'G'])
@@ -337,6 +365,22 @@ fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
         b'G' => 1 << 30,
         _ => 1,
     };
+    let bytes = digits.parse::<u64>().ok()?.checked_mul(factor)?;
+    (bytes > 0).then_some(bytes)
+}
+
+fn rotation(text: &str) -> Result<Rotation, &'static str> {
+    // M is a month elsewhere.
+    let age = || humantime::parse_duration(text).ok().map(Rotation::Age);
+    bytes(text)
+        .filter(|_| !text.ends_with(|c: char| c.is_ascii_digit()))
+        .map(Rotation::Bytes)
+        .or_else(age)
+        .filter(|rotation| *rotation != Rotation::Age(Duration::ZERO))
+        .ok_or("a size with K, M or G is needed, such as 1G, or a time, such as 10m")
+}
+
+fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
     let page = u64::try_from(
         nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
             .ok()
@@ -344,11 +388,8 @@ fn ring_buffer_bytes(text: &str) -> Result<u32, String> {
             .unwrap_or(4096),
     )
     .unwrap_or(4096);
-    let bytes = digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(factor))
-        .filter(|bytes| (1..=MAX_RING).contains(bytes))
+    let bytes = bytes(text)
+        .filter(|bytes| *bytes <= MAX_RING)
         .ok_or_else(|| format!("a size up to {}G is needed, such as 8M", MAX_RING >> 30))?;
     u32::try_from(bytes.max(page).next_power_of_two()).map_err(|error| error.to_string())
 }
@@ -369,6 +410,19 @@ mod tests {
         assert_eq!(variable("A=".into()), pair("A", ""));
         for text in ["", "A", "=b"] {
             assert!(variable(text.into()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn rotations() {
+        let minutes = |minutes: u64| Ok(Rotation::Age(Duration::from_secs(60 * minutes)));
+        assert_eq!(rotation("1G"), Ok(Rotation::Bytes(1 << 30)));
+        assert_eq!(rotation("512KiB"), Ok(Rotation::Bytes(512 << 10)));
+        assert_eq!(rotation("10M"), Ok(Rotation::Bytes(10 << 20)));
+        assert_eq!(rotation("10m"), minutes(10));
+        assert_eq!(rotation("1h30m"), minutes(90));
+        for text in ["", "10", "0G", "0s", "G", "soon"] {
+            assert!(rotation(text).is_err(), "{text}");
         }
     }
 

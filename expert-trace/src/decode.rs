@@ -30,7 +30,7 @@ pub enum Body<'a> {
     Scores(Scores<'a>),
     /// Rows of a pass' ubatch; a pass begins where `header.first_row` is 0.
     Pass(RowInfos<'a>),
-    /// All tokens of a short pass.
+    /// Token ids of a pass.
     Tokens(Numbers<'a>),
     /// The context is being freed.
     ContextEnd,

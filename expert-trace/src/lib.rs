@@ -4,7 +4,7 @@
 //! Data flows one way, and each module has one subject:
 //!
 //! ```text
-//! target process ──uprobe──▶ expert-trace-ebpf ──ring buffer──▶ decode ─▶ model ─▶ export, summary
+//! target process ──uprobe──▶ expert-trace-ebpf ──ring buffer──▶ decode ─▶ model ─▶ export, summary, trace
 //!      ▲                                                                    ▲
 //! target, launch ─▶ symbols ─▶ probes (Plan) ─▶ attach (Session)          gguf
 //! ```
@@ -21,6 +21,7 @@
 //!   ids to the host.
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
 //!   be traced, why routing was not seen, and why nothing was counted.
+//! - [`trace`]: every routed row, as Arrow; recorded from what the model gives when a pass is over.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
@@ -71,6 +72,7 @@ pub mod stats;
 pub mod summary;
 pub mod symbols;
 pub mod target;
+pub mod trace;
 pub mod uprobe_event;
 pub mod users;
 pub mod variables;

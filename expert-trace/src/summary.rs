@@ -591,6 +591,7 @@ mod tests {
         };
         let context = |id, gaps| ContextStats {
             id,
+            trace_context: id,
             pid: 1,
             model: None,
             passes: 1,

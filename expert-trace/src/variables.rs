@@ -28,7 +28,7 @@ pub struct Flags<'a> {
     pub output: Option<&'a Path>,
     /// `--log`, wherever it goes.
     pub log: bool,
-    /// A flag that only makes sense with a summary, such as `--top`.
+    /// A flag that only makes sense with counts, such as `--top` and `--trace`.
     pub summary: bool,
 }
 

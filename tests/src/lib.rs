@@ -15,6 +15,7 @@ pub mod llama;
 pub mod models;
 pub mod oracle;
 pub mod prebuilt;
+pub mod python;
 pub mod reachable;
 pub mod records;
 pub mod routes;

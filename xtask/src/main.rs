@@ -16,6 +16,7 @@ mod pip;
 mod planned;
 mod plot;
 mod prebuilt;
+mod python;
 mod results;
 mod suite;
 mod system;
@@ -28,6 +29,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use expert_trace_tests::builds::Build;
+use expert_trace_tests::python::PYTHON;
 use planned::Planned;
 
 /// Builds the BPF objects, shows the program at work, and runs all tests.
@@ -107,6 +109,7 @@ fn run() -> Result<ExitCode> {
             };
             let list = workspace::target()?.join(test::BUILDS);
             export(&prebuilt::provision()?.to_env());
+            export(&[(PYTHON, &python::provision()?)]);
             export(&[Build::write_list(&list, &builds)?]);
         }
     }

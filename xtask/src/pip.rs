@@ -115,7 +115,8 @@ pub fn unpack_wheel(wheel: &Path, into: &Path) -> Result<()> {
     )
 }
 
-fn ensure_python(purpose: &str) -> Result<()> {
+/// Installs Python where it, or a part of it, is missing.
+pub fn ensure_python(purpose: &str) -> Result<()> {
     let usable = Command::new("python3")
         .args(["-c", "import ensurepip, venv"])
         .stderr(Stdio::null())

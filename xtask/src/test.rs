@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use expert_trace_tests::{builds::Build, llama::LlamaCpp, prebuilt::Prebuilt};
+use expert_trace_tests::{builds::Build, llama::LlamaCpp, prebuilt::Prebuilt, python::PYTHON};
 
-use crate::{bench, command, ebpf, llama, packages, prebuilt, results, system, workspace};
+use crate::{bench, command, ebpf, llama, packages, prebuilt, python, results, system, workspace};
 use steps::{Results, Steps};
 
 /// File in the directory of build products with the list of builds that tests trace by their names.
@@ -100,10 +100,15 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
     steps.run("bpftrace", |_| {
         packages::ensure(bench::BPFTRACE, "measuring against scripts")
     });
+    let Some(python) = steps.run("Python's data tools", |_| python::provision()) else {
+        steps.skip(STEP, "there is nothing to read our files back with");
+        return;
+    };
     let targets = Targets {
         llama,
         prebuilt,
         builds,
+        python,
     };
     steps.run(STEP, |results| {
         end_to_end_with(root, filter, &targets, None, results)
@@ -120,6 +125,8 @@ struct Targets {
     llama: LlamaCpp,
     prebuilt: Prebuilt,
     builds: Vec<Build>,
+    /// The interpreter with the tools that read our files back.
+    python: PathBuf,
 }
 
 /// Some tests are those of a user who comes through `sudo`. They make the user and its rules.
@@ -151,6 +158,7 @@ fn end_to_end_with(
         .envs(targets.llama.to_env())
         .envs(targets.prebuilt.to_env())
         .envs([Build::write_list(&list, &targets.builds)?])
+        .env(PYTHON, &targets.python)
         .envs(objects)
         .arg("--")
         .args(filter)

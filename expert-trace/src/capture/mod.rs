@@ -7,9 +7,11 @@ mod cost;
 mod run;
 mod sinks;
 mod targets;
+mod trace;
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt::Display,
     io::{self, Write as _},
     num::NonZeroU32,
     time::{Duration, Instant, SystemTime},
@@ -106,6 +108,9 @@ impl Capture {
         } = start;
         session.forward_log();
         session.read(plan.routes())?;
+        if recording.tokens {
+            session.read_tokens()?;
+        }
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();
@@ -138,11 +143,28 @@ impl Capture {
 
     /// Switches the probes on.
     fn start(&mut self) -> anyhow::Result<()> {
-        self.sinks.begin()?;
+        let started = SystemTime::now();
+        self.sinks.begin(self.capture_facts(started))?;
         self.session.set_active(true)?;
-        self.started = Some((SystemTime::now(), Instant::now()));
+        self.started = Some((started, Instant::now()));
         self.target_clock = TargetClock::start(self.pid, self.from_start);
         Ok(())
+    }
+
+    /// What a trace says of the capture.
+    fn capture_facts(&self, started: SystemTime) -> crate::trace::Capture {
+        crate::trace::Capture {
+            tool: env!("CARGO_PKG_VERSION").to_owned(),
+            mode: self.mode().to_owned(),
+            pid: self.pid.get(),
+            started: humantime::format_rfc3339_millis(started).to_string(),
+            include_warmup: self.recording.include_warmup,
+            ..crate::trace::Capture::default()
+        }
+    }
+
+    fn mode(&self) -> &'static str {
+        if self.from_start { "run" } else { "attach" }
     }
 
     /// Tells the user that the probes are on.
@@ -189,13 +211,28 @@ impl Capture {
         self.problems.push(problem);
     }
 
-    /// Waits until events are to be taken. It may be broken off, and begun again.
+    /// Waits until events are to be taken, or written. It may be broken off, and begun again.
+    async fn events_due(&mut self) -> anyhow::Result<()> {
+        let Some(trace) = &self.sinks.trace else {
+            return self.events_came().await;
+        };
+        trace.has_room().await;
+        let Some(due) = trace.due() else {
+            return self.events_came().await;
+        };
+        tokio::select! {
+            came = self.events_came() => came,
+            () = tokio::time::sleep_until(due.into()) => Ok(()),
+        }
+    }
+
+    /// Waits until there may be events.
     ///
     /// To be woken costs the thread that was hit more than the hit. So the first event wakes us, and from
     /// then on we look by ourselves now and then, until twice nothing has come: the second time, since a
     /// hit that was under way can have left an event and woken nobody. Whatever comes after that wakes us
     /// in any case.
-    async fn events_due(&mut self) -> anyhow::Result<()> {
+    async fn events_came(&mut self) -> anyhow::Result<()> {
         loop {
             match self.reading {
                 Reading::Woken => {
@@ -252,6 +289,11 @@ impl Capture {
             plan,
             ..
         } = self;
+        let main_pid = pid.get();
+        let first = *first_process;
+        let describe = |targets: &Targets, context: &Context| {
+            targets.describe_context(context, pid_of(context, first, main_pid))
+        };
         let mut looked_at = Vec::new();
         let mut log_error = None;
         let is_main = |process| first_process.is_none_or(|first| first == process);
@@ -302,11 +344,15 @@ impl Capture {
             {
                 plan.forget(pid);
             }
-            model.push(event, &mut |pass| {
+            model.push(event, &mut |finished| {
                 if let Some(log) = &mut sinks.log
+                    && let Some(pass) = finished.counted()
                     && let Err(error) = log.pass(pass)
                 {
                     log_error = Some(error);
+                }
+                if let Some(trace) = &mut sinks.trace {
+                    trace.pass(&finished, &|context| describe(targets, context));
                 }
             });
             // A pass is judged when the next one begins, so that this is in time.
@@ -327,7 +373,24 @@ impl Capture {
             self.sinks.log = None;
             self.problem(format!("the log ends here: {error}"));
         }
+        self.keep_up_trace();
         emptied
+    }
+
+    fn keep_up_trace(&mut self) {
+        let Some(trace) = &mut self.sinks.trace else {
+            return;
+        };
+        let why = match trace.keep_up() {
+            Ok(()) if !trace.is_broken() => return,
+            Ok(()) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        let Some(trace) = self.sinks.trace.take() else {
+            return;
+        };
+        let why = why.unwrap_or_else(|| trace.why_broken());
+        self.problem(format!("the trace ends here: {why}"));
     }
 
     /// Waits until what the probes have begun has arrived: they can be running on other CPUs.
@@ -387,10 +450,18 @@ impl Capture {
             },
             _ => end,
         };
-        let sinks = &mut self.sinks;
-        self.model.end(&end_of, &mut |pass| {
-            if let Some(log) = &mut sinks.log {
+        let (sinks, targets) = (&mut self.sinks, &self.targets);
+        let main_pid = self.pid.get();
+        self.model.end(&end_of, &mut |finished| {
+            if let Some(log) = &mut sinks.log
+                && let Some(pass) = finished.counted()
+            {
                 let _ = log.pass(pass);
+            }
+            if let Some(trace) = &mut sinks.trace {
+                trace.pass(&finished, &|context| {
+                    targets.describe_context(context, pid_of(context, first_process, main_pid))
+                });
             }
         });
         if let Some(mut log) = sinks.log.take() {
@@ -401,7 +472,11 @@ impl Capture {
         let wants_summary = sinks.stats;
         let tokens = self.model.contexts().iter().map(Context::tokens).sum();
         let cost = self.cost(duration, target_cpu, tokens)?;
-        let stats = self.stats(integrity, cost, why, duration)?;
+        let mut stats = self.stats(integrity, cost, why, duration)?;
+        if let Some(problem) = self.end_trace(&mut stats, interrupt).await {
+            say!("{problem}");
+            stats.integrity = stats.integrity.with_problems(vec![problem]);
+        }
         let complete = stats.integrity.complete;
 
         let mut text = std::mem::take(&mut self.heading).into_bytes();
@@ -426,11 +501,42 @@ impl Capture {
             }
             written.with_context(|| format!("Failed to write output file: {}", path.display()))
         });
+        if let Some(trace) = &stats.trace {
+            let files = match trace.files.as_slice() {
+                [only] => only.clone(),
+                files => format!("{} and {} more", files[0], files.len() - 1),
+            };
+            let stats::Trace { rows, gaps, .. } = trace;
+            let _ = writeln!(
+                text,
+                "Trace recorded in: {files} ({rows} rows, {gaps} gaps)"
+            );
+        }
         print(text, interrupt).await;
         // Other captures go on meanwhile.
         let _ = tokio::task::spawn_blocking(|| self.session.detach()).await;
         written.transpose()?;
         Ok(complete)
+    }
+
+    /// Writes what is known at the end to the trace, and waits for the disk until somebody interrupts us.
+    /// Gives what went wrong.
+    async fn end_trace(&mut self, stats: &mut Stats, interrupt: &mut OwnSignal) -> Option<String> {
+        let mut trace = self.sinks.trace.take()?;
+        let rows = &stats.integrity.rows.dropped;
+        let lost = rows.ring_full + rows.unreadable;
+        stats.trace = Some(trace.close(lost));
+        let summary = stats.without_counts();
+        let written = tokio::task::spawn_blocking(move || trace.finish(&summary));
+        let problem = |why: &dyn Display| Some(format!("the trace is not complete: {why}"));
+        tokio::select! {
+            written = written => match written {
+                Ok(Ok(_)) => None,
+                Ok(Err(error)) => problem(&error),
+                Err(error) => problem(&error),
+            },
+            () = interrupt.came() => problem(&"interrupted while it was being written"),
+        }
     }
 
     fn stats(
@@ -484,7 +590,7 @@ impl Capture {
                 eval_callbacks: std::mem::take(&mut self.targets.eval_callbacks),
             },
             capture: CaptureStats {
-                mode: if self.from_start { "run" } else { "attach" },
+                mode: self.mode(),
                 started: humantime::format_rfc3339_millis(started).to_string(),
                 duration_s: duration.as_secs_f64(),
                 ended: why,
@@ -507,6 +613,7 @@ impl Capture {
             not_visible,
             excluded: stats::excluded_list(&self.model.excluded()),
             models,
+            trace: None,
             integrity,
             cost,
         }
@@ -598,10 +705,7 @@ impl Capture {
 
     /// Process of a context, in our PID namespace where that is known.
     fn pid_of(&self, context: &Context) -> u32 {
-        match self.first_process {
-            Some(first) if first != context.process => context.process,
-            _ => self.pid.get(),
-        }
+        pid_of(context, self.first_process, self.pid.get())
     }
 
     fn late_libraries(&self) -> Vec<stats::LateLibraries> {
@@ -644,6 +748,15 @@ impl Capture {
                 )),
             }
         }
+    }
+}
+
+/// Process of a context. `first` is what the initial PID namespace calls the main one, if there can be
+/// others.
+fn pid_of(context: &Context, first: Option<u32>, main: u32) -> u32 {
+    match first {
+        Some(first) if first != context.process => context.process,
+        _ => main,
     }
 }
 

@@ -50,7 +50,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let flags = Flags {
         output: recording.output.as_deref(),
         log: recording.log.is_some(),
-        summary: recording.top.is_some(),
+        summary: recording.top.is_some() || recording.trace.is_some(),
     };
     // Those of whoever calls: `--user` changes who runs the program, and not who asked.
     let mut asked = caller.environment.clone();

@@ -9,12 +9,14 @@ use std::{
 
 use anyhow::Context as _;
 
+use super::trace::{self, Trace};
 use crate::{
     caller::Account,
     cli::Recording,
     doctor::Refusal,
     export::{LogFile, Output, pattern},
     summary::Log,
+    trace::Capture,
 };
 
 /// What is wanted of a capture, by flags and variables.
@@ -31,17 +33,20 @@ pub struct Wanted {
 impl Wanted {
     /// Whether all that is written goes to files that have the process in their names.
     pub fn tells_processes_apart(&self, recording: &Recording) -> bool {
-        let log = recording.log.iter().flatten();
-        let mut files = self.output.iter().chain(log);
-        files.all(|path| pattern::tells_processes_apart(path))
+        self.files(recording)
+            .all(|path| pattern::tells_processes_apart(path))
             && !matches!(recording.log, Some(None))
     }
 
     /// Whether a file has the process in its name.
     pub fn names_process(&self, recording: &Recording) -> bool {
+        self.files(recording)
+            .any(|path| pattern::tells_processes_apart(path))
+    }
+
+    fn files<'a>(&'a self, recording: &'a Recording) -> impl Iterator<Item = &'a PathBuf> {
         let log = recording.log.iter().flatten();
-        let mut files = self.output.iter().chain(log);
-        files.any(|path| pattern::tells_processes_apart(path))
+        self.output.iter().chain(log).chain(&recording.trace)
     }
 }
 
@@ -85,6 +90,12 @@ fn check(
     {
         LogFile::check(&path, account, output.as_ref()).with_context(|| failed(&path))?;
     }
+    if let Some(path) = &recording.trace
+        && let path = pattern::of_process(path, pid)
+        && !is_fifo(&path)
+    {
+        trace::Opened::check(path, recording, account, output.as_ref())?;
+    }
     Ok(())
 }
 
@@ -102,6 +113,10 @@ pub struct Sinks {
     pub log: Option<Log<Box<dyn Write>>>,
     /// The log's file, when it goes to one.
     log_file: Option<LogFile>,
+    /// The trace's place, until it begins.
+    trace_file: Option<trace::Opened>,
+    /// Gets every pass.
+    pub trace: Option<Trace>,
 }
 
 impl Sinks {
@@ -132,6 +147,15 @@ impl Sinks {
             }
             _ => None,
         };
+        let trace_file = match &recording.trace {
+            Some(path) => {
+                let path = pattern::of_process(path, pid);
+                let output = output.as_ref().map(|(_, output)| output);
+                let others = (output, log_file.as_ref());
+                Some(trace::Opened::new(path, recording, account, others)?)
+            }
+            None => None,
+        };
         let log: Option<Box<dyn Write>> = match &log_file {
             Some(file) => Some(Box::new(BufWriter::new(file.writer()?))),
             None if wanted.log => Some(Box::new(BufWriter::new(io::stderr()))),
@@ -142,18 +166,23 @@ impl Sinks {
             output,
             log: log.map(Log::new),
             log_file,
+            trace_file,
+            trace: None,
         })
     }
 
-    /// Removes what the log's file had before. To be called when the capture is certain: one that
-    /// fails before leaves an older log as it was.
+    /// Removes what the files of log and trace had before. To be called when the capture is certain: one
+    /// that fails before leaves older ones as they were.
     ///
     /// # Errors
-    /// When the file cannot be emptied.
-    pub fn begin(&mut self) -> anyhow::Result<()> {
-        match self.log_file.take() {
-            Some(file) => file.begin().context("cannot empty the log"),
-            None => Ok(()),
+    /// When a file cannot be emptied.
+    pub fn begin(&mut self, capture: Capture) -> anyhow::Result<()> {
+        if let Some(file) = self.log_file.take() {
+            file.begin().context("cannot empty the log")?;
         }
+        if let Some(trace) = self.trace_file.take() {
+            self.trace = Some(trace.begin(capture).context("cannot begin the trace")?);
+        }
+        Ok(())
     }
 }

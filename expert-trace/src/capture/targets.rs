@@ -9,6 +9,7 @@ use std::{
 
 use crate::{
     eval_callback::EvalCallback,
+    model::Context,
     models::{self, KnownModels},
     placement::{self, Backends, Options},
     probes::build_id,
@@ -16,6 +17,7 @@ use crate::{
     router_on_cpu::{self, OVERRIDE_VARIABLE},
     stats,
     target::{self, Reach},
+    trace::ContextDetail,
 };
 
 /// A target that shows no model in so many looks has none that we can read.
@@ -245,6 +247,20 @@ impl Targets {
         let callback = EvalCallback::at(pid, address);
         if !self.eval_callbacks.contains(&callback) {
             self.eval_callbacks.push(callback);
+        }
+    }
+
+    /// What a trace says of a context, whose process is `pid` in our PID namespace.
+    pub fn describe_context(&self, context: &Context, pid: u32) -> ContextDetail {
+        let files = self.models.files();
+        let of_process = self.models.indices_of(context.process);
+        let fitting = stats::fitting_models(context, files, &of_process);
+        let models = fitting.iter().map(|index| &files[*index]);
+        ContextDetail {
+            pid,
+            models: models
+                .filter_map(|model| serde_json::to_value(model).ok())
+                .collect(),
         }
     }
 

@@ -245,6 +245,15 @@ impl LogFile {
         })
     }
 
+    /// Whether both are one file, in which they would write over each other.
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn is_same(&self, other: &LogFile) -> io::Result<bool> {
+        let (one, other) = (self.file.metadata()?, other.file.metadata()?);
+        Ok(one.is_file() && (one.dev(), one.ino()) == (other.dev(), other.ino()))
+    }
+
     /// Something that writes to it.
     ///
     /// # Errors
@@ -269,7 +278,7 @@ impl LogFile {
 fn same_as_output() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidInput,
-        "the log and the JSON (-o) would be in one file; name two",
+        "this and the JSON (-o) would be in one file; name two",
     )
 }
 

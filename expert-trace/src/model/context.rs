@@ -150,6 +150,8 @@ impl Passes {
 /// Counts of one context.
 #[derive(Debug, Default)]
 pub struct Context {
+    /// Its number: the order in which contexts were first seen.
+    pub number: usize,
     /// Process, as the initial PID namespace numbers it.
     pub process: u32,
     /// How its passes were told apart.
@@ -191,8 +193,9 @@ pub struct Context {
 
 impl Context {
     /// That of a record, of which nothing is counted yet.
-    pub(super) fn new(header: &Header) -> Self {
+    pub(super) fn new(number: usize, header: &Header) -> Self {
         Self {
+            number,
             process: header.process,
             layer_order: header.pass_source == PassSource::LayerOrder as u8,
             ..Self::default()
@@ -279,8 +282,25 @@ impl Context {
         self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes > 0
     }
 
-    /// Counts a pass. What it leaves behind decides about the phases of the next.
-    pub(super) fn count(&mut self, pass: &Pass) {
+    /// Layers that other passes have gone through, and that are missing in this one though they had
+    /// something to do. NextN blocks run in passes of their own, and begin at `nextn`.
+    pub(super) fn missing_layers(&self, pass: &Pass, nextn: Option<u16>) -> Vec<u16> {
+        let is_main = |layer: &u16| nextn.is_none_or(|first| *layer < first);
+        if !pass.layers().iter().any(|layer| is_main(&layer)) {
+            return Vec::new();
+        }
+        let mut expected: Vec<u16> = self.layers.numbers().filter(is_main).collect();
+        if pass.has_no_output() {
+            // The last layer works on output rows alone, and empty nodes are not computed.
+            expected.pop();
+        }
+        expected.retain(|layer| !pass.layers().contains(*layer));
+        expected
+    }
+
+    /// Counts a pass, and gives the phases of its rows. What it leaves behind decides about those of the
+    /// next.
+    pub(super) fn count(&mut self, pass: &Pass) -> RowPhases {
         let parts = pass.parts();
         let goes_on = pass.goes_on_with(&self.equal_parts, &parts);
         let phases = pass.row_phases(&parts, &self.sequences, goes_on);
@@ -295,6 +315,7 @@ impl Context {
         } else {
             self.note_unseen(pass, phase);
         }
+        phases
     }
 
     fn note_unseen(&mut self, pass: &Pass, phase: Phase) {

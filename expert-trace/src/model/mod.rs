@@ -19,7 +19,7 @@ use serde::Serialize;
 pub use self::{
     context::{Context, Coverage, Ends, Excluded, Exclusion, Passes, PhasePasses},
     layer::{CloseCall, Layer, Layers, SecondBlock, Tally},
-    pass::{Block, Pass},
+    pass::{Block, Pass, RowPhases},
 };
 use self::{keys::Keys, pass::Added};
 use crate::{
@@ -108,8 +108,46 @@ impl BlindTime {
     }
 }
 
-/// Gets every pass that is counted, in order.
-pub type OnPass<'a> = dyn FnMut(&Pass) + 'a;
+/// A pass of which nothing more is to come.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished<'a> {
+    /// What was seen of it.
+    pub pass: &'a Pass,
+    /// Its context, in which it is counted by now if it is to be.
+    pub context: &'a Context,
+    /// What became of it.
+    pub fate: Fate<'a>,
+    /// Where the NextN blocks of its model begin, if it has any.
+    nextn: Option<u16>,
+}
+
+/// What became of a pass.
+#[derive(Clone, Copy, Debug)]
+pub enum Fate<'a> {
+    /// It is counted, with rows of these phases, or as one of which nothing was seen.
+    Counted(&'a RowPhases),
+    /// It is left out.
+    Excluded(Exclusion),
+    /// It is a warm-up, and showed no routing.
+    Ignored,
+}
+
+impl<'a> Finished<'a> {
+    /// The pass, when it is counted and has shown routing.
+    pub fn counted(&self) -> Option<&'a Pass> {
+        let counted = matches!(self.fate, Fate::Counted(_)) && self.pass.has_rows();
+        counted.then_some(self.pass)
+    }
+
+    /// Layers that other passes of the context have gone through, and that are missing in this one though
+    /// they had something to do.
+    pub fn missing_layers(&self) -> Vec<u16> {
+        self.context.missing_layers(self.pass, self.nextn)
+    }
+}
+
+/// Gets every pass when it is finished, in order.
+pub type OnPass<'a> = dyn FnMut(Finished<'_>) + 'a;
 
 /// All that has been seen.
 #[derive(Debug, Default)]
@@ -290,7 +328,7 @@ impl Model {
                 self.received.note_rows(&header, added);
             }
             Body::Pass(rows) => pass.add_ubatch_rows(&header, rows),
-            Body::Tokens(tokens) => pass.tokens = tokens.iter().collect(),
+            Body::Tokens(tokens) => pass.add_tokens(&header, tokens),
             Body::ContextEnd
             | Body::Owner(_)
             | Body::EvalCallback(_)
@@ -313,7 +351,7 @@ impl Model {
             if self.is_whole(index, &pass, end) {
                 self.judge(index, &pass, on_pass);
             } else {
-                self.exclude(index, &pass, Exclusion::Partial);
+                self.exclude(index, &pass, Exclusion::Partial, on_pass);
             }
         }
     }
@@ -333,7 +371,7 @@ impl Model {
             return None;
         }
         let index = self.contexts.len();
-        self.contexts.push(Context::new(header));
+        self.contexts.push(Context::new(index, header));
         self.keys.insert_new(header, index);
         Some(index)
     }
@@ -376,7 +414,7 @@ impl Model {
         if next.is_some_and(|next| next.first_layer() == held.first_layer()) {
             self.judge(index, &held, on_pass);
         } else {
-            self.exclude(index, &held, Exclusion::Partial);
+            self.exclude(index, &held, Exclusion::Partial, on_pass);
         }
     }
 
@@ -384,7 +422,7 @@ impl Model {
         self.settle_refusals(pass);
         let mut blind = self.blind.iter().filter(|time| time.until_ns.is_some());
         if blind.any(|time| time.contains(pass.began_ns)) {
-            self.exclude(index, pass, Exclusion::Partial);
+            self.exclude(index, pass, Exclusion::Partial, on_pass);
             return;
         }
         let context = &self.contexts[index];
@@ -392,13 +430,12 @@ impl Model {
         let first = warmups.is_none_or(|warmups| warmups.passes == 0);
         if !context.worked && pass.is_warmup(&self.facts, first) {
             if !pass.has_rows() {
-                return;
+                self.finish(index, pass, Fate::Ignored, on_pass);
+            } else if self.options.include_warmup {
+                self.commit(index, pass, on_pass);
+            } else {
+                self.exclude(index, pass, Exclusion::Warmup, on_pass);
             }
-            if !self.options.include_warmup {
-                self.exclude(index, pass, Exclusion::Warmup);
-                return;
-            }
-            self.commit(index, pass, on_pass);
             return;
         }
         if pass.has_rows() {
@@ -459,9 +496,9 @@ impl Model {
             && !pass.lacks_rows()
     }
 
-    fn exclude(&mut self, index: usize, pass: &Pass, why: Exclusion) {
+    fn exclude(&mut self, index: usize, pass: &Pass, why: Exclusion, on_pass: &mut OnPass<'_>) {
         if !pass.has_rows() {
-            return;
+            return self.finish(index, pass, Fate::Ignored, on_pass);
         }
         let context = &mut self.contexts[index];
         if why != Exclusion::Warmup {
@@ -470,13 +507,21 @@ impl Model {
         let excluded = context.excluded.entry(why).or_default();
         excluded.passes += 1;
         excluded.tokens += u64::from(pass.token_count());
+        self.finish(index, pass, Fate::Excluded(why), on_pass);
     }
 
     fn commit(&mut self, index: usize, pass: &Pass, on_pass: &mut OnPass<'_>) {
-        self.contexts[index].count(pass);
-        if pass.has_rows() {
-            on_pass(pass);
-        }
+        let phases = self.contexts[index].count(pass);
+        self.finish(index, pass, Fate::Counted(&phases), on_pass);
+    }
+
+    fn finish(&self, index: usize, pass: &Pass, fate: Fate<'_>, on_pass: &mut OnPass<'_>) {
+        on_pass(Finished {
+            pass,
+            context: &self.contexts[index],
+            fate,
+            nextn: self.facts.nextn,
+        });
     }
 }
 

@@ -10,7 +10,10 @@ use expert_trace_common::{
 };
 
 use super::{CloseCall, ModelFacts, layer::LayerSet};
-use crate::{decode::RowInfos, selection::Refusal};
+use crate::{
+    decode::{Numbers, RowInfos},
+    selection::Refusal,
+};
 
 /// Ids kept of one pass (8192 tokens, 128 layers, 32 experts each). A target that shows more is not
 /// believed.
@@ -31,6 +34,8 @@ pub struct Block {
     pub total_rows: u32,
     /// Where it was read.
     pub route: Route,
+    /// When its first record was made: `CLOCK_MONOTONIC`, ns.
+    pub time_ns: u64,
     row_stride: u32,
     start: usize,
 }
@@ -57,6 +62,7 @@ impl Block {
             rows: header.rows,
             total_rows: header.total_rows,
             route,
+            time_ns: header.time_ns,
             row_stride: header.row_stride,
             start,
         }
@@ -108,8 +114,8 @@ pub struct Pass {
     pub blocks: Vec<Block>,
     /// The same of the second block of experts that a layer has (GroveMoE).
     pub second_blocks: Vec<Block>,
-    /// Its tokens, when it is short enough to be a warm-up; else empty.
-    pub(super) tokens: Vec<i32>,
+    /// Its tokens, when they are asked for, or it is short enough to be a warm-up; else empty.
+    tokens: Vec<i32>,
     /// Layers of `blocks`.
     layers: LayerSet,
     ids: Vec<u16>,
@@ -122,7 +128,7 @@ pub struct Pass {
     ubatch_tokens: u32,
     infos: Vec<RowInfo>,
     /// Its ubatch was there, and could not be read.
-    pub(super) ubatch_unreadable: bool,
+    pub ubatch_unreadable: bool,
     scheduler: bool,
 }
 
@@ -254,6 +260,31 @@ impl Pass {
         }
     }
 
+    /// Adds token ids of the ubatch.
+    pub(super) fn add_tokens(&mut self, header: &Header, tokens: Numbers<'_>) {
+        if header.first_row == 0 {
+            // Those of a short pass can come in two ways.
+            self.tokens.clear();
+        }
+        if header.first_row as usize == self.tokens.len() {
+            self.tokens.extend(tokens.iter());
+        }
+    }
+
+    /// What is known of each token of the ubatch; nothing when it was not read.
+    pub fn ubatch(&self) -> &[RowInfo] {
+        if self.has_ubatch() { &self.infos } else { &[] }
+    }
+
+    /// Token ids of the ubatch; empty when they were not read.
+    pub fn tokens(&self) -> &[i32] {
+        if self.tokens.len() == self.ubatch_tokens as usize {
+            &self.tokens
+        } else {
+            &[]
+        }
+    }
+
     /// Expert ids of a block, row by row, in router order.
     pub fn rows(&self, block: &Block) -> impl Iterator<Item = &[u16]> {
         self.ids(block).chunks_exact(usize::from(block.k))
@@ -302,20 +333,16 @@ impl Pass {
 
     /// Whether rows are missing in a layer of which others were seen.
     pub(super) fn lacks_rows(&self) -> bool {
-        let lacks = |blocks: &[Block]| {
-            let mut seen: BTreeMap<u16, (u32, u32)> = BTreeMap::new();
-            for block in blocks {
-                let (rows, total) = seen.entry(block.layer).or_default();
-                *rows += block.rows;
-                *total = block.total_rows;
-            }
-            seen.values().any(|(rows, total)| rows < total)
-        };
-        lacks(&self.blocks) || lacks(&self.second_blocks)
+        !missing_rows(&self.blocks).is_empty() || !missing_rows(&self.second_blocks).is_empty()
+    }
+
+    /// Rows that are missing in layers of which others were seen.
+    pub fn missing_rows(&self) -> Vec<(u16, Range<u32>)> {
+        missing_rows(&self.blocks)
     }
 
     /// Whether no token's output is wanted, for certain.
-    pub(super) fn has_no_output(&self) -> bool {
+    pub fn has_no_output(&self) -> bool {
         self.has_ubatch() && self.infos.iter().all(|info| info.flags & ROW_OUTPUT == 0)
     }
 
@@ -526,6 +553,30 @@ impl Part {
     }
 }
 
+/// What is missing between and behind the blocks of each layer.
+fn missing_rows(blocks: &[Block]) -> Vec<(u16, Range<u32>)> {
+    if blocks.iter().all(|block| block.rows == block.total_rows) {
+        return Vec::new();
+    }
+    let mut blocks: Vec<&Block> = blocks.iter().collect();
+    blocks.sort_by_key(|block| (block.layer, block.first_row));
+    let mut missing = Vec::new();
+    for layer in blocks.chunk_by(|one, other| one.layer == other.layer) {
+        let mut seen = 0;
+        for block in layer {
+            if block.first_row > seen {
+                missing.push((block.layer, seen..block.first_row));
+            }
+            seen = seen.max(block.first_row + block.rows);
+        }
+        let last = layer[layer.len() - 1];
+        if seen < last.total_rows {
+            missing.push((last.layer, seen..last.total_rows));
+        }
+    }
+    missing
+}
+
 /// Adds a block, to the one before it where it goes on with its rows.
 fn append(blocks: &mut Vec<Block>, block: Block) {
     match blocks.last_mut() {
@@ -544,7 +595,8 @@ fn append(blocks: &mut Vec<Block>, block: Block) {
 }
 
 /// Phases of a pass' rows.
-pub(super) struct RowPhases {
+#[derive(Debug)]
+pub struct RowPhases {
     /// Of all tokens; empty when the ubatch was not read.
     tokens: Vec<Phase>,
     /// Of the tokens whose output is wanted: the last layers work on those alone.
@@ -566,7 +618,7 @@ impl RowPhases {
     /// Phase of a row of a layer that has `total_rows` rows, and where the rows end, at most at `end`,
     /// that have the same.
     #[inline]
-    pub(super) fn run(&self, row: u32, end: u32, total_rows: u32) -> (Phase, u32) {
+    pub fn run(&self, row: u32, end: u32, total_rows: u32) -> (Phase, u32) {
         let total = total_rows as usize;
         let phases = if total == self.tokens.len() {
             &self.tokens

@@ -111,7 +111,9 @@ impl TestPass<'_> {
 fn push(model: &mut Model, pass: &TestPass<'_>) -> usize {
     let mut committed = 0;
     for record in pass.records() {
-        model.push(decode(&record), &mut |_| committed += 1);
+        model.push(decode(&record), &mut |finished| {
+            committed += usize::from(finished.counted().is_some());
+        });
     }
     committed
 }
@@ -350,7 +352,9 @@ fn contexts_at_one_address_are_two() {
     let first = decode_at(0, &[]);
     let end = record(first.header(Kind::ContextEnd), &[]);
     let mut committed = 0;
-    model.push(decode(&end), &mut |_| committed += 1);
+    model.push(decode(&end), &mut |finished| {
+        committed += usize::from(finished.counted().is_some());
+    });
     assert_eq!(
         committed, 1,
         "the end of a context is the end of its last pass"
@@ -1070,4 +1074,112 @@ fn records_that_contradict_each_other_are_counted_without_a_panic() {
     }
     model.end(&|_| End::Exited, &mut |_| {});
     assert_eq!(model.contexts()[0].layers[1].tally.tokens, [4, 0]);
+}
+
+/// What a recorder makes of passes, in short.
+fn recorded(options: Options, passes: &[TestPass<'_>]) -> Vec<String> {
+    use crate::trace::{
+        ContextDetail,
+        recorder::{Recorder, Settings},
+    };
+
+    let mut recorder = Recorder::new(Settings {
+        tokens: true,
+        clock_offset_ns: 0,
+    });
+    let mut rows = Vec::new();
+    let mut model = Model::new(options);
+    let mut record = |finished: Finished<'_>| {
+        recorder.pass(&finished, &|_| ContextDetail::default(), &mut |row| {
+            let number = |number: Option<u32>| number.map_or("-".to_owned(), |n| n.to_string());
+            let mut text = format!("{} {}", row.kind.name(), number(row.pass));
+            text += &format!(
+                " layer {} row {}",
+                number(row.layer.map(u32::from)),
+                number(row.row)
+            );
+            match row.reason {
+                Some(reason) => text += &format!(": {} {}", reason.name(), number(row.rows)),
+                None => {
+                    let place = (row.sequence, row.position, row.token);
+                    text += &format!(": {place:?} {:?}", row.experts);
+                }
+            }
+            rows.push(text);
+        });
+    };
+    for pass in passes {
+        for bytes in pass.records() {
+            model.push(decode(&bytes), &mut record);
+        }
+    }
+    model.end(&|_| End::Exited, &mut record);
+    rows
+}
+
+#[test]
+fn rows_of_a_trace_know_their_tokens() {
+    let passes = [
+        TestPass {
+            ubatch: &[(0, 4, false), (1, 4, false), (2, 4, true)],
+            tokens: &[10, 11, 12],
+            layers: &[(0, &[&[1, 2], &[3, 4], &[5, 6]]), (1, &[&[7, 0]])],
+            ..TestPass::default()
+        },
+        TestPass {
+            number: 1,
+            layers: &[(0, &[&[5, 1]]), (1, &[&[2, 3]])],
+            ..TestPass::default()
+        },
+    ];
+    let rows = recorded(Options::default(), &passes);
+    assert_eq!(
+        rows[1..],
+        [
+            "routed 0 layer 0 row 0: (Some(4), Some(0), Some(10)) [1, 2]",
+            "routed 0 layer 0 row 1: (Some(4), Some(1), Some(11)) [3, 4]",
+            "routed 0 layer 0 row 2: (Some(4), Some(2), Some(12)) [5, 6]",
+            // The last layer works on the output alone.
+            "routed 0 layer 1 row 0: (Some(4), Some(2), Some(12)) [7, 0]",
+            "routed 1 layer 0 row 0: (None, None, None) [5, 1]",
+            "routed 1 layer 1 row 0: (None, None, None) [2, 3]",
+        ]
+    );
+    assert!(rows[0].starts_with("context"));
+}
+
+#[test]
+fn what_is_missing_is_a_gap_in_its_place() {
+    let one: LayerRows<'_> = (0, &[&[1, 2]]);
+    let whole = [one, (1, &[&[3, 4]]), (2, &[&[5, 6]])];
+    let decode = |number, layers| TestPass {
+        number,
+        ubatch: &[(1, 0, true)],
+        layers,
+        ..TestPass::default()
+    };
+    let passes = [
+        decode(0, &whole),
+        // A layer is missing, then the whole pass, then two passes with all that is of them.
+        decode(1, &whole[1..]),
+        decode(2, &[]),
+        decode(5, &whole),
+        decode(6, &whole[..2]),
+        decode(7, &whole),
+    ];
+    let rows = recorded(Options::default(), &passes);
+    let gaps: Vec<&String> = rows.iter().filter(|row| row.starts_with("gap")).collect();
+    assert_eq!(
+        gaps,
+        [
+            "gap 1 layer 0 row -: layer_not_seen 1",
+            "gap 2 layer - row -: pass_not_seen 1",
+            "gap 3 layer - row -: passes_lost -",
+            // How many rows the last layer would have had is not known.
+            "gap 6 layer 2 row -: layer_not_seen -",
+        ]
+    );
+    let place = |text: &str| rows.iter().position(|row| row.starts_with(text)).unwrap();
+    assert!(place("routed 1 layer 2") < place("gap 1"));
+    assert!(place("gap 3") < place("routed 5"));
 }

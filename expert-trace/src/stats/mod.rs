@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 
 use expert_trace_common::Route;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::{
     eval_callback::EvalCallback,
@@ -57,6 +58,24 @@ impl Stats {
         self
     }
 
+    /// The document as JSON without what follows from a trace: the counts of experts.
+    pub fn without_counts(&self) -> String {
+        // A structure that is written to files as it is becomes JSON.
+        let mut document = serde_json::to_value(self).unwrap_or_default();
+        if let Some(document) = document.as_object_mut() {
+            document.remove("layers");
+        }
+        let contexts = document["contexts"].as_array_mut();
+        let layers = contexts
+            .into_iter()
+            .flatten()
+            .filter_map(|context| context["layers"].as_array_mut());
+        for layer in layers.flatten().filter_map(Value::as_object_mut) {
+            layer.retain(|key, _| !OF_EXPERTS.contains(&key.as_str()));
+        }
+        document.to_string()
+    }
+
     /// Why routing was not seen, of the context of which least was seen.
     pub fn worst_gap(&self) -> Option<&Gap> {
         let unseen = self.not_visible.iter().flat_map(|context| &context.gaps);
@@ -70,6 +89,14 @@ impl Stats {
 pub const SCHEMA_NAME: &str = "expert-trace-stats";
 /// Its version: raised when a key changes its meaning or goes.
 pub const SCHEMA_VERSION: u32 = 2;
+
+/// Members of a layer that grow with the number of its experts, or of its rows.
+const OF_EXPERTS: [&str; 4] = [
+    "experts",
+    "experts_never_activated",
+    "close_calls",
+    "second_block",
+];
 
 /// The whole document.
 #[derive(Debug, Serialize)]
@@ -96,10 +123,25 @@ pub struct Stats {
     pub not_visible: Vec<NotVisible>,
     /// Passes that are in no count.
     pub excluded: Vec<ExcludedPasses>,
+    /// The full trace, if one was recorded.
+    pub trace: Option<Trace>,
     /// Proof that nothing was lost, or what was.
     pub integrity: Integrity,
     /// What it has cost.
     pub cost: cost::Cost,
+}
+
+/// A full trace that was recorded beside the document.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trace {
+    /// Its files, in order.
+    pub files: Vec<String>,
+    /// Routed rows in them.
+    pub rows: u64,
+    /// Gaps in them.
+    pub gaps: u64,
+    /// Whether they have token ids.
+    pub tokens: bool,
 }
 
 /// Name and version of the document's format.
@@ -230,6 +272,8 @@ pub struct SpecifiedExpert {
 pub struct ContextStats {
     /// Its index.
     pub id: usize,
+    /// Its number in a trace: the order in which contexts were first seen.
+    pub trace_context: usize,
     /// Its process.
     pub pid: u32,
     /// Index in `models`; `null` when more than one fits, or none.
@@ -450,6 +494,7 @@ pub fn context_stats(
     let layers = layers(context, shape, ends);
     ContextStats {
         id,
+        trace_context: context.number,
         pid,
         model,
         passes: context.passes,

@@ -9,6 +9,7 @@ use std::{
     sync::OnceLock,
 };
 
+use expert_trace::trace::Reader;
 use expert_trace_tests::{
     oracle::Oracle,
     tracer::{self, Stats},
@@ -132,11 +133,12 @@ fn examples(help: &str) -> Vec<String> {
 /// Runs an example. Checks that it traced something, and left the files that it names.
 fn run_example(example: &str) {
     let world = World::get();
-    let files = ["stats.json", "routes.log", "environment"].map(|name| world.at(name));
+    let names = ["stats.json", "routes.log", "routes.arrows", "environment"];
+    let files = names.map(|name| world.at(name));
     for file in &files {
         let _ = fs::remove_file(file);
     }
-    let [stats, routes, environment] = &files;
+    let [stats, routes, trace, environment] = &files;
 
     // `exec`, so that the process is the tracer; `env`, as sudo takes variables too.
     let line = example.replacen("sudo ", "exec env ", 1);
@@ -175,6 +177,15 @@ fn run_example(example: &str) {
     );
     if routes.exists() {
         assert!(!tracer::read_log(routes).unwrap().is_empty(), "{example}");
+    }
+    assert_eq!(
+        trace.exists(),
+        example.contains("routes.arrows"),
+        "{example}\n{said}"
+    );
+    if trace.exists() {
+        let mut trace = Reader::open(trace).unwrap();
+        assert!(trace.next().unwrap().is_some(), "{example}");
     }
     if example.contains(" --log ") {
         assert!(
@@ -222,6 +233,8 @@ fn attach(world: &World, line: &str) -> Output {
     // It goes on unharmed.
     target.command("prompt 0 5 600").unwrap();
     assert!(target.quit().unwrap().success());
+    // A trace of many hours has a file for each.
+    let _ = fs::rename(world.at("routes.0000.arrows"), world.at("routes.arrows"));
     // Of several processes each has a file.
     let _ = fs::rename(
         world.at(&format!("stats-{pid}.json")),

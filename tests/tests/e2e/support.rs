@@ -9,6 +9,7 @@ use std::{
     sync::OnceLock,
 };
 
+use expert_trace::trace::{Ending, Kind, Reader};
 use expert_trace_tests::{
     llama::LlamaCpp,
     models::{self, Expected, ModelSpec, PlainArchitecture, Shape},
@@ -495,7 +496,27 @@ impl Files {
         read_log(&self.path("log")).unwrap()
     }
 
-    /// The same, by layer.
+    /// Option that has the tracer record a trace.
+    pub fn trace_option(&self) -> String {
+        format!("--trace={}", self.path("routes.arrows").display())
+    }
+
+    /// Rows of that trace, which must be whole.
+    pub fn trace(&self) -> Vec<(u32, Vec<u32>)> {
+        let mut reader = Reader::open(&self.path("routes.arrows")).unwrap();
+        let mut rows = Vec::new();
+        while let Some(batch) = reader.next().unwrap() {
+            let routed = batch.rows().filter(|row| row.kind == Kind::Routed);
+            rows.extend(routed.map(|row| {
+                let experts = row.experts.iter().map(|id| u32::from(*id));
+                (u32::from(row.layer.unwrap()), experts.collect())
+            }));
+        }
+        assert_eq!(reader.ending(), Some(&Ending::Whole));
+        rows
+    }
+
+    /// Rows of the log, by layer.
     pub fn rows(&self) -> BTreeMap<u32, Vec<Vec<u32>>> {
         let mut rows: BTreeMap<u32, Vec<Vec<u32>>> = BTreeMap::new();
         for (layer, ids) in self.log() {

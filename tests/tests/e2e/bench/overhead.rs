@@ -36,6 +36,7 @@ enum Arm {
     UntracedToo,
     Attached,
     Logged,
+    Traced,
     /// After a tracer was there.
     Detached,
     TopK,
@@ -51,6 +52,7 @@ impl Arm {
             Arm::UntracedToo => "untraced, another process",
             Arm::Attached => "attach",
             Arm::Logged => "attach --log",
+            Arm::Traced => "attach --trace",
             Arm::Detached => "after attach has ended",
             Arm::TopK => "callback on ffn_moe_topk",
             Arm::MulMatId => "callback on MUL_MAT_ID",
@@ -77,11 +79,12 @@ impl Arm {
 }
 
 /// Those that are processes side by side.
-const COPIES: [Arm; 7] = [
+const COPIES: [Arm; 8] = [
     Arm::Untraced,
     Arm::UntracedToo,
     Arm::Attached,
     Arm::Logged,
+    Arm::Traced,
     Arm::Detached,
     Arm::TopK,
     Arm::MulMatId,
@@ -104,10 +107,11 @@ const fn compare(arm: Arm, baseline: Arm, goal: Option<Goal>) -> Comparison {
     }
 }
 
-const COMPARISONS: [Comparison; 9] = [
+const COMPARISONS: [Comparison; 10] = [
     compare(Arm::UntracedToo, Arm::Untraced, None),
     compare(Arm::Attached, Arm::Untraced, Some(Goal::AtMost(0.005))),
     compare(Arm::Logged, Arm::Untraced, Some(Goal::AtMost(0.01))),
+    compare(Arm::Traced, Arm::Untraced, Some(Goal::AtMost(0.01))),
     compare(Arm::Detached, Arm::Untraced, Some(Goal::Unchanged)),
     compare(Arm::TopK, Arm::Untraced, None),
     compare(Arm::Attached, Arm::TopK, Some(Goal::NotMore)),
@@ -551,10 +555,9 @@ impl Copy {
         let mut target = root.copy(threads, arm.callback()).unwrap();
         let pid = target.pid();
         let tracer = match arm {
-            Arm::Attached => Some(attach(pid, false)),
-            Arm::Logged => Some(attach(pid, true)),
+            Arm::Attached | Arm::Logged | Arm::Traced => Some(attach(pid, arm)),
             Arm::Detached => {
-                let (tracer, files) = attach(pid, false);
+                let (tracer, files) = attach(pid, arm);
                 unit.run(&mut target);
                 tracer.interrupt().unwrap();
                 files.stats().assert_complete();
@@ -592,9 +595,13 @@ impl Copy {
         let stats = files.stats();
         stats.assert_complete();
         assert_eq!(&divided(stats.counts(), self.units), of_unit, "{name}");
-        if self.arm == Arm::Logged {
-            let log = files.log();
-            let rows = log.iter().map(|(layer, ids)| (*layer, ids.as_slice()));
+        let rows = match self.arm {
+            Arm::Logged => Some(files.log()),
+            Arm::Traced => Some(files.trace()),
+            _ => None,
+        };
+        if let Some(rows) = rows {
+            let rows = rows.iter().map(|(layer, ids)| (*layer, ids.as_slice()));
             assert_eq!(tracer::count(rows), stats.counts());
         }
         let passes = self.units * self.unit.passes();
@@ -607,10 +614,11 @@ impl Copy {
     }
 }
 
-fn attach(pid: u32, log: bool) -> (Attached, Files) {
+fn attach(pid: u32, arm: Arm) -> (Attached, Files) {
     let files = Files::new();
     let mut options = files.options();
-    options.retain(|option| log || !option.starts_with("--log"));
+    options.retain(|option| arm == Arm::Logged || !option.starts_with("--log"));
+    options.extend((arm == Arm::Traced).then(|| files.trace_option()));
     (Attached::to(pid, &options).unwrap(), files)
 }
 
@@ -764,6 +772,7 @@ fn smoke() {
         let with_probes = [
             "attach",
             "attach --log",
+            "attach --trace",
             "bpftrace, the same counts",
             "bpftrace, empty probe on every node",
         ];

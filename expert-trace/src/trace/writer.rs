@@ -1,0 +1,260 @@
+//! Writing a trace: batches go to a thread of their own, so that a slow disk keeps no event waiting.
+//!
+//! A batch is written when it is full, and a second after its first row came: who kills us loses no more.
+//! What is waiting to be written is bounded by whoever asks [`Writer::has_room`] first.
+
+use std::{
+    fs::File,
+    io::{self, BufWriter},
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use arrow_array::RecordBatch;
+use arrow_ipc::{
+    CompressionType,
+    writer::{IpcWriteOptions, StreamWriter},
+};
+use arrow_schema::{ArrowError, SchemaRef};
+use tokio::sync::Notify;
+
+use super::{Capture, Counts, Row, columns::Columns, schema::schema};
+
+/// How long a row waits for others of its batch.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Batches that may wait to be written before no more events are taken.
+const WAITING_BATCHES: usize = 4;
+
+/// What the thread gets.
+enum Message {
+    Batch(RecordBatch),
+    /// This file is done; another one begins.
+    Next(File, SchemaRef),
+}
+
+/// What the thread tells.
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: AtomicUsize,
+    written: Notify,
+    /// Bytes in the file at hand.
+    bytes: AtomicU64,
+    /// Bytes in all files.
+    all_bytes: AtomicU64,
+}
+
+/// A trace that is being written.
+#[derive(Debug)]
+pub struct Writer {
+    columns: Columns,
+    /// When the first row of the next batch came.
+    since: Option<Instant>,
+    batches: mpsc::Sender<Message>,
+    thread: JoinHandle<io::Result<()>>,
+    shared: Arc<Shared>,
+    part_began: Instant,
+    /// A batch could not be handed over.
+    broken: bool,
+}
+
+impl Writer {
+    /// Begins a trace in a file.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn begin(file: File, capture: &Capture) -> io::Result<Self> {
+        let schema = schema(capture);
+        let shared = Arc::new(Shared::default());
+        let (batches, messages) = mpsc::channel();
+        let thread = {
+            let (schema, shared) = (Arc::clone(&schema), Arc::clone(&shared));
+            thread::Builder::new()
+                .name("trace".into())
+                .spawn(move || write_all(file, schema, &messages, &shared))?
+        };
+        Ok(Self {
+            columns: Columns::new(schema),
+            since: None,
+            batches,
+            thread,
+            shared,
+            part_began: Instant::now(),
+            broken: false,
+        })
+    }
+
+    /// Adds a row.
+    pub fn push(&mut self, row: &Row<'_>) {
+        if self.since.is_none() {
+            self.since = Some(Instant::now());
+        }
+        self.columns.push(row);
+        if self.columns.is_full() {
+            self.flush();
+        }
+    }
+
+    /// When what is collected has to be written.
+    pub fn due(&self) -> Option<Instant> {
+        self.since.map(|since| since + LONGEST_WAIT)
+    }
+
+    /// Hands over what is collected.
+    pub fn flush(&mut self) {
+        if self.since.take().is_none() {
+            return;
+        }
+        match self.columns.take() {
+            Ok(batch) => self.send(Message::Batch(batch)),
+            // A column of more than 2 GiB of text, which nobody writes.
+            Err(_) => self.broken = true,
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+        self.broken |= self.batches.send(message).is_err();
+    }
+
+    /// Whether nothing more is written: [`finish`](Self::finish) tells why.
+    pub fn is_broken(&self) -> bool {
+        self.broken || self.thread.is_finished()
+    }
+
+    /// Waits until there is room for another batch.
+    pub async fn has_room(&self) {
+        while !self.is_broken() && self.shared.waiting.load(Ordering::Relaxed) > WAITING_BATCHES {
+            // A batch that is written in between has left a permit.
+            self.shared.written.notified().await;
+        }
+    }
+
+    /// Bytes of the file at hand, as far as they are written.
+    pub fn bytes(&self) -> u64 {
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// How long ago the file at hand was begun.
+    pub fn age(&self) -> Duration {
+        self.part_began.elapsed()
+    }
+
+    /// Goes on in another file.
+    pub fn next_part(&mut self, file: File, capture: &Capture) {
+        self.flush();
+        let schema = schema(capture);
+        let mut columns = Columns::new(Arc::clone(&schema));
+        columns.go_on_from(&self.columns);
+        self.columns = columns;
+        self.part_began = Instant::now();
+        self.shared.bytes.store(0, Ordering::Relaxed);
+        self.send(Message::Next(file, schema));
+    }
+
+    /// Rows since the beginning.
+    pub fn counts(&self) -> Counts {
+        self.columns.counts()
+    }
+
+    /// Writes what is left, and the end of the trace. Waits for the disk. Gives the bytes of all files.
+    ///
+    /// # Errors
+    /// When something could not be written.
+    pub fn finish(mut self) -> io::Result<u64> {
+        self.flush();
+        let Self {
+            batches,
+            thread,
+            shared,
+            ..
+        } = self;
+        drop(batches);
+        thread.join().unwrap_or_else(|_| {
+            let message = "the thread that writes the trace has panicked";
+            Err(io::Error::other(message))
+        })?;
+        Ok(shared.all_bytes.load(Ordering::Relaxed))
+    }
+}
+
+/// Counts what goes to a file.
+struct Counting<'a> {
+    file: File,
+    shared: &'a Shared,
+}
+
+impl io::Write for Counting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        for sum in [&self.shared.bytes, &self.shared.all_bytes] {
+            sum.fetch_add(written as u64, Ordering::Relaxed);
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+type Stream<'a> = StreamWriter<BufWriter<Counting<'a>>>;
+
+fn stream<'a>(
+    file: File,
+    schema: &SchemaRef,
+    shared: &'a Shared,
+) -> Result<Stream<'a>, ArrowError> {
+    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
+    let file = BufWriter::with_capacity(256 << 10, Counting { file, shared });
+    let mut stream = StreamWriter::try_new_with_options(file, schema, options)?;
+    // Whoever reads a pipe learns at once what it is.
+    stream.flush()?;
+    Ok(stream)
+}
+
+fn write_all(
+    file: File,
+    schema: SchemaRef,
+    messages: &mpsc::Receiver<Message>,
+    shared: &Shared,
+) -> io::Result<()> {
+    let result = write_messages(file, &schema, messages, shared);
+    // Whoever waits for room has to see that we are gone.
+    shared.waiting.store(0, Ordering::Relaxed);
+    shared.written.notify_one();
+    result.map_err(|error| match error {
+        ArrowError::IoError(_, error) => error,
+        error => io::Error::other(error),
+    })
+}
+
+fn write_messages(
+    file: File,
+    schema: &SchemaRef,
+    messages: &mpsc::Receiver<Message>,
+    shared: &Shared,
+) -> Result<(), ArrowError> {
+    let mut stream = stream(file, schema, shared)?;
+    for message in messages {
+        match message {
+            Message::Batch(batch) => {
+                stream.write(&batch)?;
+                stream.flush()?;
+            }
+            Message::Next(file, schema) => {
+                let mut done = mem::replace(&mut stream, self::stream(file, &schema, shared)?);
+                done.finish()?;
+            }
+        }
+        shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        shared.written.notify_one();
+    }
+    stream.finish()
+}

@@ -113,6 +113,44 @@ Exit status:
   1  No: the lines that say `no` are followed by what it needs
   2  Could not tell: the lines that say so are followed by how to find out";
 
+const MERGE_EXAMPLES: &str = "\
+Examples:
+  Add up what ten runs of a model have counted:
+    expert-trace merge run-*.json -o merged.json
+
+  Add another one later:
+    expert-trace merge merged.json another.json -o merged.json";
+
+const DIFF_EXAMPLES: &str = "\
+Examples:
+  In which layers do two workloads use other experts?
+    expert-trace diff chat.json code.json
+
+  List the ten experts of each layer whose share differs most:
+    expert-trace diff --top 10 chat.json code.json
+
+  Compare two contexts of one file, for a script:
+    expert-trace diff --context-a 0 --context-b 1 --json chat.json chat.json";
+
+const DIFF_STATUS: &str = "\
+Exit status:
+  0  They were compared, be they equal or not
+  1  They could not be compared";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  Has a trace of llama-imatrix the counts that llama-imatrix has written?
+    expert-trace verify stats.json imatrix.gguf
+
+  The same for a script:
+    expert-trace verify --json stats.json imatrix.gguf";
+
+const VERIFY_STATUS: &str = "\
+Exit status:
+  0  Every expert of every layer has the same count in both
+  1  They differ: the lines after the table say what can be the reason
+  2  They could not be compared";
+
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
   Bash, in this shell (or as a line of ~/.bashrc):
@@ -146,6 +184,15 @@ pub enum Command {
     /// but for a look of a second at the eval callback of --pid
     #[command(before_help = DOCTOR_EXAMPLES, after_help = DOCTOR_STATUS)]
     Doctor(Doctor),
+    /// Add up the counts of several runs of a model; their contexts stay apart beside the sum
+    #[command(before_help = MERGE_EXAMPLES)]
+    Merge(Merge),
+    /// Say how two files differ: by layer, which experts they use, and how much
+    #[command(before_help = DIFF_EXAMPLES, after_help = DIFF_STATUS)]
+    Diff(Diff),
+    /// Compare counts with those that llama-imatrix made itself in the same run
+    #[command(before_help = VERIFY_EXAMPLES, after_help = VERIFY_STATUS)]
+    Verify(Verify),
     /// Print a script that completes expert-trace's arguments in a shell
     #[command(before_help = COMPLETIONS_EXAMPLES)]
     Completions(Completions),
@@ -221,6 +268,60 @@ pub struct Doctor {
     /// A program and its arguments, as run would start it
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// Statistics (-o), profiles (of an earlier merge), traces (--trace)
+    #[arg(value_name = "FILE", required = true)]
+    pub inputs: Vec<PathBuf>,
+    /// Write the profile to this file; - is stdout
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// Arguments of `diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// Statistics (-o), a profile (merge), or a trace (--trace)
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+    /// What to compare it with: a file of any of these kinds
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+    /// Context of A (default: its main one, or the sum if it was merged)
+    #[arg(long, value_name = "N")]
+    pub context_a: Option<usize>,
+    /// Context of B (default: its main one, or the sum if it was merged)
+    #[arg(long, value_name = "N")]
+    pub context_b: Option<usize>,
+    /// Hot experts are the fewest that have so much of the activations, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 80, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub hot: u8,
+    /// List at most so many experts per layer whose share differs
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub top: usize,
+    /// Write the answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Statistics (-o), a profile (merge), or a trace (--trace)
+    #[arg(value_name = "STATS")]
+    pub stats: PathBuf,
+    /// What llama-imatrix has written, as GGUF
+    #[arg(value_name = "IMATRIX")]
+    pub imatrix: PathBuf,
+    /// Context to compare (default: the main one, or the sum if STATS was merged)
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Write the answer as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `completions`.

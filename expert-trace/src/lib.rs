@@ -23,6 +23,7 @@
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`trace`]: every routed row, as Arrow; recorded from what the model gives when a pass is over.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//! - [`profile`]: what was counted, read again: merged, compared, verified.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
@@ -58,6 +59,7 @@ pub mod models;
 pub mod own_code;
 pub mod placement;
 pub mod probes;
+pub mod profile;
 pub mod prologue;
 pub mod redact;
 pub mod remedy;

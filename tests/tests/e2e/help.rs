@@ -269,7 +269,19 @@ fn every_subcommand_starts_with_examples() {
         .filter(|name| *name != "help")
         .collect();
     // Each of them is a test below.
-    assert_eq!(names, ["run", "attach", "doctor", "completions"], "{all}");
+    assert_eq!(
+        names,
+        [
+            "run",
+            "attach",
+            "doctor",
+            "merge",
+            "diff",
+            "verify",
+            "completions",
+        ],
+        "{all}"
+    );
     for name in names {
         let of_command = examples(&help(&[name]));
         assert!(
@@ -320,6 +332,56 @@ fn examples_of_doctor_work() {
         }
     }
     assert!(target.quit().unwrap().success());
+}
+
+/// Traces a program into each of the files that the examples name.
+fn trace_into(names: &[&str]) {
+    for name in names {
+        let line = format!("exec expert-trace run -o {name} -- llama-cli -m model.gguf -p Hello");
+        let output = World::get().bash(&line).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+    }
+}
+
+#[test]
+fn examples_of_merge_work() {
+    trace_into(&["run-1.json", "run-2.json", "another.json"]);
+    for example in examples(&help(&["merge"])) {
+        let output = World::get().bash(&example).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+    }
+    let merged = fs::read(World::get().at("merged.json")).unwrap();
+    let merged: serde_json::Value = serde_json::from_slice(&merged).unwrap();
+    assert_eq!(merged["sources"].as_array().unwrap().len(), 3);
+    assert_eq!(merged["contexts"].as_array().unwrap().len(), 4);
+    assert_eq!(merged["layers_context"], 3);
+}
+
+#[test]
+fn examples_of_diff_work() {
+    trace_into(&["chat.json", "code.json"]);
+    for example in examples(&help(&["diff"])) {
+        // llama-cli has one context.
+        let line = example.replace("--context-b 1", "--context-b 0");
+        let output = World::get().bash(&line).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        let answer = String::from_utf8(output.stdout).unwrap();
+        match example.contains("--json") {
+            true => assert!(answer.contains("\"mean_jsd_bits\": 0.0"), "{answer}"),
+            false => assert!(answer.contains("\nLayer  "), "{answer}"),
+        }
+    }
+}
+
+/// What they say of equal counts is tested with llama-imatrix.
+#[test]
+fn examples_of_verify_say_what_is_missing() {
+    for example in examples(&help(&["verify"])) {
+        let line = example.replace("stats.json", "missing.json");
+        let output = World::get().bash(&line).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{example}");
+        assert!(said(&output).contains("cannot read missing.json"));
+    }
 }
 
 #[test]
@@ -388,7 +450,15 @@ fn bash_completes() {
     );
 
     let commands = offered(&script, &[""]);
-    for command in ["run", "attach", "doctor", "completions"] {
+    for command in [
+        "run",
+        "attach",
+        "doctor",
+        "merge",
+        "diff",
+        "verify",
+        "completions",
+    ] {
         assert!(
             commands.iter().any(|offer| offer == command),
             "{commands:?}"

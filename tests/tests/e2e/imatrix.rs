@@ -1,6 +1,6 @@
 //! llama-imatrix counts the rows routed to each expert itself: its counts and ours must be equal.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, ffi::OsStr, fs, path::Path, process::Command};
 
 use expert_trace_tests::{
     imatrix::read_counts,
@@ -54,8 +54,31 @@ fn compare(model: &Path, run: &Run<'_>) -> String {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{said}");
 
-    let stats = Stats::read(&stats).unwrap();
+    let verify = |stats: &Path| {
+        let verify = ["verify".as_ref(), stats.as_os_str(), OsStr::new(&*counts)];
+        Command::new(tracer::program().unwrap())
+            .args(verify)
+            .output()
+            .unwrap()
+    };
+    let verified = verify(&stats);
+    assert_eq!(verified.status.code(), Some(0), "{verified:?}");
+    assert!(String::from_utf8_lossy(&verified.stdout).contains("\nEqual: "));
+
+    let path = stats;
+    let stats = Stats::read(&path).unwrap();
     stats.assert_complete();
+    // One activation more.
+    let mut other = stats.0.clone();
+    for key in ["prefill", "activations"] {
+        let count = &mut other["contexts"][0]["layers"][0]["experts"][0][key];
+        *count = json!(count.as_u64().unwrap() + 1);
+    }
+    fs::write(&path, other.to_string()).unwrap();
+    let refuted = verify(&path);
+    assert_eq!(refuted.status.code(), Some(1), "{refuted:?}");
+    assert!(String::from_utf8_lossy(&refuted.stdout).contains("Different: in 1 of "));
+
     let theirs = read_counts(Path::new(&*counts)).unwrap();
     let ours: BTreeMap<u32, Vec<u64>> = theirs
         .iter()

@@ -17,7 +17,10 @@ use clap::{
 use clap_complete::Shell;
 use expert_trace_common::Route;
 
-use crate::routes::{self, Routes};
+use crate::{
+    formats::{Format, ImportFormat},
+    routes::{self, Routes},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -151,6 +154,37 @@ Exit status:
   1  They differ: the lines after the table say what can be the reason
   2  They could not be compared";
 
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  A table of every routed token, for DuckDB, Polars or pandas:
+    expert-trace export trace.arrows --format parquet -o trace.parquet
+
+  Layer and expert of every activation, on stdout:
+    expert-trace export trace.arrows --format csv -o - | sort | uniq -c
+
+  Counts for NumPy, of the context with most tokens:
+    expert-trace export stats.json --format npy -o counts.npy";
+
+const EXPORT_NOTES: &str = "\
+json, turbospark, imatrix-counts and npy are also made of statistics (run -o) and profiles; the \
+others need a trace. json, jsonl and parquet have all contexts, the others one. What a format does not \
+hold of what is there is said on stderr.
+
+Exit status:
+  0  Done; of a trace that was cut, all that is there
+  1  Something could not be read or written; of a damaged trace, all before is exported";
+
+const IMPORT_EXAMPLES: &str = "\
+Examples:
+  A trace of a route_trace of BigMoeOnEdge:
+    expert-trace import route.csv --format route-trace -o trace.arrows
+
+  Counts of llama-imatrix, to be compared with others:
+    expert-trace import imatrix.gguf --format imatrix -o counts.json
+
+  Counts of lines `layer,expert`, of a model that uses 8 experts per token:
+    expert-trace import moe.csv --format csv --k 8 -o counts.json";
+
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
   Bash, in this shell (or as a line of ~/.bashrc):
@@ -193,6 +227,12 @@ pub enum Command {
     /// Compare counts with those that llama-imatrix made itself in the same run
     #[command(before_help = VERIFY_EXAMPLES, after_help = VERIFY_STATUS)]
     Verify(Verify),
+    /// Write a trace, or counts, in a format that others read
+    #[command(before_help = EXPORT_EXAMPLES, after_help = EXPORT_NOTES)]
+    Export(Export),
+    /// Make a trace, or counts, of what others have written
+    #[command(before_help = IMPORT_EXAMPLES)]
+    Import(Import),
     /// Print a script that completes expert-trace's arguments in a shell
     #[command(before_help = COMPLETIONS_EXAMPLES)]
     Completions(Completions),
@@ -322,6 +362,40 @@ pub struct Verify {
     /// Write the answer as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+pub struct Export {
+    /// A trace, statistics or a profile
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Format to write
+    #[arg(short, long, value_name = "FORMAT", value_enum)]
+    pub format: Format,
+    /// File to write; it appears when it is complete. - is stdout, for formats that are text
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Context to export, for formats that hold one (default: the one that routed most tokens)
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+}
+
+/// Arguments of `import`.
+#[derive(Debug, Args)]
+pub struct Import {
+    /// A file that another program has written
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Its format
+    #[arg(short, long, value_name = "FORMAT", value_enum)]
+    pub format: ImportFormat,
+    /// File to write; it appears when it is complete. - is stdout, for counts
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Experts per token, where the file does not tell: tokens are counted by it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub k: Option<u32>,
 }
 
 /// Arguments of `completions`.

@@ -23,6 +23,7 @@
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`trace`]: every routed row, as Arrow; recorded from what the model gives when a pass is over.
 //! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//! - [`formats`]: traces and counts as others read and write them.
 //! - [`profile`]: what was counted, read again: merged, compared, verified.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
@@ -49,6 +50,7 @@ pub mod diagnosis;
 pub mod doctor;
 pub mod eval_callback;
 pub mod export;
+pub mod formats;
 pub mod gate;
 pub mod gguf;
 pub mod kernel_types;

@@ -7,7 +7,7 @@ use clap::Parser as _;
 use expert_trace::{
     capture,
     cli::{Cli, Command},
-    doctor, export,
+    doctor, export, formats,
     launch::LaunchError,
     profile::command as profile,
     say,
@@ -51,6 +51,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Verify(arguments) => {
             Ok(or_status(profile::run_verify(&arguments), COULD_NOT_TELL))
         }
+        Command::Export(arguments) => Ok(formats::export(&arguments)),
+        Command::Import(arguments) => Ok(formats::import(&arguments)),
         Command::Completions(completions) => match completions.write(&mut io::stdout()) {
             // Whoever reads has read enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),

@@ -278,6 +278,8 @@ fn every_subcommand_starts_with_examples() {
             "merge",
             "diff",
             "verify",
+            "export",
+            "import",
             "completions",
         ],
         "{all}"
@@ -385,6 +387,46 @@ fn examples_of_verify_say_what_is_missing() {
 }
 
 #[test]
+fn examples_of_export_work() {
+    let line = "exec expert-trace run -o stats.json --trace trace.arrows -- llama-cli -m model.gguf -p Hello";
+    let output = World::get().bash(line).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    for example in examples(&help(&["export"])) {
+        let output = World::get().bash(&example).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        // In a pipe, the last command's status would hide another one's.
+        assert!(
+            !said(&output).contains("error"),
+            "{example}: {}",
+            said(&output)
+        );
+        match example.split_once("-o - |") {
+            Some(_) => assert!(!output.stdout.is_empty(), "{example}"),
+            None => {
+                let name = example.rsplit(' ').next().unwrap();
+                assert!(
+                    fs::metadata(World::get().at(name)).unwrap().len() > 0,
+                    "{example}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn examples_of_import_say_what_is_missing() {
+    for example in examples(&help(&["import"])) {
+        let output = World::get().bash(&example).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{example}");
+        assert!(
+            said(&output).contains("cannot open"),
+            "{example}: {}",
+            said(&output)
+        );
+    }
+}
+
+#[test]
 fn examples_of_completions_work() {
     let lines = examples(&help(&["completions"]));
     lines.iter().for_each(|line| run_example(line));
@@ -457,6 +499,8 @@ fn bash_completes() {
         "merge",
         "diff",
         "verify",
+        "export",
+        "import",
         "completions",
     ] {
         assert!(

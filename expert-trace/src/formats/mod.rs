@@ -1,0 +1,509 @@
+//! Traces and counts in the formats that others read, and from those that others write.
+//!
+//! | format | holds | does not hold |
+//! |---|---|---|
+//! | `json` | counts of all contexts, phases apart: a profile | rows, gaps, second blocks |
+//! | `jsonl` | everything, a JSON object per row | |
+//! | `parquet` | everything, with the trace's columns and metadata | |
+//! | `csv` | layer and expert of each activation, in order | tokens, phases, passes, positions |
+//! | `route-trace` | phase, position, layer and experts of each token, the model | passes, sequences, token ids, times; weights are `nan` |
+//! | `mbolt` | layer and experts of each token, by passes | phases, positions, token ids, times |
+//! | `turbospark` | counts by layer and expert, the experts of each layer's tokens | phases, passes, positions; without a trace, tokens too |
+//! | `imatrix-counts` | counts by layer and expert, as F32 | phases; counts above 2^24 are rounded; sums of squares, without which `llama-quantize` does not take it |
+//! | `npy` | counts by layer, expert and phase | which layers there are: they are ascending |
+//!
+//! All from `csv` on are of one context, and leave out gaps and second blocks of experts. Those of counts
+//! (`json`, `turbospark`, `imatrix-counts`, `npy`) are made of statistics and profiles, too.
+//!
+//! A trace is read twice for most of them, and in constant memory: [`facts`] are what the first round
+//! finds. Input is not trusted.
+
+mod batches;
+mod counts;
+pub mod csv;
+pub mod facts;
+pub mod imatrix;
+pub mod json;
+pub mod jsonl;
+pub mod mbolt;
+pub mod npy;
+mod output;
+pub mod parquet;
+mod progress;
+pub mod route_trace;
+#[cfg(test)]
+mod tests;
+mod text;
+mod trace_file;
+pub mod turbospark;
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read as _, Write},
+    path::Path,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::ValueEnum;
+
+use self::{
+    batches::Batches, facts::Facts, output::Output, progress::Progress, route_trace::Imported,
+    text::printable,
+};
+use crate::{
+    cli::{Export, Import},
+    profile::{ContextProfile, Profile},
+    trace::{Ending, Reader},
+};
+
+/// Layers of a model at most: twice `LLAMA_MAX_LAYERS` of llama.cpp b11434.
+pub const MAX_LAYERS: u16 = 1024;
+/// Experts of a layer at most: four times `LLAMA_MAX_EXPERTS` of llama.cpp b11434.
+pub const MAX_EXPERTS: u32 = 4096;
+
+/// Formats that can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Counts of all contexts: a profile
+    Json,
+    /// All rows, a JSON object each
+    Jsonl,
+    /// One line `layer,expert` per activation
+    Csv,
+    /// All rows, as a table for DuckDB, Polars and pandas
+    Parquet,
+    /// route_trace v1 of BigMoeOnEdge
+    RouteTrace,
+    /// Ids by pass and layer, as numbers of 32 bits
+    Mbolt,
+    /// JSON of counts and ids by layer
+    Turbospark,
+    /// GGUF of counts, as llama-imatrix has them
+    ImatrixCounts,
+    /// Array [layers, experts, 2 phases] for NumPy
+    Npy,
+}
+
+impl Format {
+    /// Whether it is fit for stdout.
+    fn is_text(self) -> bool {
+        match self {
+            Self::Json | Self::Jsonl | Self::Csv | Self::RouteTrace | Self::Turbospark => true,
+            Self::Parquet | Self::Mbolt | Self::ImatrixCounts | Self::Npy => false,
+        }
+    }
+
+    /// Whether it has all contexts.
+    fn holds_all(self) -> bool {
+        matches!(self, Self::Json | Self::Jsonl | Self::Parquet)
+    }
+
+    /// Whether it can be made of counts alone.
+    fn is_of_counts(self) -> bool {
+        match self {
+            Self::Json | Self::Turbospark | Self::ImatrixCounts | Self::Npy => true,
+            Self::Jsonl | Self::Csv | Self::Parquet | Self::RouteTrace | Self::Mbolt => false,
+        }
+    }
+
+    /// Its name on the command line.
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// Formats that can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImportFormat {
+    /// route_trace v1 of BigMoeOnEdge; becomes a trace
+    RouteTrace,
+    /// One line `layer,expert` per activation; becomes a profile
+    Csv,
+    /// GGUF of llama-imatrix; becomes a profile
+    Imatrix,
+}
+
+/// What `export` does. Gives the exit status: 1 when something could not be read or written.
+pub fn export(arguments: &Export) -> u8 {
+    status(export_file(arguments), &arguments.output)
+}
+
+/// What `import` does. Gives the exit status: 1 when something could not be read or written.
+pub fn import(arguments: &Import) -> u8 {
+    status(import_file(arguments), &arguments.output)
+}
+
+fn status(result: anyhow::Result<u8>, output: &Path) -> u8 {
+    let error = match result {
+        Ok(status) => return status,
+        Err(error) => error,
+    };
+    // Whoever reads stdout has read enough.
+    let is_broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+    };
+    if output == Path::new("-") && error.chain().any(is_broken_pipe) {
+        return 0;
+    }
+    say!("error: {}", printable(&format!("{error:#}")));
+    1
+}
+
+fn export_file(arguments: &Export) -> anyhow::Result<u8> {
+    let Export {
+        input,
+        format,
+        output,
+        context,
+    } = arguments;
+    let name = format.name();
+    ensure!(
+        format.is_text() || output != Path::new("-"),
+        "{name} is no text: name a file for it"
+    );
+    ensure!(
+        !format.holds_all() || context.is_none(),
+        "{name} has all contexts: leave out --context"
+    );
+    let shown = printable(&input.to_string_lossy());
+    let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
+    if is_json(&file).with_context(|| format!("cannot read {shown}"))? {
+        ensure!(
+            format.is_of_counts(),
+            "{name} needs a trace (.arrows), and {shown} has counts alone"
+        );
+        let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
+        let profile = json::read(file, &shown).with_context(|| shown.clone())?;
+        let out = Output::create(output, input)?;
+        write_counts(&profile, None, *format, *context, out)?;
+        return Ok(0);
+    }
+    let ending = export_trace(arguments, &file, &shown)?;
+    Ok(match ending {
+        Ending::Whole => 0,
+        Ending::Cut => {
+            say!("{shown} has no end: it was cut, or is being written; all before is exported");
+            0
+        }
+        Ending::Damaged(why) => {
+            say!(
+                "error: {shown}: {}; all before is exported",
+                printable(&why)
+            );
+            1
+        }
+    })
+}
+
+/// Whether a file begins as a JSON object does.
+fn is_json(file: &File) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        let message = "it is no regular file: save it as one";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    let mut start = Vec::new();
+    file.take(64).read_to_end(&mut start)?;
+    let first = start.iter().find(|byte| !byte.is_ascii_whitespace());
+    Ok(first == Some(&b'{'))
+}
+
+fn export_trace(arguments: &Export, file: &File, shown: &str) -> anyhow::Result<Ending> {
+    let Export {
+        input,
+        format,
+        output,
+        context,
+    } = arguments;
+    let bytes = file.metadata().map_or(0, |metadata| metadata.len());
+    if matches!(format, Format::Jsonl | Format::Parquet) {
+        let mut progress = Progress::new(bytes, 1);
+        let mut batches = Batches::open(input, u64::MAX, &mut progress)?;
+        Output::create(output, input)?.write(|out| match format {
+            Format::Parquet => parquet::write(&mut batches, out),
+            _ => jsonl::write(&mut batches, out),
+        })?;
+        return Ok(batches.ending().cloned().unwrap_or(Ending::Cut));
+    }
+    let rounds = match format {
+        Format::Json | Format::ImatrixCounts | Format::Npy => 1,
+        _ => 2,
+    };
+    let mut progress = Progress::new(bytes, rounds);
+    let mut reader = Reader::open(input)?;
+    let out = Output::create(output, input)?;
+    let facts = Facts::collect(&mut reader, &mut progress).with_context(|| shown.to_owned())?;
+    let profile = facts.profile(shown.to_owned());
+    if rounds == 1 {
+        write_counts(&profile, Some(&facts), *format, *context, out)?;
+        return Ok(facts.ending);
+    }
+    let chosen = choose(&profile, *context)?;
+    say_what_is_left_out(&profile, chosen, Some(&facts), *format);
+    let mut batches = Batches::open(input, facts.batches, &mut progress)?;
+    let id = chosen.id as u32;
+    let of_context = facts.contexts.get(&id).context("no such context")?;
+    out.write(|out| match format {
+        Format::Csv => csv::write(&mut batches, id, out),
+        Format::RouteTrace => route_trace::write(&mut batches, of_context, chosen, out),
+        Format::Mbolt => mbolt::write(&mut batches, chosen, out),
+        _ => turbospark::write(Some(&mut batches), chosen, out),
+    })?;
+    Ok(facts.ending)
+}
+
+/// Writes a format of counts; `facts` are those of the trace that the counts come from.
+fn write_counts(
+    profile: &Profile,
+    facts: Option<&Facts>,
+    format: Format,
+    context: Option<usize>,
+    out: Output,
+) -> anyhow::Result<()> {
+    if format == Format::Json {
+        return out.write(|out| json::write(profile, out));
+    }
+    let chosen = choose(profile, context)?;
+    say_what_is_left_out(profile, chosen, facts, format);
+    out.write(|out| match format {
+        Format::ImatrixCounts => imatrix::write(chosen, out),
+        Format::Npy => npy::write(chosen, out),
+        _ => turbospark::write(None, chosen, out),
+    })
+}
+
+/// The context that was asked for, or else the main one.
+fn choose(profile: &Profile, wanted: Option<usize>) -> anyhow::Result<&ContextProfile> {
+    let contexts = &profile.contexts;
+    let Some(wanted) = wanted else {
+        let main = profile.layers_context.and_then(|index| contexts.get(index));
+        return main.context("nothing was routed: there is nothing to export");
+    };
+    let chosen = contexts.iter().find(|context| context.id == wanted);
+    if let Some(chosen) = chosen {
+        return Ok(chosen);
+    }
+    let ids: Vec<String> = contexts
+        .iter()
+        .take(16)
+        .map(|context| context.id.to_string())
+        .collect();
+    bail!(
+        "no context {wanted} has routed anything; there are {}",
+        ids.join(", ")
+    )
+}
+
+fn say_what_is_left_out(
+    profile: &Profile,
+    chosen: &ContextProfile,
+    facts: Option<&Facts>,
+    format: Format,
+) {
+    for line in left_out(profile, chosen, facts, format) {
+        say!("{line}");
+    }
+}
+
+/// What a format of one context does not hold of what is there, a line each.
+fn left_out(
+    profile: &Profile,
+    chosen: &ContextProfile,
+    facts: Option<&Facts>,
+    format: Format,
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    let others = profile.contexts.len() - 1;
+    if others > 0 {
+        lines.push(format!(
+            "context {} alone is exported: {others} more left out (--context)",
+            chosen.id
+        ));
+    }
+    let id = chosen.id as u32;
+    if let Some(of_context) = facts.and_then(|facts| facts.contexts.get(&id)) {
+        let gaps = facts.map_or(0, |facts| facts.gaps_of(id));
+        if gaps > 0 {
+            lines.push(format!(
+                "{gaps} gaps are left out: tokens are missing there"
+            ));
+        }
+        let rows = of_context.second_block_rows;
+        if rows > 0 {
+            lines.push(format!(
+                "{rows} rows of second blocks of experts are left out"
+            ));
+        }
+        let in_order = !matches!(format, Format::ImatrixCounts | Format::Npy);
+        if of_context.several_sequences && in_order {
+            lines.push("sequences are not told apart".to_owned());
+        }
+        let unknown = of_context.rows_without_position;
+        if format == Format::RouteTrace && unknown > 0 {
+            lines.push(format!(
+                "{unknown} rows have no position: they are counted on from the last"
+            ));
+        }
+        if format == Format::RouteTrace {
+            lines.push("weights are nan: a trace has none".to_owned());
+            if of_context.model().layer_bytes.is_empty() {
+                lines.push("expert_bytes are 0: they are not known".to_owned());
+            }
+        }
+    }
+    let needs_width = !matches!(format, Format::Csv | Format::Json);
+    let unknown = counts::of_unknown_width(chosen);
+    if needs_width && !unknown.is_empty() {
+        lines.push(format!(
+            "how many experts there are is not known of layers {}: as many as the largest id tells",
+            listed(&unknown)
+        ));
+    }
+    if format == Format::Npy {
+        let layers: Vec<u16> = chosen.layers.iter().map(|layer| layer.layer_id).collect();
+        lines.push(format!("the array has layers {}", listed(&layers)));
+    }
+    let mut experts = chosen.layers.iter().flat_map(|layer| &layer.experts);
+    if format == Format::ImatrixCounts && experts.any(|expert| expert.activations > imatrix::EXACT)
+    {
+        lines.push("counts above 16777216 are rounded, as F32 has them".to_owned());
+    }
+    if format == Format::Turbospark && facts.is_none() {
+        lines.push("`trace` is empty: counts do not tell the order".to_owned());
+    }
+    lines
+}
+
+/// Numbers in ascending order, neighbours together.
+fn listed(numbers: &[u16]) -> String {
+    let mut runs: Vec<(u16, u16)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(*number) => *last = *number,
+            _ => runs.push((*number, *number)),
+        }
+    }
+    let runs = runs.iter().map(|(first, last)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    });
+    runs.collect::<Vec<_>>().join(", ")
+}
+
+fn import_file(arguments: &Import) -> anyhow::Result<u8> {
+    let Import {
+        input,
+        format,
+        output,
+        k,
+    } = arguments;
+    ensure!(
+        *format != ImportFormat::RouteTrace || k.is_none(),
+        "a route_trace tells how many experts each token has: leave out --k"
+    );
+    let becomes_text = *format != ImportFormat::RouteTrace;
+    ensure!(
+        becomes_text || output != Path::new("-"),
+        "a trace is no text: name a file for it"
+    );
+    let shown = printable(&input.to_string_lossy());
+    let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
+    let mut file = BufReader::with_capacity(1 << 20, file);
+    let out = Output::create(output, input)?;
+    let profile = match format {
+        ImportFormat::RouteTrace => {
+            let imported = out.write(|out| route_trace::read(file, out));
+            say_of_import(imported.with_context(|| shown.clone())?);
+            return Ok(0);
+        }
+        ImportFormat::Csv => csv::read(file, shown.clone(), *k),
+        ImportFormat::Imatrix => imatrix::read(&mut file, shown.clone(), *k),
+    };
+    let profile = profile.with_context(|| shown.clone())?;
+    let mut layers = profile.contexts.iter().flat_map(|context| &context.layers);
+    if layers.any(|layer| layer.k.is_none()) {
+        say!("how many experts a token has is not in the file: without --k, tokens are 0");
+    }
+    if *format == ImportFormat::Csv {
+        say!("phases are not in the file: all counts as decode");
+    }
+    out.write(|out: &mut (dyn Write + Send)| json::write(&profile, out))?;
+    Ok(0)
+}
+
+fn say_of_import(imported: Imported) {
+    if imported.several_turns {
+        say!("turns are not told apart");
+    }
+    say!(
+        "{} rows; weights and times are left out, what was in memory too",
+        imported.rows
+    );
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::{
+        tests::{TraceOnDisk, facts_of, routed, small_profile},
+        *,
+    };
+    use crate::trace::{Kind, Row};
+
+    #[test]
+    fn runs_of_numbers() {
+        assert_eq!(listed(&[]), "");
+        assert_eq!(listed(&[3]), "3");
+        assert_eq!(listed(&[0, 1, 2, 5, 65_534, 65_535]), "0-2, 5, 65534-65535");
+    }
+
+    #[test]
+    fn what_is_left_out_is_said() {
+        let of_sequence = |sequence| Row {
+            sequence: Some(sequence),
+            position: Some(0),
+            ..routed(0, 1, &[2])
+        };
+        let second = Row {
+            kind: Kind::SecondBlock,
+            ..routed(0, 1, &[1])
+        };
+        let trace = TraceOnDisk::new(&[
+            of_sequence(0),
+            of_sequence(1),
+            second,
+            routed(1, 1, &[2]),
+            Row::of(Kind::Gap),
+        ]);
+        let facts = facts_of(&trace);
+        let profile = facts.profile("a".into());
+        let said = |format| {
+            let lines = left_out(&profile, &profile.contexts[0], Some(&facts), format);
+            lines.join("\n")
+        };
+        let csv = said(Format::Csv);
+        for part in ["1 more left out", "1 gaps", "1 rows of second", "sequences"] {
+            assert!(csv.contains(part), "{part}: {csv}");
+        }
+        let route_trace = said(Format::RouteTrace);
+        for part in ["weights are nan", "expert_bytes are 0", "layers 1:"] {
+            assert!(route_trace.contains(part), "{part}: {route_trace}");
+        }
+        assert!(!route_trace.contains("no position"), "{route_trace}");
+        assert!(!said(Format::Npy).contains("sequences"));
+        assert!(said(Format::Npy).contains("the array has layers 1"));
+    }
+
+    #[test]
+    fn counts_that_an_f32_cannot_hold_are_named() {
+        let mut profile = small_profile();
+        let said = |profile: &Profile| {
+            let lines = left_out(profile, &profile.contexts[0], None, Format::ImatrixCounts);
+            lines.join("\n")
+        };
+        assert!(!said(&profile).contains("rounded"));
+        profile.contexts[0].layers[0].experts[0].activations = imatrix::EXACT + 1;
+        assert!(said(&profile).contains("rounded"));
+    }
+}

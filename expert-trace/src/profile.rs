@@ -146,6 +146,17 @@ pub enum ContextError {
 }
 
 impl Profile {
+    /// That of these contexts, of which the one with most tokens is the main one.
+    pub fn new(sources: Vec<String>, models: Vec<Value>, contexts: Vec<ContextProfile>) -> Self {
+        Self {
+            schema: Schema::default(),
+            sources,
+            models,
+            layers_context: main_context(&contexts),
+            contexts,
+        }
+    }
+
     /// The context of that number, by default the main one.
     ///
     /// # Errors
@@ -304,10 +315,15 @@ impl LayerProfile {
     }
 }
 
-/// Index of the context with most tokens, of equals the first; none when no context has any.
+/// Index of the context with most tokens, of equals the first; none when no context has counts. Where no
+/// tokens are known, as of an import, the first one with counts.
 pub fn main_context(contexts: &[ContextProfile]) -> Option<usize> {
-    let with_tokens = contexts.iter().rev().filter(|context| context.tokens() > 0);
-    let main = with_tokens.max_by_key(|context| context.tokens());
+    let counted = |context: &&ContextProfile| {
+        let mut layers = context.layers.iter();
+        layers.any(|layer| layer.total_tokens > 0 || !layer.experts.is_empty())
+    };
+    let counted = contexts.iter().rev().filter(counted);
+    let main = counted.max_by_key(|context| context.tokens());
     main.map(|context| context.id)
 }
 

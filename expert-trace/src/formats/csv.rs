@@ -11,7 +11,6 @@ use super::{
     MAX_EXPERTS, MAX_LAYERS,
     batches::{Batches, routed},
     facts::experts,
-    json,
     text::{Header, Lines, push_number},
 };
 use crate::profile::{ContextProfile, LayerProfile, Profile};
@@ -100,7 +99,7 @@ pub fn read(input: impl BufRead, source: String, k: Option<u32>) -> anyhow::Resu
         layers,
         ..ContextProfile::default()
     };
-    Ok(json::profile(vec![source], Vec::new(), vec![context]))
+    Ok(Profile::new(vec![source], Vec::new(), vec![context]))
 }
 
 /// Tokens that make so many activations; 0 when `k` is not known.
@@ -129,7 +128,7 @@ mod tests {
             routed(0, 3, &[5, 1]),
             routed(1, 3, &[7]),
             routed(0, 10, &[]),
-            routed(0, 10, &[4095]),
+            routed(0, 10, &[1023]),
         ]);
         let mut out = Vec::new();
         trace
@@ -137,7 +136,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "layer,expert\n3,5\n3,1\n10,4095\n"
+            "layer,expert\n3,5\n3,1\n10,1023\n"
         );
     }
 
@@ -165,7 +164,7 @@ mod tests {
             ("", "empty"),
             ("a,b\n", "no columns"),
             ("layer,expert\n1,2\n1\n", "line 3"),
-            ("layer,expert\n1,4096\n", "line 2: expert 4096"),
+            ("layer,expert\n1,1024\n", "line 2: expert 1024"),
             ("layer,expert\n1024,1\n", "line 2: layer 1024"),
             ("layer,expert\n-1,1\n", "line 2: layer -1"),
             ("layer,expert\n1,\x1b[2J\n", "'\u{fffd}[2J' is no number"),

@@ -5,18 +5,16 @@ use std::{
     io::Read,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use expert_trace_common::Phase;
 use serde_json::Value;
 
-use super::{MAX_EXPERTS, MAX_LAYERS, json, progress::Progress};
+use super::{MAX_EXPERTS, MAX_LAYERS, progress::Progress};
 use crate::{
-    profile::{ContextProfile, ExpertProfile, LayerProfile, Profile},
+    profile::{ContextProfile, ExpertProfile, LayerProfile, MAX_CONTEXTS, Profile},
     trace::{ContextDetail, Ending, Kind, Reader, Reason, Row},
 };
 
-/// More contexts than any process makes.
-const MAX_CONTEXTS: usize = 4096;
 /// Counters of experts, over all layers and contexts: 64 MiB of them.
 const MAX_COUNTERS: usize = 4 << 20;
 /// Descriptions of contexts, in bytes.
@@ -129,9 +127,10 @@ impl Facts {
             self.gaps_elsewhere += 1;
             return Ok(());
         };
-        if !self.contexts.contains_key(&id) && self.contexts.len() == MAX_CONTEXTS {
-            bail!("it has more than {MAX_CONTEXTS} contexts, as no process has");
-        }
+        ensure!(
+            (id as usize) < MAX_CONTEXTS,
+            "context {id}: no process has more than {MAX_CONTEXTS}"
+        );
         let context = self.contexts.entry(id).or_default();
         match row.kind {
             Kind::Routed => self.counters += context.add(row)?,
@@ -171,13 +170,14 @@ impl Facts {
             + self.gaps_elsewhere
     }
 
-    /// The counts as a document that names its source.
+    /// The counts as a document that names its source. Contexts keep their numbers: one that routed nothing
+    /// has no layers.
     pub fn profile(&self, source: String) -> Profile {
         let mut models: Vec<Value> = Vec::new();
-        let contexts = self
-            .contexts
-            .iter()
-            .filter(|(_, context)| !context.layers.is_empty())
+        let nothing = ContextFacts::default();
+        let end = self.contexts.keys().next_back().map_or(0, |last| last + 1);
+        let contexts = (0..end)
+            .map(|id| (id, self.contexts.get(&id).unwrap_or(&nothing)))
             .map(|(id, context)| {
                 let model = match context.models.as_slice() {
                     [only] => Some(only),
@@ -191,9 +191,9 @@ impl Facts {
                     })
                 });
                 let lost_nothing =
-                    self.ending == Ending::Whole && self.has_summary && self.gaps_of(*id) == 0;
+                    self.ending == Ending::Whole && self.has_summary && self.gaps_of(id) == 0;
                 ContextProfile {
-                    id: *id as usize,
+                    id: id as usize,
                     source: 0,
                     model,
                     layers: context.layer_profiles(lost_nothing),
@@ -201,7 +201,7 @@ impl Facts {
                 }
             })
             .collect();
-        json::profile(vec![source], models, contexts)
+        Profile::new(vec![source], models, contexts)
     }
 }
 
@@ -416,7 +416,7 @@ mod tests {
             ..routed(0, 0, &[1])
         };
         for row in [
-            routed(0, 0, &[4096]),
+            routed(0, 0, &[1024]),
             routed(0, 1024, &[1]),
             no_layer,
             no_context,
@@ -427,12 +427,12 @@ mod tests {
             .map(|context| routed(context, 0, &[0]))
             .collect();
         assert!(facts(&many).is_err());
-        assert!(facts(&many[1..]).is_ok());
-        let wide: Vec<Row<'_>> = (0..2048)
-            .map(|i| routed(i / 1024, (i % 1024) as u16, &[4095]))
+        assert!(facts(&many[..MAX_CONTEXTS]).is_ok());
+        let wide: Vec<Row<'_>> = (0..8192)
+            .map(|i| routed(i / 1024, (i % 1024) as u16, &[1023]))
             .collect();
         assert!(facts(&wide).is_err(), "8 Mi counters");
-        assert!(facts(&wide[1024..]).is_ok(), "4 Mi counters");
+        assert!(facts(&wide[4096..]).is_ok(), "4 Mi counters");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
-use super::{MAX_EXPERTS, MAX_LAYERS, counts, csv::tokens, facts::experts, json};
+use super::{MAX_EXPERTS, MAX_LAYERS, counts, csv::tokens, facts::experts};
 use crate::{
     gguf::{Gguf, TensorInfo},
     profile::{ContextProfile, LayerProfile, Profile},
@@ -163,7 +163,7 @@ pub fn read<R: Read + Seek>(
         layers,
         ..ContextProfile::default()
     };
-    Ok(json::profile(vec![source], Vec::new(), vec![context]))
+    Ok(Profile::new(vec![source], Vec::new(), vec![context]))
 }
 
 /// Experts per token, when each of so many tokens can have had the same number of different ones.

@@ -23,7 +23,6 @@ mod counts;
 pub mod csv;
 pub mod facts;
 pub mod imatrix;
-pub mod json;
 pub mod jsonl;
 pub mod mbolt;
 pub mod npy;
@@ -39,12 +38,13 @@ pub mod turbospark;
 
 use std::{
     fs::File,
-    io::{self, BufReader, Read as _, Write},
+    io::{self, BufReader, Read as _},
     path::Path,
 };
 
 use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
+use expert_trace_common::MAX_LAYERS;
 
 use self::{
     batches::Batches, facts::Facts, output::Output, progress::Progress, route_trace::Imported,
@@ -52,14 +52,12 @@ use self::{
 };
 use crate::{
     cli::{Export, Import},
-    profile::{ContextProfile, Profile},
+    profile::{self, ContextProfile, Profile, document},
     trace::{Ending, Reader},
 };
 
-/// Layers of a model at most: twice `LLAMA_MAX_LAYERS` of llama.cpp b11434.
-pub const MAX_LAYERS: u16 = 1024;
-/// Experts of a layer at most: four times `LLAMA_MAX_EXPERTS` of llama.cpp b11434.
-pub const MAX_EXPERTS: u32 = 4096;
+/// Experts of a layer at most.
+const MAX_EXPERTS: u32 = expert_trace_common::MAX_EXPERTS as u32;
 
 /// Formats that can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -174,8 +172,7 @@ fn export_file(arguments: &Export) -> anyhow::Result<u8> {
             format.is_of_counts(),
             "{name} needs a trace (.arrows), and {shown} has counts alone"
         );
-        let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
-        let profile = json::read(file, &shown).with_context(|| shown.clone())?;
+        let profile = profile::read::read(input)?.profile;
         let out = Output::create(output, input)?;
         write_counts(&profile, None, *format, *context, out)?;
         return Ok(0);
@@ -263,7 +260,7 @@ fn write_counts(
     out: Output,
 ) -> anyhow::Result<()> {
     if format == Format::Json {
-        return out.write(|out| json::write(profile, out));
+        return out.write(|out| Ok(out.write_all(&document::to_json(profile)?)?));
     }
     let chosen = choose(profile, context)?;
     say_what_is_left_out(profile, chosen, facts, format);
@@ -276,17 +273,15 @@ fn write_counts(
 
 /// The context that was asked for, or else the main one.
 fn choose(profile: &Profile, wanted: Option<usize>) -> anyhow::Result<&ContextProfile> {
-    let contexts = &profile.contexts;
     let Some(wanted) = wanted else {
-        let main = profile.layers_context.and_then(|index| contexts.get(index));
+        let main = profile.context(None).ok();
         return main.context("nothing was routed: there is nothing to export");
     };
-    let chosen = contexts.iter().find(|context| context.id == wanted);
-    if let Some(chosen) = chosen {
+    let mut routing = with_layers(profile);
+    if let Some(chosen) = routing.find(|context| context.id == wanted) {
         return Ok(chosen);
     }
-    let ids: Vec<String> = contexts
-        .iter()
+    let ids: Vec<String> = with_layers(profile)
         .take(16)
         .map(|context| context.id.to_string())
         .collect();
@@ -294,6 +289,12 @@ fn choose(profile: &Profile, wanted: Option<usize>) -> anyhow::Result<&ContextPr
         "no context {wanted} has routed anything; there are {}",
         ids.join(", ")
     )
+}
+
+/// Contexts of which there are counts.
+fn with_layers(profile: &Profile) -> impl Iterator<Item = &ContextProfile> {
+    let contexts = profile.contexts.iter();
+    contexts.filter(|context| !context.layers.is_empty())
 }
 
 fn say_what_is_left_out(
@@ -315,7 +316,7 @@ fn left_out(
     format: Format,
 ) -> Vec<String> {
     let mut lines = Vec::new();
-    let others = profile.contexts.len() - 1;
+    let others = with_layers(profile).count() - 1;
     if others > 0 {
         lines.push(format!(
             "context {} alone is exported: {others} more left out (--context)",
@@ -429,7 +430,7 @@ fn import_file(arguments: &Import) -> anyhow::Result<u8> {
     if *format == ImportFormat::Csv {
         say!("phases are not in the file: all counts as decode");
     }
-    out.write(|out: &mut (dyn Write + Send)| json::write(&profile, out))?;
+    out.write(|out| Ok(out.write_all(&document::to_json(&profile)?)?))?;
     Ok(0)
 }
 

@@ -9,12 +9,12 @@ use expert_trace_common::Phase;
 use tempfile::NamedTempFile;
 
 use super::{
-    Format, batches::Batches, export, facts::Facts, import, json, progress::Progress,
+    Format, batches::Batches, export, facts::Facts, import, progress::Progress,
     trace_file::TraceFile,
 };
 use crate::{
     cli,
-    profile::{ContextProfile, ExpertProfile, LayerProfile, Profile},
+    profile::{self, ContextProfile, ExpertProfile, LayerProfile, Profile, document},
     trace::{Capture, Kind, Reader, Row},
 };
 
@@ -113,7 +113,7 @@ pub fn small_profile() -> Profile {
         ],
         summed: Vec::new(),
     };
-    json::profile(vec!["a".to_owned()], Vec::new(), vec![context])
+    Profile::new(vec!["a".to_owned()], Vec::new(), vec![context])
 }
 
 /// What `export` was told to do in a directory of its own.
@@ -232,8 +232,7 @@ fn foreign_files_are_refused() {
 
 #[test]
 fn counts_are_made_of_counts() {
-    let mut profile = Vec::new();
-    json::write(&small_profile(), &mut profile).unwrap();
+    let profile = document::to_json(&small_profile()).unwrap();
     for format in ALL {
         let holds = matches!(
             format,
@@ -244,7 +243,8 @@ fn counts_are_made_of_counts() {
         assert_eq!(exported.path.exists(), holds, "{format:?}");
     }
     let exported = exported(&profile, Format::Json, None);
-    assert_eq!(json::read(&*exported.bytes(), "").unwrap(), small_profile());
+    let read = profile::read::read(&exported.path).unwrap().profile;
+    assert_eq!(read, small_profile());
 }
 
 #[test]
@@ -267,7 +267,9 @@ fn files_of_others_become_ours() {
     ];
     let trace = trace(&rows);
     let counts = |bytes: &[u8]| {
-        let profile = json::read(bytes, "").unwrap();
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        let profile = profile::read::read(file.path()).unwrap().profile;
         let layers = profile.contexts[0].layers.iter();
         layers
             .map(|layer| {
@@ -297,4 +299,15 @@ fn files_of_others_become_ours() {
     );
     assert_eq!(imported(b"", super::ImportFormat::Csv, None), 1);
     assert_eq!(imported(&bytes, super::ImportFormat::RouteTrace, None), 1);
+}
+
+/// A draft model without experts can be the first context.
+#[test]
+fn contexts_keep_their_numbers_in_a_profile() {
+    let trace = trace(&[routed(1, 3, &[2]), routed(4, 3, &[5])]);
+    let exported = exported(&trace, Format::Json, None);
+    let profile = profile::read::read(&exported.path).unwrap().profile;
+    let layers: Vec<usize> = profile.contexts.iter().map(|of| of.layers.len()).collect();
+    assert_eq!(layers, [0, 1, 0, 0, 1]);
+    assert_eq!(profile.layers_context, Some(1));
 }

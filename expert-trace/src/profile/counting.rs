@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    ContextProfile, ExpertProfile, LayerProfile, MAX_CONTEXTS, Profile, Schema, main_context,
+    ContextProfile, ExpertProfile, LayerProfile, MAX_CONTEXTS, Profile,
     read::{Found, ReadError},
 };
 use crate::trace::{ContextDetail, Ending, Kind, Row, reader::Reader};
@@ -212,13 +212,7 @@ impl Counter {
                 }
             })
             .collect();
-        Profile {
-            schema: Schema::default(),
-            sources: vec![source],
-            models: self.models,
-            layers_context: main_context(&contexts),
-            contexts,
-        }
+        Profile::new(vec![source], self.models, contexts)
     }
 }
 

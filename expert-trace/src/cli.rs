@@ -162,12 +162,15 @@ Examples:
   Layer and expert of every activation, on stdout:
     expert-trace export trace.arrows --format csv -o - | sort | uniq -c
 
+  The statistics of a capture that has recorded a trace alone:
+    expert-trace export trace.arrows --format json -o counts.json
+
   Counts for NumPy, of the context with most tokens:
     expert-trace export stats.json --format npy -o counts.npy";
 
 const EXPORT_NOTES: &str = "\
-json, turbospark, imatrix-counts and npy are also made of statistics (run -o) and profiles; the \
-others need a trace. json, jsonl and parquet have all contexts, the others one. What a format does not \
+json, csv, turbospark, imatrix-counts and npy are also made of statistics (run -o) and profiles; \
+the others need a trace. json, jsonl and parquet have all contexts, the others one. What a format does not \
 hold of what is there is said on stderr.
 
 Exit status:
@@ -394,7 +397,7 @@ pub struct Import {
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
     /// Experts per token, where the file does not tell: tokens are counted by it
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub k: Option<u32>,
 }
 

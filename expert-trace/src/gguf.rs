@@ -13,6 +13,7 @@
 //! - [`SpecialTokens`]: the ids llama.cpp uses for begin and end of text
 
 mod shape;
+mod sizes;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tokens;
@@ -23,6 +24,7 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 
 pub use shape::{ExpertsUsed, ModelShape, shard_paths};
+pub use sizes::LayerBytes;
 pub use tokens::{SpecialTokens, special_tokens};
 
 /// Header bytes read before giving up. The largest in use, with two copies of a vocabulary of

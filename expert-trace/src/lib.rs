@@ -22,9 +22,10 @@
 //! - [`requirements`], [`diagnosis`], [`visibility`] and [`silence`]: why the machine or a process cannot
 //!   be traced, why routing was not seen, and why nothing was counted.
 //! - [`trace`]: every routed row, as Arrow; recorded from what the model gives when a pass is over.
-//! - [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//! - [`tally`]: what is counted of a layer. [`stats`], [`export`], [`summary`]: the document, and its two forms.
+//!   [`stats_schema`]: its version.
 //! - [`formats`]: traces and counts as others read and write them.
-//! - [`profile`]: what was counted, read again: merged, compared, verified.
+//! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 
@@ -58,6 +59,7 @@ pub mod launch;
 pub mod layout;
 pub mod model;
 pub mod models;
+pub mod output;
 pub mod own_code;
 pub mod placement;
 pub mod probes;
@@ -73,8 +75,10 @@ pub mod selection;
 pub mod signals;
 pub mod silence;
 pub mod stats;
+pub mod stats_schema;
 pub mod summary;
 pub mod symbols;
+pub mod tally;
 pub mod target;
 pub mod trace;
 pub mod uprobe_event;

@@ -9,12 +9,12 @@
 //! is computed from it.
 
 pub mod command;
-mod counting;
+pub mod counting;
 pub mod diff;
 pub mod document;
 pub mod imatrix;
 pub mod merge;
-pub mod output;
+pub mod model;
 pub mod read;
 #[cfg(test)]
 mod tests;
@@ -263,12 +263,15 @@ impl LayerProfile {
         self.experts.iter().map(|expert| expert.activations).sum()
     }
 
-    /// Activations of every expert, by its number: as many as the layer has, or where that is not known as
-    /// many as the last one that was activated needs.
-    pub fn dense(&self) -> Vec<u64> {
+    /// How many experts it has, or where that is not known, as many as the last one that was activated needs.
+    pub fn width(&self) -> usize {
         let needed = self.experts.iter().map(|expert| expert.expert_id + 1).max();
-        let length = self.n_expert.max(needed).unwrap_or(0);
-        let mut dense = vec![0; length as usize];
+        self.n_expert.max(needed).unwrap_or(0) as usize
+    }
+
+    /// Activations of every expert, by its number.
+    pub fn dense(&self) -> Vec<u64> {
+        let mut dense = vec![0; self.width()];
         for expert in &self.experts {
             dense[expert.expert_id as usize] = expert.activations;
         }
@@ -312,6 +315,25 @@ impl LayerProfile {
                 .ok_or("its activations have no sum of 64 bits")?;
         }
         Ok(())
+    }
+}
+
+impl ExpertProfile {
+    /// Those of activations by expert, of prompts and of generated tokens, that are there: most activations
+    /// first.
+    pub fn list(activations: &[[u64; 2]]) -> Vec<Self> {
+        let mut experts: Vec<Self> = (0..)
+            .zip(activations)
+            .map(|(expert_id, [prefill, decode])| Self {
+                expert_id,
+                activations: prefill + decode,
+                prefill: *prefill,
+                decode: *decode,
+            })
+            .filter(|expert| expert.activations > 0)
+            .collect();
+        experts.sort_by_key(|expert| (Reverse(expert.activations), expert.expert_id));
+        experts
     }
 }
 

@@ -1,9 +1,9 @@
 """Reads an exported trace back with the libraries that people use, and checks that all of them count the same.
 
-    python3 read_back.py trace.arrows trace.parquet profile.json [trace.jsonl] [counts.npy]
+    python3 read_back.py trace.arrows trace.parquet stats.json [trace.jsonl] [counts.npy]
 
 `trace.arrows` is a trace; the others are what `expert-trace export` has made of it. Needs duckdb, polars,
-pandas, pyarrow and numpy. Ends with status 0 when every library finds the counts of the profile.
+pandas, pyarrow and numpy. Ends with status 0 when every library finds the counts of the statistics.
 """
 
 import collections
@@ -19,19 +19,19 @@ import pyarrow.ipc
 KEYS = ["context", "layer", "expert", "phase"]
 
 
-def of_profile(path):
-    """Activations by context, layer, expert and phase, as the profile has them."""
+def of_statistics(path):
+    """Activations by context, layer, expert and phase, as the document has them."""
     counts = {}
     with open(path) as file:
-        profile = json.load(file)
-    for context in profile["contexts"]:
+        statistics = json.load(file)
+    for context in statistics["contexts"]:
         for layer in context["layers"]:
             for expert in layer["experts"]:
                 for phase in ("prefill", "decode"):
                     if expert[phase]:
-                        key = (context["id"], layer["layer_id"], expert["expert_id"], phase)
+                        key = (context["trace_context"], layer["layer_id"], expert["expert_id"], phase)
                         counts[key] = expert[phase]
-    return profile, counts
+    return statistics, counts
 
 
 def of_frame(frame):
@@ -79,22 +79,23 @@ def check(name, expected, found):
     print(f"{name}: {sum(found.values())} activations")
 
 
-def check_array(path, profile, expected):
+def check_array(path, statistics, expected):
     """Layers of the main context, ascending; experts; prefill and decode."""
     array = numpy.load(path)
-    context = profile["contexts"][profile["layers_context"]]
+    context = statistics["contexts"][statistics["layers_context"]]
+    number = context["trace_context"]
     layers = [layer["layer_id"] for layer in context["layers"]]
     assert array.dtype == numpy.uint64 and array.shape[0] == len(layers) and array.shape[2] == 2, array.shape
     found = {
-        (context["id"], layers[layer], int(expert), ("prefill", "decode")[phase]): int(array[layer, expert, phase])
+        (number, layers[layer], int(expert), ("prefill", "decode")[phase]): int(array[layer, expert, phase])
         for layer, expert, phase in zip(*numpy.nonzero(array))
     }
-    wanted = {key: count for key, count in expected.items() if key[0] == context["id"]}
+    wanted = {key: count for key, count in expected.items() if key[0] == number}
     check("numpy", wanted, found)
 
 
-def main(trace, parquet, profile_path, *others):
-    profile, expected = of_profile(profile_path)
+def main(trace, parquet, statistics_path, *others):
+    statistics, expected = of_statistics(statistics_path)
     assert expected, "nothing was routed"
     with pyarrow.ipc.open_stream(trace) as reader:
         check("pyarrow, Arrow", expected, of_frame(reader.read_pandas()))
@@ -104,7 +105,7 @@ def main(trace, parquet, profile_path, *others):
     check("Polars, Arrow", expected, of_polars(polars.read_ipc_stream(trace)))
     for path in others:
         if path.endswith(".npy"):
-            check_array(path, profile, expected)
+            check_array(path, statistics, expected)
         else:
             check("DuckDB, JSON", expected, of_duckdb(f"read_json('{path}', format='newline_delimited')"))
 

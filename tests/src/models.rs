@@ -163,6 +163,21 @@ impl ModelSpec {
         scales: false,
     };
 
+    /// Bytes of one expert of a layer, and of all other tensors of the layer, of a model with known routing.
+    pub fn layer_bytes(&self) -> (u64, u64) {
+        let f32s = |n| WeightType::F32.bytes(n);
+        let (n_embd, head_dim) = (self.n_embd, self.n_embd / N_HEAD);
+        let scales = if self.scales { f32s(3) } else { 0 };
+        let expert = 3 * self.experts.bytes(n_embd * self.n_ff) + scales;
+        let norms = match self.architecture {
+            PlainArchitecture::Qwen3Moe => f32s(2 * n_embd + 2 * head_dim),
+            PlainArchitecture::Llama => f32s(2 * n_embd),
+        };
+        let attention = 2 * n_embd * (n_embd + head_dim * N_HEAD_KV);
+        let dense = norms + f32s(n_embd * self.n_expert) + WeightType::F16.bytes(attention);
+        (expert, dense)
+    }
+
     fn check(&self) -> Result<()> {
         ensure!(
             self.n_embd.is_power_of_two() && self.n_embd >= 64,
@@ -491,7 +506,61 @@ fn check_gaps(router: &[f32], routing: &[Vec<u32>]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use expert_trace::gguf::{Gguf, LayerBytes, ModelShape, shard_paths};
+
+    use super::{file::GgufFile, *};
+
+    /// A file of a vocabulary of so many tokens.
+    fn vocabulary(path: &Path, tokens: u64) {
+        let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        let (array, string) = (9_u32, 8_u32);
+        let mut pair = text("tokenizer.ggml.tokens");
+        pair.extend([array.to_le_bytes(), string.to_le_bytes()].concat());
+        pair.extend(tokens.to_le_bytes());
+        (0..tokens).for_each(|_| pair.extend(text("x")));
+        let mut file = GgufFile::default();
+        file.copied(&pair);
+        file.write(path, &mut Rng::new(1)).unwrap();
+    }
+
+    #[test]
+    fn layers_take_what_was_written_of_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let vocab = directory.path().join("vocab.gguf");
+        vocabulary(&vocab, 2048);
+        let llama = ModelSpec {
+            architecture: PlainArchitecture::Llama,
+            scales: true,
+            ..ModelSpec::SMALL
+        };
+        for (name, spec) in [
+            ("small.gguf", ModelSpec::SMALL),
+            ("quantized.gguf", ModelSpec::QUANTIZED),
+            ("llama-00001-of-00003.gguf", llama),
+        ] {
+            let path = directory.path().join(name);
+            write_known_routing(&path, &vocab, &spec).unwrap();
+            let files = shard_paths(&path);
+            let shards: Vec<Gguf> = files
+                .iter()
+                .map(|path| Gguf::read(&mut File::open(path).unwrap()).unwrap())
+                .collect();
+            let (expert_bytes, dense_bytes) = spec.layer_bytes();
+            let expected: Vec<LayerBytes> = (0..spec.layers)
+                .map(|layer_id| LayerBytes {
+                    layer_id,
+                    expert_bytes,
+                    dense_bytes,
+                })
+                .collect();
+            let shape = ModelShape::from_ggufs(&shards).unwrap();
+            assert_eq!(shape.layer_bytes, expected, "{name}");
+        }
+        // F16: gate, up and down.
+        assert_eq!(ModelSpec::SMALL.layer_bytes().0, 3 * 128 * 64 * 2);
+        // Q4_K: blocks of 256 in 144 bytes.
+        assert_eq!(ModelSpec::QUANTIZED.layer_bytes().0, 3 * 256 * 144);
+    }
 
     #[test]
     fn known_routers_cover_all_experts_unevenly() {

@@ -39,7 +39,7 @@ use crate::{
     signals::OwnSignal,
     silence,
     stats::{self, Capture as CaptureStats, Integrity, Stats, cost::Cost},
-    summary,
+    stats_schema, summary,
     target::printable,
 };
 
@@ -576,8 +576,8 @@ impl Capture {
         let main_target = self.targets.main.describe(self.pid.get());
         Ok(Stats {
             schema: stats::Schema {
-                name: stats::SCHEMA_NAME,
-                version: stats::SCHEMA_VERSION,
+                name: stats_schema::NAME,
+                version: stats_schema::VERSION,
             },
             tool: stats::Tool {
                 name: env!("CARGO_PKG_NAME"),

@@ -1,4 +1,5 @@
-//! `csv`: a header `layer,expert`, and one line per activation, in the order of the trace.
+//! `csv`: a header `layer,expert`, and one line per activation: in the order of the trace, or of counts by layer
+//! and expert.
 
 use std::{
     collections::BTreeMap,
@@ -10,10 +11,10 @@ use anyhow::{Context as _, ensure};
 use super::{
     MAX_EXPERTS, MAX_LAYERS,
     batches::{Batches, routed},
-    facts::experts,
+    progress::Progress,
     text::{Header, Lines, push_number},
 };
-use crate::profile::{ContextProfile, LayerProfile, Profile};
+use crate::profile::{ContextProfile, ExpertProfile, LayerProfile, Profile};
 
 const COLUMNS: [&str; 2] = ["layer", "expert"];
 
@@ -22,14 +23,11 @@ const COLUMNS: [&str; 2] = ["layer", "expert"];
 /// # Errors
 /// When the trace cannot be read, or the output not be written.
 pub fn write(batches: &mut Batches<'_>, context: u32, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut lines = b"layer,expert\n".to_vec();
+    let mut lines = HEADER.to_vec();
     while let Some(batch) = batches.next()? {
         for row in routed(&batch, context) {
             for expert in row.experts {
-                push_number(&mut lines, row.layer.unwrap_or(0).into());
-                lines.push(b',');
-                push_number(&mut lines, (*expert).into());
-                lines.push(b'\n');
+                push_line(&mut lines, row.layer.unwrap_or(0), (*expert).into());
             }
             if lines.len() >= FLUSH {
                 out.write_all(&lines)?;
@@ -39,6 +37,63 @@ pub fn write(batches: &mut Batches<'_>, context: u32, out: &mut dyn Write) -> an
     }
     Ok(out.write_all(&lines)?)
 }
+
+/// Writes as many lines for each expert as it has activations, by layer and expert. How many there are does
+/// not matter to the memory it takes.
+///
+/// # Errors
+/// When the output cannot be written.
+pub fn write_counts(context: &ContextProfile, out: &mut dyn Write) -> anyhow::Result<()> {
+    let mut progress = Progress::new(bytes_of(context), 1);
+    let mut written = 0_u64;
+    out.write_all(HEADER)?;
+    for layer in &context.layers {
+        let mut experts: Vec<&ExpertProfile> = layer.experts.iter().collect();
+        experts.sort_by_key(|expert| expert.expert_id);
+        for expert in experts {
+            let line = line(layer, expert);
+            let in_block = (FLUSH / line.len()) as u64;
+            let block = line.repeat(expert.activations.min(in_block) as usize);
+            let mut left = expert.activations;
+            while left > 0 {
+                let lines = left.min(in_block);
+                let bytes = &block[..lines as usize * line.len()];
+                out.write_all(bytes)?;
+                left -= lines;
+                written = written.saturating_add(bytes.len() as u64);
+                progress.update(written);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of all lines.
+fn bytes_of(context: &ContextProfile) -> u64 {
+    let experts = context
+        .layers
+        .iter()
+        .flat_map(|layer| layer.experts.iter().map(move |expert| (layer, expert)));
+    experts.fold(0_u64, |sum, (layer, expert)| {
+        let line = line(layer, expert).len() as u64;
+        sum.saturating_add(expert.activations.saturating_mul(line))
+    })
+}
+
+fn line(layer: &LayerProfile, expert: &ExpertProfile) -> Vec<u8> {
+    let mut line = Vec::new();
+    push_line(&mut line, layer.layer_id, expert.expert_id);
+    line
+}
+
+fn push_line(lines: &mut Vec<u8>, layer: u16, expert: u32) {
+    push_number(lines, layer.into());
+    lines.push(b',');
+    push_number(lines, expert.into());
+    lines.push(b'\n');
+}
+
+const HEADER: &[u8] = b"layer,expert\n";
 
 /// Lines are handed on when they have so many bytes.
 const FLUSH: usize = 128 << 10;
@@ -80,7 +135,7 @@ pub fn read(input: impl BufRead, source: String, k: Option<u32>) -> anyhow::Resu
         added.with_context(|| format!("line {}", lines.number()))?;
     }
     let layers = layers.iter().map(|(layer_id, counts)| {
-        let experts = experts(counts);
+        let experts = ExpertProfile::list(counts);
         let activations: u64 = experts.iter().map(|expert| expert.activations).sum();
         let tokens = tokens(activations, k).with_context(|| format!("layer {layer_id}"))?;
         Ok(LayerProfile {
@@ -120,7 +175,7 @@ pub fn tokens(activations: u64, k: Option<u32>) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::tests::{TraceOnDisk, routed};
+    use crate::formats::tests::{TraceOnDisk, routed, small_profile};
 
     #[test]
     fn one_line_per_activation() {
@@ -138,6 +193,36 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "layer,expert\n3,5\n3,1\n10,1023\n"
         );
+    }
+
+    #[test]
+    fn counts_become_as_many_lines() {
+        let mut profile = small_profile();
+        let written = |profile: &Profile| {
+            let mut out = Vec::new();
+            write_counts(&profile.contexts[0], &mut out).unwrap();
+            out
+        };
+        let lines = "layer,expert\n1,0\n1,2\n1,2\n1,2\n4,1\n4,1\n4,1\n4,1\n4,1\n";
+        assert_eq!(String::from_utf8(written(&profile)).unwrap(), lines);
+
+        // More than one block.
+        let many = 3 * FLUSH as u64 / 4 + 1;
+        let expert = &mut profile.contexts[0].layers[1].experts[0];
+        (expert.activations, expert.decode) = (many, many);
+        let text = written(&profile);
+        let back = read(&text[..], "a".into(), None).unwrap();
+        let counts = |profile: &Profile| -> Vec<Vec<(u32, u64)>> {
+            let layers = profile.contexts[0].layers.iter();
+            let of_layer = |layer: &LayerProfile| {
+                let experts = layer.experts.iter();
+                experts
+                    .map(|expert| (expert.expert_id, expert.activations))
+                    .collect()
+            };
+            layers.map(of_layer).collect()
+        };
+        assert_eq!(counts(&back), counts(&profile));
     }
 
     #[test]

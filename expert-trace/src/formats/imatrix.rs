@@ -4,32 +4,18 @@
 //! the rows that each of its n matrices was used for. Weights of experts have as many as there are
 //! experts, so that the same counts are there for each of a layer's weights; others have one.
 
-use std::{
-    collections::BTreeMap,
-    io::{Read, Seek, SeekFrom, Write},
-};
+use std::io::{Read, Seek, Write};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 
-use super::{MAX_EXPERTS, MAX_LAYERS, counts, csv::tokens, facts::experts};
-use crate::{
-    gguf::{Gguf, TensorInfo},
-    profile::{ContextProfile, LayerProfile, Profile},
-};
+use super::csv::tokens;
+use crate::profile::{ContextProfile, ExpertProfile, LayerProfile, Profile, imatrix};
 
-/// Above this, an F32 cannot tell neighbouring integers apart.
-pub const EXACT: u64 = 1 << 24;
+/// From here on, an F32 cannot tell neighbouring integers apart.
+pub const EXACT: u64 = imatrix::EXACT_F32 as u64;
 
 /// Weights of experts that get counts.
 const WRITTEN: [&str; 3] = ["ffn_down_exps", "ffn_gate_exps", "ffn_up_exps"];
-/// Weights of experts whose counts are read: the first of these that a layer has.
-const READ: [&str; 4] = [
-    "ffn_down_exps",
-    "ffn_up_exps",
-    "ffn_gate_exps",
-    "ffn_gate_up_exps",
-];
-
 /// `GGUF_DEFAULT_ALIGNMENT`.
 const ALIGNMENT: usize = 32;
 
@@ -45,7 +31,7 @@ pub fn write(context: &ContextProfile, out: &mut dyn Write) -> anyhow::Result<()
     let layers: Vec<(&LayerProfile, usize)> = context
         .layers
         .iter()
-        .map(|layer| (layer, counts::width(layer)))
+        .map(|layer| (layer, layer.width()))
         .filter(|(_, width)| *width > 0)
         .collect();
     let size = |width: usize| (4 * width).next_multiple_of(ALIGNMENT);
@@ -72,10 +58,9 @@ pub fn write(context: &ContextProfile, out: &mut dyn Write) -> anyhow::Result<()
     head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
     out.write_all(&head)?;
     for (layer, width) in layers {
-        let counts = counts::activations(layer, width);
+        let counts = layer.dense().into_iter();
         let mut bytes: Vec<u8> = counts
-            .iter()
-            .flat_map(|count| (*count as f32).to_le_bytes())
+            .flat_map(|count| (count as f32).to_le_bytes())
             .collect();
         bytes.resize(size(width), 0);
         for _ in WRITTEN {
@@ -100,55 +85,28 @@ fn name(layer: u16, weight: &str) -> String {
 /// for every token; where that tells nothing, the number of tokens stays 0.
 ///
 /// # Errors
-/// When it is no such file, or has no exact counts of experts.
+/// When it is no such file, or has no exact counts of experts, or these are not `k` per token.
 pub fn read<R: Read + Seek>(
     input: &mut R,
     source: String,
     k: Option<u32>,
 ) -> anyhow::Result<Profile> {
-    let gguf = Gguf::read(input).context("it cannot be read as GGUF")?;
-    ensure!(
-        gguf.string("general.type") == Some("imatrix"),
-        "its general.type is not imatrix: name a file that llama-imatrix has written as GGUF"
-    );
-    let mut found: BTreeMap<u16, Vec<Option<&TensorInfo>>> = BTreeMap::new();
-    let mut routers: BTreeMap<u16, &TensorInfo> = BTreeMap::new();
-    for tensor in &gguf.tensors {
-        let Some((layer, weight)) = layer_and_weight(&tensor.name) else {
-            continue;
-        };
-        if weight == "ffn_gate_inp" {
-            routers.insert(layer, tensor);
-        }
-        if let Some(index) = READ.iter().position(|known| *known == weight) {
-            found.entry(layer).or_insert_with(|| vec![None; READ.len()])[index] = Some(tensor);
-        }
-    }
-    ensure!(
-        !found.is_empty(),
-        "it has no counts of experts (such as {})",
-        name(0, READ[0])
-    );
-    let mut layers = Vec::new();
-    for (layer_id, tensors) in found {
+    let imatrix = imatrix::read_from(input).map_err(|error| anyhow!("it {error}"))?;
+    let layers = imatrix.layers.into_iter().map(|(layer_id, weights)| {
+        let mut weights = weights.into_values();
+        let counts = weights.next().unwrap_or_default();
         ensure!(
-            layer_id < MAX_LAYERS,
-            "layer {layer_id}: models have at most {MAX_LAYERS}"
+            weights.all(|of_other| of_other == counts),
+            "the weights of layer {layer_id} have different counts, and a run counts the same for all of them: it was \
+             put together from others, or is damaged"
         );
-        let Some(tensor) = tensors.into_iter().flatten().next() else {
-            continue;
-        };
-        let counts = values(input, &gguf, tensor)?;
         let activations: u64 = counts.iter().sum();
-        let rows = match routers.get(&layer_id) {
-            Some(router) => values(input, &gguf, router)?.first().copied(),
-            None => None,
-        };
         let most = counts.iter().copied().max().unwrap_or(0);
+        let rows = imatrix.routers.get(&layer_id).copied();
         let k = k.or_else(|| k_of(activations, most, rows?, counts.len()));
         let tokens = tokens(activations, k).with_context(|| format!("layer {layer_id}"))?;
         let counts: Vec<[u64; 2]> = counts.iter().map(|count| [*count, 0]).collect();
-        layers.push(LayerProfile {
+        Ok(LayerProfile {
             layer_id,
             n_expert: Some(counts.len() as u32),
             k,
@@ -156,11 +114,11 @@ pub fn read<R: Read + Seek>(
             total_tokens: tokens,
             prefill_tokens: tokens,
             decode_tokens: 0,
-            experts: experts(&counts),
-        });
-    }
+            experts: ExpertProfile::list(&counts),
+        })
+    });
     let context = ContextProfile {
-        layers,
+        layers: layers.collect::<anyhow::Result<_>>()?,
         ..ContextProfile::default()
     };
     Ok(Profile::new(vec![source], Vec::new(), vec![context]))
@@ -173,47 +131,12 @@ fn k_of(activations: u64, most: u64, tokens: u64, n_expert: usize) -> Option<u32
     (is_whole && most <= tokens && (1..=n_expert as u64).contains(&k)).then_some(k as u32)
 }
 
-fn layer_and_weight(name: &str) -> Option<(u16, &str)> {
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    Some((layer.parse().ok()?, rest.strip_suffix(".weight.counts")?))
-}
-
-fn values<R: Read + Seek>(
-    input: &mut R,
-    gguf: &Gguf,
-    tensor: &TensorInfo,
-) -> anyhow::Result<Vec<u64>> {
-    let name = &tensor.name;
-    let n = match tensor.shape[..] {
-        // ggml leaves out what ends a shape and is 1.
-        [1] if tensor.ggml_type == TYPE_F32 => 1,
-        [1, n] if tensor.ggml_type == TYPE_F32 && (1..=MAX_EXPERTS.into()).contains(&n) => n,
-        _ => anyhow::bail!("{name:?} is not F32 [1, n] with n up to {MAX_EXPERTS}"),
-    };
-    let mut bytes = vec![0; 4 * n as usize];
-    let place = gguf.data_offset.checked_add(tensor.offset);
-    let place = place.with_context(|| format!("{name:?} lies nowhere"))?;
-    input
-        .seek(SeekFrom::Start(place))
-        .and_then(|_| input.read_exact(&mut bytes))
-        .with_context(|| format!("cannot read {name:?}"))?;
-    let (values, _) = bytes.as_chunks::<4>();
-    let counts = values.iter().map(|value| count(f32::from_le_bytes(*value)));
-    let counts: Option<Vec<u64>> = counts.collect();
-    counts.with_context(|| format!("{name:?} has values that are no exact counts"))
-}
-
-fn count(value: f32) -> Option<u64> {
-    let is_exact = (0.0..=EXACT as f32).contains(&value) && value.fract() == 0.0;
-    is_exact.then_some(value as u64)
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Cursor;
 
     use super::*;
-    use crate::formats::tests::small_profile;
+    use crate::{formats::tests::small_profile, gguf::Gguf, profile::imatrix::tests::file};
 
     fn written() -> Vec<u8> {
         let mut out = Vec::new();
@@ -264,32 +187,13 @@ mod tests {
     /// A file of llama-imatrix has the router's rows, in a shape of one dimension.
     #[test]
     fn rows_of_the_router_are_read() {
-        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
-        bytes.extend(2u64.to_le_bytes());
-        bytes.extend(1u64.to_le_bytes());
-        push_text(&mut bytes, "general.type");
-        bytes.extend(TYPE_STRING.to_le_bytes());
-        push_text(&mut bytes, "imatrix");
-        let tensors = [
-            ("ffn_gate_inp", &[1][..], 0),
-            ("ffn_down_exps", &[1, 4], 32),
-        ];
-        for (weight, shape, offset) in tensors {
-            push_text(&mut bytes, &name(0, weight));
-            bytes.extend((shape.len() as u32).to_le_bytes());
-            for n in shape {
-                bytes.extend(u64::to_le_bytes(*n));
-            }
-            bytes.extend(TYPE_F32.to_le_bytes());
-            bytes.extend(u64::to_le_bytes(offset));
-        }
-        bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
-        bytes.extend(3f32.to_le_bytes());
-        bytes.extend([0; 28]);
-        bytes.extend(
-            [3f32, 2.0, 0.0, 1.0]
-                .iter()
-                .flat_map(|count| count.to_le_bytes()),
+        let [router, experts] = ["ffn_gate_inp", "ffn_down_exps"].map(|weight| name(0, weight));
+        let bytes = file(
+            "imatrix",
+            &[
+                (&router, &[1], 0, &[3.0]),
+                (&experts, &[1, 4], 0, &[3.0, 2.0, 0.0, 1.0]),
+            ],
         );
         let profile = profile_of(&bytes, None).unwrap();
         let layer = &profile.contexts[0].layers[0];
@@ -297,6 +201,19 @@ mod tests {
             (layer.k, layer.total_tokens, layer.n_expert),
             (Some(2), 3, Some(4))
         );
+    }
+
+    #[test]
+    fn weights_that_disagree_are_refused() {
+        let bytes = file(
+            "imatrix",
+            &[
+                ("blk.0.ffn_down_exps.weight.counts", &[1, 2], 0, &[3.0, 1.0]),
+                ("blk.0.ffn_up_exps.weight.counts", &[1, 2], 0, &[3.0, 2.0]),
+            ],
+        );
+        let error = profile_of(&bytes, None).unwrap_err().to_string();
+        assert!(error.contains("layer 0 have different counts"), "{error}");
     }
 
     #[test]
@@ -312,8 +229,8 @@ mod tests {
     #[test]
     fn bad_files_are_refused() {
         let good = written();
-        // What stands last: 24 bytes after the counts that are read, and the same for two other weights.
-        for length in 0..good.len() - 24 - 2 * 32 {
+        // 24 bytes behind the last counts are padding.
+        for length in 0..good.len() - 24 {
             assert!(profile_of(&good[..length], None).is_err(), "{length}");
         }
         let replaced = |from: &[u8], to: &[u8]| {
@@ -323,20 +240,21 @@ mod tests {
             bytes
         };
         let error = |bytes: &[u8]| format!("{:#}", profile_of(bytes, None).unwrap_err());
-        assert!(error(&replaced(b"imatrix", b"imatrax")).contains("general.type"));
-        let three = replaced(&3f32.to_le_bytes(), &0.5f32.to_le_bytes());
-        assert!(error(&three).contains("no exact counts"));
+        let other = error(&replaced(b"imatrix", b"imatrax"));
+        assert!(
+            other.starts_with("it is a GGUF of type 'imatrax'"),
+            "{other}"
+        );
+        let half = error(&replaced(&3f32.to_le_bytes(), &0.5f32.to_le_bytes()));
+        assert!(
+            half.starts_with("it is damaged: blk.1.ffn_down_exps"),
+            "{half}"
+        );
         assert!(
             profile_of(&good, Some(2)).is_err(),
             "5 activations are not 2 per token"
         );
-        let no_experts = b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0";
-        let key = [&good[24..24 + 8 + 12 + 4 + 8 + 7], &[0; 32]].concat();
-        let empty = [&no_experts[..], &key].concat();
-        assert!(
-            error(&empty).contains("no counts of experts"),
-            "{}",
-            error(&empty)
-        );
+        let empty = error(&file("imatrix", &[]));
+        assert!(empty.starts_with("it has no counts of experts"), "{empty}");
     }
 }

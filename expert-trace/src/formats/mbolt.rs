@@ -79,13 +79,13 @@ impl Record {
 mod tests {
     use super::*;
     use crate::{
-        formats::tests::{TraceOnDisk, facts_of, routed},
+        formats::tests::{TraceOnDisk, routed},
         trace::Row,
     };
 
     fn numbers(rows: &[Row<'_>]) -> Vec<i32> {
         let trace = TraceOnDisk::new(rows);
-        let profile = facts_of(&trace).profile("a".into());
+        let profile = trace.counted().profile("a".into());
         let mut out = Vec::new();
         let context = &profile.contexts[0];
         trace

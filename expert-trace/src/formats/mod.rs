@@ -2,10 +2,10 @@
 //!
 //! | format | holds | does not hold |
 //! |---|---|---|
-//! | `json` | counts of all contexts, phases apart: a profile | rows, gaps, second blocks |
+//! | `json` | the document of statistics; of a trace without an end, counts alone: a profile | rows, gaps; of a trace: close calls; of a profile: second blocks |
 //! | `jsonl` | everything, a JSON object per row | |
 //! | `parquet` | everything, with the trace's columns and metadata | |
-//! | `csv` | layer and expert of each activation, in order | tokens, phases, passes, positions |
+//! | `csv` | layer and expert of each activation, in order; of counts, by layer and expert | tokens, phases, passes, positions |
 //! | `route-trace` | phase, position, layer and experts of each token, the model | passes, sequences, token ids, times; weights are `nan` |
 //! | `mbolt` | layer and experts of each token, by passes | phases, positions, token ids, times |
 //! | `turbospark` | counts by layer and expert, the experts of each layer's tokens | phases, passes, positions; without a trace, tokens too |
@@ -13,32 +13,31 @@
 //! | `npy` | counts by layer, expert and phase | which layers there are: they are ascending |
 //!
 //! All from `csv` on are of one context, and leave out gaps and second blocks of experts. Those of counts
-//! (`json`, `turbospark`, `imatrix-counts`, `npy`) are made of statistics and profiles, too.
+//! (`json`, `csv`, `turbospark`, `imatrix-counts`, `npy`) are made of statistics and profiles, too.
 //!
-//! A trace is read twice for most of them, and in constant memory: [`facts`] are what the first round
-//! finds. Input is not trusted.
+//! A trace is read twice for most of them, and in constant memory: the first round counts. Input is not
+//! trusted.
 
 mod batches;
 mod counts;
 pub mod csv;
-pub mod facts;
 pub mod imatrix;
 pub mod jsonl;
 pub mod mbolt;
 pub mod npy;
-mod output;
 pub mod parquet;
 mod progress;
 pub mod route_trace;
+pub mod statistics;
 #[cfg(test)]
 mod tests;
 mod text;
-mod trace_file;
 pub mod turbospark;
 
 use std::{
+    collections::BTreeSet,
     fs::File,
-    io::{self, BufReader, Read as _},
+    io::{self, BufReader, Read as _, Seek as _},
     path::Path,
 };
 
@@ -46,13 +45,11 @@ use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 use expert_trace_common::MAX_LAYERS;
 
-use self::{
-    batches::Batches, facts::Facts, output::Output, progress::Progress, route_trace::Imported,
-    text::printable,
-};
+use self::{batches::Batches, progress::Progress, route_trace::Imported, statistics::Document};
 use crate::{
     cli::{Export, Import},
-    profile::{self, ContextProfile, Profile, document},
+    output::{self, Output},
+    profile::{self, ContextProfile, Profile, counting::Counted, document, printable},
     trace::{Ending, Reader},
 };
 
@@ -62,7 +59,7 @@ const MAX_EXPERTS: u32 = expert_trace_common::MAX_EXPERTS as u32;
 /// Formats that can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// Counts of all contexts: a profile
+    /// Statistics: counts of all contexts, and how they were made
     Json,
     /// All rows, a JSON object each
     Jsonl,
@@ -99,8 +96,8 @@ impl Format {
     /// Whether it can be made of counts alone.
     fn is_of_counts(self) -> bool {
         match self {
-            Self::Json | Self::Turbospark | Self::ImatrixCounts | Self::Npy => true,
-            Self::Jsonl | Self::Csv | Self::Parquet | Self::RouteTrace | Self::Mbolt => false,
+            Self::Json | Self::Csv | Self::Turbospark | Self::ImatrixCounts | Self::Npy => true,
+            Self::Jsonl | Self::Parquet | Self::RouteTrace | Self::Mbolt => false,
         }
     }
 
@@ -138,11 +135,7 @@ fn status(result: anyhow::Result<u8>, output: &Path) -> u8 {
         Err(error) => error,
     };
     // Whoever reads stdout has read enough.
-    let is_broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
-        let cause = cause.downcast_ref::<io::Error>();
-        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
-    };
-    if output == Path::new("-") && error.chain().any(is_broken_pipe) {
+    if output == Path::new("-") && output::reader_is_gone(&error) {
         return 0;
     }
     say!("error: {}", printable(&format!("{error:#}")));
@@ -166,15 +159,20 @@ fn export_file(arguments: &Export) -> anyhow::Result<u8> {
         "{name} has all contexts: leave out --context"
     );
     let shown = printable(&input.to_string_lossy());
-    let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
+    let mut file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
     if is_json(&file).with_context(|| format!("cannot read {shown}"))? {
         ensure!(
             format.is_of_counts(),
             "{name} needs a trace (.arrows), and {shown} has counts alone"
         );
         let profile = profile::read::read(input)?.profile;
-        let out = Output::create(output, input)?;
-        write_counts(&profile, None, *format, *context, out)?;
+        let out = Output::create(output, Some(input))?;
+        if *format == Format::Json {
+            file.rewind()?;
+            out.write(|out| Ok(io::copy(&mut file, out)?))?;
+        } else {
+            write_counts(&profile, None, *format, *context, out)?;
+        }
         return Ok(0);
     }
     let ending = export_trace(arguments, &file, &shown)?;
@@ -218,10 +216,13 @@ fn export_trace(arguments: &Export, file: &File, shown: &str) -> anyhow::Result<
     if matches!(format, Format::Jsonl | Format::Parquet) {
         let mut progress = Progress::new(bytes, 1);
         let mut batches = Batches::open(input, u64::MAX, &mut progress)?;
-        Output::create(output, input)?.write(|out| match format {
+        Output::create(output, Some(input))?.write(|out| match format {
             Format::Parquet => parquet::write(&mut batches, out),
             _ => jsonl::write(&mut batches, out),
         })?;
+        for line in batches.missing(shown) {
+            say!("{line}");
+        }
         return Ok(batches.ending().cloned().unwrap_or(Ending::Cut));
     }
     let rounds = match format {
@@ -230,41 +231,73 @@ fn export_trace(arguments: &Export, file: &File, shown: &str) -> anyhow::Result<
     };
     let mut progress = Progress::new(bytes, rounds);
     let mut reader = Reader::open(input)?;
-    let out = Output::create(output, input)?;
-    let facts = Facts::collect(&mut reader, &mut progress).with_context(|| shown.to_owned())?;
-    let profile = facts.profile(shown.to_owned());
+    let out = Output::create(output, Some(input))?;
+    let counted = Counted::read(&mut reader, input, &mut |bytes| progress.update(bytes))?;
+    progress.end_round(reader.position());
+    for line in counted.missing(shown) {
+        say!("{line}");
+    }
+    if *format == Format::Json {
+        write_json(&counted, shown, out)?;
+        return Ok(counted.ending);
+    }
+    let profile = counted.profile(shown.to_owned());
     if rounds == 1 {
-        write_counts(&profile, Some(&facts), *format, *context, out)?;
-        return Ok(facts.ending);
+        write_counts(&profile, Some(&counted), *format, *context, out)?;
+        return Ok(counted.ending);
     }
     let chosen = choose(&profile, *context)?;
-    say_what_is_left_out(&profile, chosen, Some(&facts), *format);
-    let mut batches = Batches::open(input, facts.batches, &mut progress)?;
+    say_what_is_left_out(&profile, chosen, Some(&counted), *format);
+    let mut batches = Batches::open(input, counted.batches, &mut progress)?;
     let id = chosen.id as u32;
-    let of_context = facts.contexts.get(&id).context("no such context")?;
+    let of_context = counted.contexts.get(&id).context("no such context")?;
     out.write(|out| match format {
         Format::Csv => csv::write(&mut batches, id, out),
-        Format::RouteTrace => route_trace::write(&mut batches, of_context, chosen, out),
+        Format::RouteTrace => {
+            let model = counted.model_of(of_context);
+            route_trace::write(&mut batches, &model, chosen, out)
+        }
         Format::Mbolt => mbolt::write(&mut batches, chosen, out),
         _ => turbospark::write(Some(&mut batches), chosen, out),
     })?;
-    Ok(facts.ending)
+    Ok(counted.ending)
 }
 
-/// Writes a format of counts; `facts` are those of the trace that the counts come from.
+/// Writes the statistics that a trace has, or else its counts alone.
+fn write_json(counted: &Counted, shown: &str, out: Output) -> anyhow::Result<()> {
+    let document = match Document::new(counted) {
+        Ok(document) => document,
+        Err(why) => {
+            say!("{shown}: {why}: counts alone are written, a profile");
+            let gaps = counted.gaps();
+            if gaps > 0 {
+                say!("{gaps} gaps are left out: counts are lower bounds");
+            }
+            let profile = document::to_json(&counted.profile(shown.to_owned()))?;
+            return out.write(|out| Ok(out.write_all(&profile)?));
+        }
+    };
+    if document.lacks_close_calls() {
+        say!("close calls are not in a trace: null, where experts were chosen from logits");
+    }
+    out.write(|out| {
+        serde_json::to_writer_pretty(&mut *out, &document)?;
+        Ok(out.write_all(b"\n")?)
+    })
+}
+
+/// Writes a format of counts; `counted` is the trace that the counts come from.
 fn write_counts(
     profile: &Profile,
-    facts: Option<&Facts>,
+    counted: Option<&Counted>,
     format: Format,
     context: Option<usize>,
     out: Output,
 ) -> anyhow::Result<()> {
-    if format == Format::Json {
-        return out.write(|out| Ok(out.write_all(&document::to_json(profile)?)?));
-    }
     let chosen = choose(profile, context)?;
-    say_what_is_left_out(profile, chosen, facts, format);
+    say_what_is_left_out(profile, chosen, counted, format);
     out.write(|out| match format {
+        Format::Csv => csv::write_counts(chosen, out),
         Format::ImatrixCounts => imatrix::write(chosen, out),
         Format::Npy => npy::write(chosen, out),
         _ => turbospark::write(None, chosen, out),
@@ -275,6 +308,7 @@ fn write_counts(
 fn choose(profile: &Profile, wanted: Option<usize>) -> anyhow::Result<&ContextProfile> {
     let Some(wanted) = wanted else {
         let main = profile.context(None).ok();
+        let main = main.filter(|main| !main.layers.is_empty());
         return main.context("nothing was routed: there is nothing to export");
     };
     let mut routing = with_layers(profile);
@@ -300,10 +334,10 @@ fn with_layers(profile: &Profile) -> impl Iterator<Item = &ContextProfile> {
 fn say_what_is_left_out(
     profile: &Profile,
     chosen: &ContextProfile,
-    facts: Option<&Facts>,
+    counted: Option<&Counted>,
     format: Format,
 ) {
-    for line in left_out(profile, chosen, facts, format) {
+    for line in left_out(profile, chosen, counted, format) {
         say!("{line}");
     }
 }
@@ -312,47 +346,31 @@ fn say_what_is_left_out(
 fn left_out(
     profile: &Profile,
     chosen: &ContextProfile,
-    facts: Option<&Facts>,
+    counted: Option<&Counted>,
     format: Format,
 ) -> Vec<String> {
     let mut lines = Vec::new();
-    let others = with_layers(profile).count() - 1;
+    let others = with_layers(profile)
+        .filter(|other| other.id != chosen.id)
+        .count();
     if others > 0 {
         lines.push(format!(
             "context {} alone is exported: {others} more left out (--context)",
             chosen.id
         ));
     }
-    let id = chosen.id as u32;
-    if let Some(of_context) = facts.and_then(|facts| facts.contexts.get(&id)) {
-        let gaps = facts.map_or(0, |facts| facts.gaps_of(id));
-        if gaps > 0 {
-            lines.push(format!(
-                "{gaps} gaps are left out: tokens are missing there"
-            ));
+    match counted {
+        Some(counted) => lines.extend(left_out_of_trace(counted, chosen, format)),
+        None if format == Format::Csv => {
+            lines.push(
+                "lines are by layer and expert: counts do not tell the order of tokens".to_owned(),
+            );
+            lines.push("prompts and generated tokens are not told apart".to_owned());
         }
-        let rows = of_context.second_block_rows;
-        if rows > 0 {
-            lines.push(format!(
-                "{rows} rows of second blocks of experts are left out"
-            ));
+        None if format == Format::Turbospark => {
+            lines.push("`trace` is empty: counts do not tell the order".to_owned());
         }
-        let in_order = !matches!(format, Format::ImatrixCounts | Format::Npy);
-        if of_context.several_sequences && in_order {
-            lines.push("sequences are not told apart".to_owned());
-        }
-        let unknown = of_context.rows_without_position;
-        if format == Format::RouteTrace && unknown > 0 {
-            lines.push(format!(
-                "{unknown} rows have no position: they are counted on from the last"
-            ));
-        }
-        if format == Format::RouteTrace {
-            lines.push("weights are nan: a trace has none".to_owned());
-            if of_context.model().layer_bytes.is_empty() {
-                lines.push("expert_bytes are 0: they are not known".to_owned());
-            }
-        }
+        None => {}
     }
     let needs_width = !matches!(format, Format::Csv | Format::Json);
     let unknown = counts::of_unknown_width(chosen);
@@ -361,6 +379,14 @@ fn left_out(
             "how many experts there are is not known of layers {}: as many as the largest id tells",
             listed(&unknown)
         ));
+    }
+    let ks: BTreeSet<u32> = chosen.layers.iter().filter_map(|layer| layer.k).collect();
+    if format == Format::Turbospark && ks.len() > 1 {
+        lines.push(
+            "layers choose different numbers of experts: `top_k` is the largest, and lists of `trace` cannot \
+             be divided by it"
+                .to_owned(),
+        );
     }
     if format == Format::Npy {
         let layers: Vec<u16> = chosen.layers.iter().map(|layer| layer.layer_id).collect();
@@ -371,8 +397,51 @@ fn left_out(
     {
         lines.push("counts above 16777216 are rounded, as F32 has them".to_owned());
     }
-    if format == Format::Turbospark && facts.is_none() {
-        lines.push("`trace` is empty: counts do not tell the order".to_owned());
+    lines
+}
+
+/// What is in the rows of a trace alone.
+fn left_out_of_trace(counted: &Counted, chosen: &ContextProfile, format: Format) -> Vec<String> {
+    let mut lines = Vec::new();
+    let id = chosen.id as u32;
+    let Some(of_context) = counted.contexts.get(&id) else {
+        return lines;
+    };
+    let gaps = counted.gaps_of(id);
+    if gaps > 0 {
+        lines.push(format!(
+            "{gaps} gaps are left out: tokens are missing there"
+        ));
+    }
+    let rows = of_context.second_block_rows();
+    if rows > 0 {
+        lines.push(format!(
+            "{rows} rows of second blocks of experts are left out"
+        ));
+    }
+    let in_order = !matches!(format, Format::ImatrixCounts | Format::Npy);
+    if of_context.several_sequences && in_order {
+        lines.push("sequences are not told apart".to_owned());
+    }
+    if format != Format::RouteTrace {
+        return lines;
+    }
+    let unknown = of_context.rows_without_position;
+    if unknown > 0 {
+        lines.push(format!(
+            "{unknown} rows have no position: they are counted on from the last, those of the last layer from the end \
+             of the pass"
+        ));
+    }
+    lines.push("weights are nan: a trace has none".to_owned());
+    let known = counted.model_of(of_context).layer_bytes;
+    let ids = chosen.layers.iter().map(|layer| layer.layer_id);
+    let unknown: Vec<u16> = ids.filter(|id| !known.contains_key(id)).collect();
+    if !unknown.is_empty() {
+        lines.push(format!(
+            "expert_bytes are 0, and not known, of layers {}",
+            listed(&unknown)
+        ));
     }
     lines
 }
@@ -412,7 +481,7 @@ fn import_file(arguments: &Import) -> anyhow::Result<u8> {
     let shown = printable(&input.to_string_lossy());
     let file = File::open(input).with_context(|| format!("cannot open {shown}"))?;
     let mut file = BufReader::with_capacity(1 << 20, file);
-    let out = Output::create(output, input)?;
+    let out = Output::create(output, Some(input))?;
     let profile = match format {
         ImportFormat::RouteTrace => {
             let imported = out.write(|out| route_trace::read(file, out));
@@ -447,7 +516,7 @@ fn say_of_import(imported: Imported) {
 #[cfg(test)]
 mod unit_tests {
     use super::{
-        tests::{TraceOnDisk, facts_of, routed, small_profile},
+        tests::{TraceOnDisk, routed, small_profile},
         *,
     };
     use crate::trace::{Kind, Row};
@@ -477,10 +546,10 @@ mod unit_tests {
             routed(1, 1, &[2]),
             Row::of(Kind::Gap),
         ]);
-        let facts = facts_of(&trace);
-        let profile = facts.profile("a".into());
+        let counted = trace.counted();
+        let profile = counted.profile("a".into());
         let said = |format| {
-            let lines = left_out(&profile, &profile.contexts[0], Some(&facts), format);
+            let lines = left_out(&profile, &profile.contexts[0], Some(&counted), format);
             lines.join("\n")
         };
         let csv = said(Format::Csv);
@@ -488,12 +557,43 @@ mod unit_tests {
             assert!(csv.contains(part), "{part}: {csv}");
         }
         let route_trace = said(Format::RouteTrace);
-        for part in ["weights are nan", "expert_bytes are 0", "layers 1:"] {
+        for part in [
+            "weights are nan",
+            "expert_bytes are 0, and not known, of layers 1",
+            "known of layers 1:",
+        ] {
             assert!(route_trace.contains(part), "{part}: {route_trace}");
         }
         assert!(!route_trace.contains("no position"), "{route_trace}");
         assert!(!said(Format::Npy).contains("sequences"));
         assert!(said(Format::Npy).contains("the array has layers 1"));
+        let of_counts = left_out(&profile, &profile.contexts[0], None, Format::Csv).join("\n");
+        for part in ["1 more left out", "by layer and expert", "not told apart"] {
+            assert!(of_counts.contains(part), "{part}: {of_counts}");
+        }
+    }
+
+    #[test]
+    fn layers_that_choose_different_numbers_are_named() {
+        let mut profile = small_profile();
+        let says = |profile: &Profile| {
+            let lines = left_out(profile, &profile.contexts[0], None, Format::Turbospark);
+            lines.join("\n").contains("`top_k` is the largest")
+        };
+        assert!(!says(&profile));
+        profile.contexts[0].layers[1].k = Some(2);
+        assert!(says(&profile));
+    }
+
+    /// The main context of a file that somebody else has written can be any.
+    #[test]
+    fn a_context_without_layers_is_nothing_to_export() {
+        let mut profile = small_profile();
+        profile.contexts[0].layers.clear();
+        let error = choose(&profile, None).unwrap_err().to_string();
+        assert!(error.contains("nothing was routed"), "{error}");
+        let lines = left_out(&profile, &profile.contexts[0], None, Format::Npy);
+        assert!(!lines.join("\n").contains("left out"), "{lines:?}");
     }
 
     #[test]

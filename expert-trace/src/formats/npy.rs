@@ -18,7 +18,7 @@ pub fn write(context: &ContextProfile, out: &mut dyn Write) -> anyhow::Result<()
     let width = counts::widest(context);
     out.write_all(&header(context.layers.len(), width))?;
     for layer in &context.layers {
-        let counts = counts::by_expert(layer, width);
+        let counts = counts::by_phase(layer, width);
         let bytes: Vec<u8> = counts
             .as_flattened()
             .iter()

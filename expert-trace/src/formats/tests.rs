@@ -5,29 +5,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use expert_trace_common::Phase;
+use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
-use super::{
-    Format, batches::Batches, export, facts::Facts, import, progress::Progress,
-    trace_file::TraceFile,
-};
+use super::{Format, batches::Batches, export, import, progress::Progress};
+pub use crate::profile::counting::tests::routed;
 use crate::{
     cli,
-    profile::{self, ContextProfile, ExpertProfile, LayerProfile, Profile, document},
-    trace::{Capture, Kind, Reader, Row},
+    profile::{
+        self, ContextProfile, ExpertProfile, LayerProfile, Profile, counting::Counted, document,
+    },
+    stats_schema,
+    trace::{Capture, Kind, Reader, Row, file::TraceFile},
 };
-
-/// A generated token.
-pub fn routed(context: u32, layer: u16, experts: &[u16]) -> Row<'_> {
-    Row {
-        context: Some(context),
-        layer: Some(layer),
-        phase: Some(Phase::Decode),
-        experts,
-        ..Row::of(Kind::Routed)
-    }
-}
 
 /// A trace of these rows.
 pub fn trace(rows: &[Row<'_>]) -> Vec<u8> {
@@ -78,11 +68,12 @@ impl TraceOnDisk {
             all
         })
     }
-}
 
-pub fn facts_of(trace: &TraceOnDisk) -> Facts {
-    let mut reader = Reader::open(trace.0.path()).unwrap();
-    Facts::collect(&mut reader, &mut Progress::new(0, 1)).unwrap()
+    /// What it has.
+    pub fn counted(&self) -> Counted {
+        let mut reader = Reader::open(self.0.path()).unwrap();
+        Counted::read(&mut reader, self.0.path(), &mut |_| {}).unwrap()
+    }
 }
 
 /// Counts of layer 1 with 4 experts, and of layer 4, of which it is not known how many it has.
@@ -236,15 +227,57 @@ fn counts_are_made_of_counts() {
     for format in ALL {
         let holds = matches!(
             format,
-            Format::Json | Format::Turbospark | Format::ImatrixCounts | Format::Npy
+            Format::Json | Format::Csv | Format::Turbospark | Format::ImatrixCounts | Format::Npy
         );
         let exported = exported(&profile, format, None);
         assert_eq!(exported.status == 0, holds, "{format:?}");
         assert_eq!(exported.path.exists(), holds, "{format:?}");
     }
-    let exported = exported(&profile, Format::Json, None);
-    let read = profile::read::read(&exported.path).unwrap().profile;
-    assert_eq!(read, small_profile());
+}
+
+#[test]
+fn documents_stay_as_they_are() {
+    let profile = document::to_json(&small_profile()).unwrap();
+    let statistics = json!({
+        "schema": {"name": stats_schema::NAME, "version": 2},
+        "contexts": [], "layers_context": null, "layers": [], "tool": {"version": "0.0.1"},
+    });
+    let statistics = format!(" {statistics:#}").into_bytes();
+    for document in [profile, statistics] {
+        assert_eq!(exported(&document, Format::Json, None).bytes(), document);
+    }
+}
+
+#[test]
+fn a_trace_with_an_end_becomes_the_document_of_its_capture() {
+    let layer = json!({
+        "layer_id": 1, "n_expert": 4, "passes": 2, "routes": ["router"], "total_tokens": 2,
+        "prefill_tokens": 0, "decode_tokens": 2, "activations": 2, "second_block": null,
+        "k": 1, "coverage": "observed",
+    });
+    let summary = json!({
+        "schema": {"name": stats_schema::NAME, "version": stats_schema::VERSION},
+        "models": [], "layers_context": 0,
+        "contexts": [{"id": 0, "trace_context": 3, "layers": [layer]}],
+    });
+    let detail = summary.to_string();
+    let end = Row {
+        detail: Some(&detail),
+        ..Row::of(Kind::Summary)
+    };
+    let rows = [routed(3, 1, &[2]), routed(3, 1, &[2]), end];
+    let whole = exported(&trace(&rows), Format::Json, None);
+    let document: Value = serde_json::from_slice(&whole.bytes()).unwrap();
+    assert_eq!(document["schema"]["name"], stats_schema::NAME);
+    assert_eq!(document["layers"][0]["experts"][0]["activations"], 2);
+    let profile = profile::read::read(&whole.path).unwrap().profile;
+    assert_eq!(profile.contexts[0].layers[0].dense(), [0, 0, 2, 0]);
+    // A part of it is no more than its counts.
+    for rows in [&rows[1..], &rows[..2]] {
+        let part = exported(&trace(rows), Format::Json, None);
+        let document: Value = serde_json::from_slice(&part.bytes()).unwrap();
+        assert_eq!(document["schema"]["name"], profile::SCHEMA_NAME);
+    }
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::io::{self, BufRead, Read as _};
 
 use anyhow::{Context as _, bail};
 
+use crate::profile::printable;
+
 /// Longest line that is read, in bytes.
 const MAX_LINE: u64 = 64 << 10;
 
@@ -20,11 +22,6 @@ pub fn push_number(out: &mut Vec<u8>, mut number: u64) {
         }
     }
     out.extend_from_slice(&digits[first..]);
-}
-
-/// Text that others wrote, fit for a terminal: control characters replaced.
-pub fn printable(text: &str) -> String {
-    text.replace(char::is_control, "\u{fffd}")
 }
 
 /// The lines of a file, one by one.

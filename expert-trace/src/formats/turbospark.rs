@@ -44,10 +44,8 @@ pub fn write(
         "{{\"num_layers\":{layers},\"num_experts\":{experts},\"top_k\":{top_k},\n\"counts\":["
     )?;
     for (index, layer) in by_layer.iter().enumerate() {
-        let counts = layer.map_or_else(
-            || vec![0; experts],
-            |layer| counts::activations(layer, experts),
-        );
+        let mut counts = layer.map_or_else(Vec::new, |layer| layer.dense());
+        counts.resize(experts, 0);
         let mut text = separator(index).to_vec();
         text.push(b'[');
         push_list(&mut text, &counts);
@@ -160,13 +158,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        formats::tests::{TraceOnDisk, facts_of, routed, small_profile},
+        formats::tests::{TraceOnDisk, routed, small_profile},
         trace::Row,
     };
 
     fn exported(rows: &[Row<'_>]) -> Value {
         let trace = TraceOnDisk::new(rows);
-        let profile = facts_of(&trace).profile("a".into());
+        let profile = trace.counted().profile("a".into());
         let mut out = Vec::new();
         trace
             .batches(|batches| write(Some(batches), &profile.contexts[0], &mut out))

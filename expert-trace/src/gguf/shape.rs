@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use super::{Gguf, GgufError, Value};
+use super::{Gguf, GgufError, LayerBytes, Value, sizes::layer_bytes};
 
 /// Twice `LLAMA_MAX_LAYERS` of llama.cpp b11434.
 const MAX_LAYERS: u64 = 1024;
@@ -49,6 +49,8 @@ pub struct ModelShape {
     pub nextn_predict_layers: u32,
     /// Layers with both a router and routed experts, ascending.
     pub moe_layers: Vec<u32>,
+    /// What those layers take, ascending; without those of which it is not known.
+    pub layer_bytes: Vec<LayerBytes>,
     /// `<arch>.expert_gating_func`: what turns the router's logits into weights, as llama.cpp numbers
     /// it; `None` where the architecture alone decides.
     pub expert_gating_func: Option<u32>,
@@ -94,6 +96,7 @@ impl ModelShape {
             .number("block_count", MAX_LAYERS)?
             .ok_or_else(|| missing(&keys.name("block_count")))?;
         let n_expert = keys.number("expert_count", MAX_EXPERTS)?.unwrap_or(0);
+        let moe_layers = moe_layers(shards, layers);
         Ok(ModelShape {
             arch: arch.to_owned(),
             name: first.string("general.name").map(str::to_owned),
@@ -103,7 +106,8 @@ impl ModelShape {
             nextn_predict_layers: keys
                 .number("nextn_predict_layers", layers.into())?
                 .unwrap_or(0),
-            moe_layers: moe_layers(shards, layers),
+            layer_bytes: layer_bytes(shards, &moe_layers, n_expert),
+            moe_layers,
             expert_gating_func: keys.number("expert_gating_func", u32::MAX.into())?,
             expert_group_count: keys.number("expert_group_count", MAX_EXPERTS)?.unwrap_or(0),
             expert_group_used_count: keys
@@ -219,7 +223,7 @@ fn moe_layers(shards: &[Gguf], layers: u32) -> Vec<u32> {
             | "ffn_up_exps.weight"
             | "ffn_down_exps.weight"
             | "ffn_gate_up_exps.weight" => seen.entry(layer).or_default().experts = true,
-            _ if is_of_one_expert(part) => seen.entry(layer).or_default().experts = true,
+            _ if of_one_expert(part).is_some() => seen.entry(layer).or_default().experts = true,
             _ => {}
         }
     }
@@ -237,13 +241,13 @@ fn second_block_experts(shards: &[Gguf]) -> Option<u32> {
     u32::try_from(*experts).ok()
 }
 
-/// Whether it is `ffn_{gate,up,down}.<expert>.weight`, as files have it that were made before a layer's
+/// The expert of `ffn_{gate,up,down}.<expert>.weight`, as files have it that were made before a layer's
 /// experts were one tensor (Mixtral, 2023 and early 2024).
-fn is_of_one_expert(part: &str) -> bool {
+pub(super) fn of_one_expert(part: &str) -> Option<u32> {
     ["ffn_gate.", "ffn_up.", "ffn_down."]
         .iter()
         .filter_map(|prefix| part.strip_prefix(prefix)?.strip_suffix(".weight"))
-        .any(|expert| expert.parse::<u32>().is_ok())
+        .find_map(|expert| expert.parse().ok())
 }
 
 /// Layers below `layers` that have a tensor of this kind.
@@ -257,7 +261,7 @@ fn layers_with(shards: &[Gguf], layers: u32, is_it: impl Fn(&str) -> bool) -> BT
 }
 
 /// Splits `blk.<layer>.<part>`.
-fn layer_part(name: &str) -> Option<(u32, &str)> {
+pub(super) fn layer_part(name: &str) -> Option<(u32, &str)> {
     let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
     Some((layer.parse().ok()?, part))
 }
@@ -302,6 +306,7 @@ impl ModelShape {
             n_expert_used: ExpertsUsed::Uniform(2 * is_moe),
             nextn_predict_layers: 0,
             moe_layers: moe_layers.to_vec(),
+            layer_bytes: Vec::new(),
             expert_gating_func: None,
             expert_group_count: 0,
             expert_group_used_count: 0,

@@ -38,14 +38,19 @@ impl Builder {
         self.raw(key, 9, &[&header, elements].concat())
     }
 
-    pub fn tensor(mut self, name: &str, shape: &[u64]) -> Self {
+    pub fn tensor(self, name: &str, shape: &[u64]) -> Self {
+        self.typed(name, shape, 0)
+    }
+
+    /// The same, of a type by its number in `enum ggml_type`.
+    pub fn typed(mut self, name: &str, shape: &[u64], ggml_type: u32) -> Self {
         self.n_tensors += 1;
         self.tensors.extend(str_bytes(name));
         self.tensors.extend((shape.len() as u32).to_le_bytes());
         for n in shape {
             self.tensors.extend(n.to_le_bytes());
         }
-        self.tensors.extend(0u32.to_le_bytes());
+        self.tensors.extend(ggml_type.to_le_bytes());
         self.tensors.extend(0u64.to_le_bytes());
         self
     }
@@ -61,7 +66,7 @@ impl Builder {
         out
     }
 
-    fn gguf(self) -> Gguf {
+    pub fn gguf(self) -> Gguf {
         parse(&self.bytes()).unwrap()
     }
 }
@@ -254,6 +259,7 @@ fn shape_needs_router_and_experts_and_looks_at_all_shards() {
             n_expert_used: ExpertsUsed::Uniform(2),
             nextn_predict_layers: 1,
             moe_layers: vec![1, 2],
+            layer_bytes: vec![],
             expert_gating_func: Some(2),
             expert_group_count: 4,
             expert_group_used_count: 0,

@@ -2,11 +2,11 @@
 
 use std::{iter, ops::Index};
 
-use expert_trace_common::{MAX_LAYERS, Phase};
+use expert_trace_common::MAX_LAYERS;
 use serde::Serialize;
 
 use super::{Block, Pass, Passes, pass::RowPhases};
-use crate::routes::Routes;
+use crate::{routes::Routes, tally::Tally};
 
 /// A row whose last chosen value lies less than [`crate::selection::CLOSE_CALL`] above the next.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -17,28 +17,7 @@ pub struct CloseCall {
     pub margin: f32,
 }
 
-/// Tokens routed, and what they activated. Index 0 is prefill, 1 is decode.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Experts chosen per token; the largest seen.
-    pub k: u16,
-    /// Tokens routed.
-    pub tokens: [u64; 2],
-    /// Activations by expert.
-    pub experts: Vec<[u64; 2]>,
-}
-
 impl Tally {
-    /// Tokens routed, prefill and decode.
-    pub fn total_tokens(&self) -> u64 {
-        self.tokens.iter().sum()
-    }
-
-    /// (token, expert) pairs, prefill and decode.
-    pub fn activations(&self) -> u64 {
-        self.experts.iter().flatten().sum()
-    }
-
     pub(super) fn add(&mut self, pass: &Pass, block: &Block, phases: &RowPhases) {
         self.k = self.k.max(block.k);
         let (mut row, end) = (block.first_row, block.first_row + block.rows);
@@ -49,21 +28,6 @@ impl Tally {
             let (of_run, rest) = ids.split_at(rows as usize * usize::from(block.k));
             self.count(phase, rows, of_run);
             (row, ids) = (run_end, rest);
-        }
-    }
-
-    #[inline]
-    fn count(&mut self, phase: Phase, rows: u32, ids: &[u16]) {
-        let column = usize::from(phase == Phase::Decode);
-        self.tokens[column] += u64::from(rows);
-        let mut experts = self.experts.as_mut_slice();
-        for id in ids {
-            let id = usize::from(*id);
-            if id >= experts.len() {
-                self.experts.resize(id + 1, [0; 2]);
-                experts = &mut self.experts;
-            }
-            experts[id][column] += 1;
         }
     }
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 pub use self::{
     context::{Context, Coverage, Ends, Excluded, Exclusion, Passes, PhasePasses},
-    layer::{CloseCall, Layer, Layers, SecondBlock, Tally},
+    layer::{CloseCall, Layer, Layers, SecondBlock},
     pass::{Block, Pass, RowPhases},
 };
 use self::{keys::Keys, pass::Added};

@@ -1,13 +1,15 @@
 //! `merge`, `diff` and `verify`, as they are called: files in, files and text out.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, anyhow, ensure};
 
-use super::{
-    ContextProfile, Profile, diff, document, imatrix, merge, output, printable, read, verify,
-};
-use crate::cli;
+use super::{ContextProfile, Profile, diff, document, imatrix, merge, printable, read, verify};
+use crate::{cli, output, trace::Capture};
 
 /// Exit status of `verify` when the counts are not equal.
 const DIFFERENT: u8 = 1;
@@ -18,12 +20,18 @@ const DIFFERENT: u8 = 1;
 /// When a file cannot be read, they do not fit each other, or the result cannot be written.
 pub fn run_merge(arguments: &cli::Merge) -> anyhow::Result<u8> {
     let mut names = BTreeSet::new();
-    let mut profiles = Vec::new();
     for path in &arguments.inputs {
         // Its counts would count twice.
         let name = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
         ensure!(names.insert(name), "{} is named twice", shown(path));
-        let profile = read_file(path)?;
+    }
+    let mut profiles = Vec::new();
+    for paths in of_one_trace_together(&arguments.inputs)? {
+        let path = &paths[0];
+        let profile = said(match &paths[..] {
+            [only] => read::read(only)?,
+            parts => read::read_parts(parts)?,
+        });
         if profile.layers_context.is_none() {
             say!(
                 "{}: nothing was routed: it adds nothing to the sum",
@@ -88,6 +96,12 @@ fn verify_files(arguments: &cli::Verify) -> anyhow::Result<verify::Report> {
     let profile = read_file(stats)?;
     let context = context_of(&profile, arguments.context, stats, "--context")?;
     let counts = imatrix::read(imatrix).map_err(|error| anyhow!("{} {error}", shown(imatrix)))?;
+    let mut layers = counts.layers.values().flat_map(BTreeMap::values);
+    ensure!(
+        layers.any(|counts| counts.iter().any(|count| *count > 0)),
+        "{} counts nothing: all its counts of experts are 0, and there is nothing to compare",
+        shown(imatrix)
+    );
     if counts.second_block {
         let imatrix = shown(imatrix);
         say!("{imatrix} has counts of second blocks of experts, which are not compared");
@@ -96,12 +110,51 @@ fn verify_files(arguments: &cli::Verify) -> anyhow::Result<verify::Report> {
     Ok(verify::verify(&profile, context, &stats, &counts, &imatrix))
 }
 
+/// Files of a trace in several stand together, in their order, where the first of them was named.
+fn of_one_trace_together(inputs: &[PathBuf]) -> anyhow::Result<Vec<Vec<PathBuf>>> {
+    let mut traces: Vec<Vec<(Option<Capture>, &PathBuf)>> = Vec::new();
+    for path in inputs {
+        let capture = read::capture(path)?;
+        let is_of = |trace: &&mut Vec<(Option<Capture>, &PathBuf)>| {
+            let first = trace[0].0.as_ref();
+            first
+                .zip(capture.as_ref())
+                .is_some_and(|(first, capture)| first.is_of_one_trace(capture))
+        };
+        match traces.iter_mut().find(is_of) {
+            Some(trace) => trace.push((capture, path)),
+            None => traces.push(vec![(capture, path)]),
+        }
+    }
+    let number = |capture: &Option<Capture>| capture.as_ref().map_or(0, |capture| capture.part);
+    let in_order = traces.into_iter().map(|mut trace| {
+        trace.sort_by_key(|(capture, _)| number(capture));
+        for pair in trace.windows(2) {
+            let [(capture, a), (other, b)] = pair else {
+                continue;
+            };
+            ensure!(
+                number(capture) != number(other),
+                "{} and {} are the same part of one trace, whose counts would count twice: name one of them",
+                shown(a),
+                shown(b)
+            );
+        }
+        Ok(trace.into_iter().map(|(_, path)| path.clone()).collect())
+    });
+    in_order.collect()
+}
+
 fn read_file(path: &Path) -> anyhow::Result<Profile> {
-    let found = read::read(path)?;
+    Ok(said(read::read(path)?))
+}
+
+/// What was found, when all was said of it.
+fn said(found: read::Found) -> Profile {
     for note in found.notes {
         say!("{note}");
     }
-    Ok(found.profile)
+    found.profile
 }
 
 fn context_of<'a>(
@@ -127,12 +180,14 @@ fn shown(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
-    use crate::profile::{
-        imatrix::tests::file,
-        tests::{context, layer, profile},
+    use crate::{
+        profile::{
+            counting::tests::routed,
+            imatrix::tests::file,
+            tests::{context, layer, profile},
+        },
+        trace::{Kind, Row, file::TraceFile},
     };
 
     struct Files(tempfile::TempDir);
@@ -182,6 +237,67 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_a_trace_are_one() {
+        let files = Files::new();
+        let part = |name: &str, part, started: &str, rows: &[Row<'_>]| {
+            let capture = Capture {
+                mode: "run".into(),
+                started: started.into(),
+                part,
+                ..Capture::default()
+            };
+            let mut written = Vec::new();
+            let mut trace = TraceFile::begin(&mut written, &capture).unwrap();
+            rows.iter().for_each(|row| trace.push(row).unwrap());
+            trace.finish().unwrap();
+            let path = files.path(name);
+            fs::write(&path, written).unwrap();
+            path
+        };
+        let (day, other_day) = ("2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z");
+        // The draft model's context has more than the main one in the second part.
+        let small = routed(0, 3, &[1, 2]);
+        let draft = routed(1, 0, &[0]);
+        let inputs = [
+            part(
+                "t.0001.arrows",
+                1,
+                day,
+                &[draft, draft, small, Row::of(Kind::Summary)],
+            ),
+            part("other", 0, other_day, &[small, Row::of(Kind::Summary)]),
+            part("t.0000.arrows", 0, day, &[small, small, small]),
+        ];
+        let together = of_one_trace_together(&inputs).unwrap();
+        let [first, second, third] = inputs.clone();
+        assert_eq!(together, [vec![third.clone(), first.clone()], vec![second]]);
+
+        let output = files.path("merged.json");
+        let merge = |inputs: &[PathBuf]| {
+            run_merge(&cli::Merge {
+                inputs: inputs.to_vec(),
+                output: output.clone(),
+            })
+        };
+        merge(&inputs).unwrap();
+        let merged = read::read(&output).unwrap().profile;
+        assert_eq!(merged.sources.len(), 3);
+        let main = merged.context(None).unwrap();
+        assert_eq!(main.summed, [0, 2]);
+        assert_eq!(main.layers.len(), 1, "nothing of the draft model");
+        assert_eq!(main.layers[0].dense(), [0, 5, 5]);
+        assert_eq!(merged.contexts[0].layers[0].total_tokens, 4);
+        assert_eq!(merged.contexts[1].layers[0].total_tokens, 2);
+
+        let notes = read::read_parts(&[third.clone(), first]).unwrap().notes;
+        assert_eq!(notes, [""; 0]);
+        let copy = files.path("copy");
+        fs::copy(&third, &copy).unwrap();
+        let error = merge(&[third, copy]).unwrap_err().to_string();
+        assert!(error.contains("the same part of one trace"), "{error}");
+    }
+
+    #[test]
     fn verify_reads_both_files() {
         let files = Files::new();
         let verify = |counts: &[f32], context| {
@@ -203,6 +319,8 @@ mod tests {
             format!("{error:#}").contains("imatrix.gguf is damaged"),
             "{error:#}"
         );
+        let error = verify(&[0.0; 4], None).unwrap_err();
+        assert!(error.to_string().contains("counts nothing"), "{error}");
         let error = verify(&[3.0, 3.0, 0.0, 0.0], Some(1)).unwrap_err();
         assert!(
             format!("{error:#}").contains("(--context): it has no context 1"),

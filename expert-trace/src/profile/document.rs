@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{ContextProfile, Profile, Schema};
+use crate::tally::SpecifiedLayer;
 
 /// The document: the profile, and the main context again in the shape of the original specification.
 #[derive(Debug, Serialize)]
@@ -13,20 +14,6 @@ struct Document<'a> {
     layers_context: Option<usize>,
     layers: Vec<SpecifiedLayer>,
     contexts: &'a [ContextProfile],
-}
-
-#[derive(Debug, Serialize)]
-struct SpecifiedLayer {
-    layer_id: u16,
-    total_tokens: u64,
-    experts: Vec<SpecifiedExpert>,
-}
-
-#[derive(Debug, Serialize)]
-struct SpecifiedExpert {
-    expert_id: u32,
-    activations: u64,
-    percentage: f64,
 }
 
 /// The profile as JSON, with `layers`: the layers of the context `layers_context` that routed a token, in
@@ -54,18 +41,10 @@ pub fn to_json(profile: &Profile) -> serde_json::Result<Vec<u8>> {
 fn specified_layers(context: &ContextProfile) -> Vec<SpecifiedLayer> {
     let routed = context.layers.iter().filter(|layer| layer.total_tokens > 0);
     routed
-        .map(|layer| SpecifiedLayer {
-            layer_id: layer.layer_id,
-            total_tokens: layer.total_tokens,
-            experts: layer
-                .experts
-                .iter()
-                .map(|expert| SpecifiedExpert {
-                    expert_id: expert.expert_id,
-                    activations: expert.activations,
-                    percentage: 100.0 * expert.activations as f64 / layer.total_tokens as f64,
-                })
-                .collect(),
+        .map(|layer| {
+            let experts = layer.experts.iter();
+            let experts = experts.map(|expert| (expert.expert_id as usize, expert.activations));
+            SpecifiedLayer::new(layer.layer_id, layer.total_tokens, experts)
         })
         .collect()
 }

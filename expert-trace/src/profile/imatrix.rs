@@ -16,13 +16,15 @@ use expert_trace_common::{MAX_EXPERTS, MAX_LAYERS};
 use thiserror::Error;
 
 use super::printable;
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::{Gguf, GgufError, TensorInfo};
 
 /// Number of F32 in `enum ggml_type`.
 const F32: u32 = 0;
 /// From here on, an F32 cannot tell neighbouring integers apart.
-const EXACT_F32: f32 = 16_777_216.0;
+pub const EXACT_F32: f32 = 16_777_216.0;
 
+/// Weights of a layer's router.
+const ROUTER: &str = "ffn_gate_inp";
 /// Weights of a layer that are multiplied for the chosen experts: `ffn_<name>_exps`.
 const WEIGHTS: [&str; 4] = ["down", "gate", "up", "gate_up"];
 
@@ -31,6 +33,8 @@ const WEIGHTS: [&str; 4] = ["down", "gate", "up", "gate_up"];
 pub struct Imatrix {
     /// By layer and weight (`down`, `gate`, `up`, `gate_up`), the rows of each expert.
     pub layers: BTreeMap<u16, BTreeMap<&'static str, Vec<u64>>>,
+    /// By layer, the rows of its router, which is used once for every token; of files that have them.
+    pub routers: BTreeMap<u16, u64>,
     /// Whether there are counts of second blocks of experts (GroveMoE).
     pub second_block: bool,
     /// Chunks of text that were computed, and the tokens of each, where the file says so.
@@ -79,7 +83,11 @@ pub fn read(path: &Path) -> Result<Imatrix, ImatrixError> {
     read_from(&mut File::open(path)?)
 }
 
-fn read_from<R: Read + Seek>(file: &mut R) -> Result<Imatrix, ImatrixError> {
+/// The same of a file that is open.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_from<R: Read + Seek>(file: &mut R) -> Result<Imatrix, ImatrixError> {
     let gguf = Gguf::read(file)?;
     match gguf.string("general.type") {
         Some("imatrix") => {}
@@ -99,48 +107,67 @@ fn read_from<R: Read + Seek>(file: &mut R) -> Result<Imatrix, ImatrixError> {
         if part.ends_with("_chexps") {
             imatrix.second_block = true;
         }
+        if part == ROUTER && matches!(tensor.shape[..], [1] | [1, 1]) {
+            // More than an F32 counts exactly are none that help.
+            let rows = values(file, &gguf, tensor, 1).unwrap_or_default();
+            imatrix
+                .routers
+                .extend(rows.first().map(|rows| (layer, *rows)));
+        }
         let Some(weight) = weight(part) else {
             continue;
         };
-        let damaged = |why| ImatrixError::Tensor {
-            name: printable(&tensor.name),
-            why,
-        };
-        if tensor.ggml_type != F32 {
-            return Err(damaged("is not F32"));
-        }
         let n_expert = match tensor.shape[..] {
             [1] | [1, 1] => return Err(ImatrixError::Single(printable(&tensor.name))),
             [1, n_expert] if (2..=MAX_EXPERTS as u64).contains(&n_expert) => n_expert as usize,
-            _ => return Err(damaged("is not [1, number of experts]")),
+            _ => return Err(damaged(tensor, "is not [1, number of experts]")),
         };
-        let start = gguf.data_offset.checked_add(tensor.offset);
-        file.seek(SeekFrom::Start(
-            start.ok_or_else(|| damaged("lies beyond the end of the file"))?,
-        ))?;
-        let mut bytes = vec![0; 4 * n_expert];
-        file.read_exact(&mut bytes)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => damaged("lies beyond the end of the file"),
-                _ => error.into(),
-            })?;
-        let (values, _) = bytes.as_chunks::<4>();
-        let counts: Option<Vec<u64>> = values
-            .iter()
-            .map(|value| exact(f32::from_le_bytes(*value)))
-            .collect();
-        let counts = counts.ok_or_else(|| {
-            damaged("has counts that are no integers, or too large (2^24) to be exact")
-        })?;
+        let counts = values(file, &gguf, tensor, n_expert)?;
         match imatrix.layers.entry(layer).or_default().entry(weight) {
             Entry::Vacant(place) => place.insert(counts),
-            Entry::Occupied(_) => return Err(damaged("is there twice")),
+            Entry::Occupied(_) => return Err(damaged(tensor, "is there twice")),
         };
     }
     match imatrix.layers.is_empty() {
         true => Err(ImatrixError::Dense),
         false => Ok(imatrix),
     }
+}
+
+fn damaged(tensor: &TensorInfo, why: &'static str) -> ImatrixError {
+    ImatrixError::Tensor {
+        name: printable(&tensor.name),
+        why,
+    }
+}
+
+/// The first values of a tensor, which have to be counts.
+fn values<R: Read + Seek>(
+    file: &mut R,
+    gguf: &Gguf,
+    tensor: &TensorInfo,
+    n: usize,
+) -> Result<Vec<u64>, ImatrixError> {
+    const BEYOND: &str = "lies beyond the end of the file";
+    if tensor.ggml_type != F32 {
+        return Err(damaged(tensor, "is not F32"));
+    }
+    let start = gguf.data_offset.checked_add(tensor.offset);
+    file.seek(SeekFrom::Start(
+        start.ok_or_else(|| damaged(tensor, BEYOND))?,
+    ))?;
+    let mut bytes = vec![0; 4 * n];
+    file.read_exact(&mut bytes)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => damaged(tensor, BEYOND),
+            _ => error.into(),
+        })?;
+    let (values, _) = bytes.as_chunks::<4>();
+    let counts = values.iter().map(|value| exact(f32::from_le_bytes(*value)));
+    counts.collect::<Option<_>>().ok_or_else(|| {
+        let why = "has counts that are no integers, or too large (2^24) to be exact";
+        damaged(tensor, why)
+    })
 }
 
 /// Layer and weight, such as `ffn_down_exps`, of the name of counts.
@@ -213,6 +240,7 @@ pub mod tests {
         let imatrix = of(&[
             ("blk.0.attn_k.weight.counts", &[1], 0, &[9.0]),
             ("blk.0.attn_k.weight.in_sum2", &[2], 0, &[0.5, 9.0]),
+            ("blk.1.ffn_gate_inp.weight.counts", &[1], 0, &[5.0]),
             (
                 "blk.1.ffn_down_exps.weight.counts",
                 &[1, 3],
@@ -238,6 +266,7 @@ pub mod tests {
         let first = BTreeMap::from([("down", vec![0, 7, 2]), ("gate_up", vec![0, 7, 2])]);
         let second = BTreeMap::from([("up", vec![16_777_215, 0])]);
         assert_eq!(imatrix.layers, BTreeMap::from([(1, first), (2, second)]));
+        assert_eq!(imatrix.routers, BTreeMap::from([(1, 5)]));
         assert!(imatrix.second_block);
         assert_eq!(imatrix.chunks, Some([3, 64]));
     }

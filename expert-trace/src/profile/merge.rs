@@ -37,7 +37,8 @@ pub enum MergeError {
 ///
 /// # Errors
 /// When the main contexts are not of one shape: those whose model file is known have the same architecture
-/// and the same layers, and every layer has the same number of experts, where that is known.
+/// and the same layers as far as they tell them all, and every layer has the same number of experts, where
+/// that is known.
 pub fn merge(profiles: Vec<Profile>) -> Result<Profile, MergeError> {
     let mut merged = Profile {
         schema: Schema::default(),
@@ -237,7 +238,14 @@ fn check_shapes(profile: &Profile, parts: &[&ContextProfile]) -> Result<(), Merg
     Ok(())
 }
 
-/// What two contexts with known models differ in, be it the architecture or the layers.
+/// Whether a context has all layers that its model has: then it is known of each whether it was seen.
+fn lists_all_layers(context: &ContextProfile) -> bool {
+    let mut layers = context.layers.iter();
+    !context.layers.is_empty() && layers.all(|layer| layer.coverage.is_some())
+}
+
+/// What two contexts with known models differ in, be it the architecture or the layers. A trace that was cut
+/// has those layers alone that routed something.
 fn difference(contexts: [&ContextProfile; 2], models: [&Value; 2]) -> Option<String> {
     if let [Some(a), Some(b)] = models.map(|model| model["arch"].as_str())
         && a != b
@@ -245,7 +253,15 @@ fn difference(contexts: [&ContextProfile; 2], models: [&Value; 2]) -> Option<Str
         let [a, b] = [a, b].map(printable);
         return Some(format!("their architectures are {a} and {b}"));
     }
+    if let [Some(a), Some(b)] = models.map(|model| model["moe_layers"].as_array())
+        && a != b
+    {
+        return Some("their models have experts in different layers".to_owned());
+    }
     let [a, b] = contexts;
+    if !contexts.into_iter().all(lists_all_layers) {
+        return None;
+    }
     let missing = |of: &ContextProfile, from: &ContextProfile| {
         let mut layers = of.layers.iter().map(|layer| layer.layer_id);
         layers.find(|id| from.layer(*id).is_none())
@@ -353,6 +369,22 @@ mod tests {
             error.contains("layer 0 has 4 experts, and an expert 4"),
             "{error}"
         );
+
+        let moe_layers = |layers: &[u16]| {
+            let mut of = of("b", &[[1, 2]]);
+            of.models[0] = json!({"arch": "qwen3moe", "moe_layers": layers});
+            of
+        };
+        let error = merge(vec![moe_layers(&[0]), moe_layers(&[0, 1])]).unwrap_err();
+        assert!(error.to_string().contains("in different layers"), "{error}");
+        assert!(merge(vec![moe_layers(&[0]), base()]).is_ok());
+
+        // A trace that was cut does not list layers that it has not seen.
+        let mut cut = of("b", &[[1, 2]]);
+        cut.contexts[0].layers[0].coverage = None;
+        let whole = profile("b", vec![context(more.clone())]);
+        let merged = merge(vec![cut, whole]).unwrap();
+        assert_eq!(merged.context(None).unwrap().layers.len(), 2);
 
         // What is not known fits anything.
         let mut unknown = profile("b", vec![context(more)]);

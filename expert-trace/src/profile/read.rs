@@ -1,22 +1,29 @@
 //! Reading profiles from files of several kinds, which are told apart by what they contain.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufRead as _, BufReader, Read},
     path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use thiserror::Error;
 
-use super::{Profile, SCHEMA_NAME, SCHEMA_VERSION, Schema, counting, printable};
+use super::{Profile, SCHEMA_NAME, SCHEMA_VERSION, Schema, counting::Counted, printable};
 use crate::{
-    stats,
-    trace::reader::{ReadError as TraceError, Reader},
+    stats_schema,
+    trace::{
+        Capture,
+        reader::{ReadError as TraceError, Reader},
+    },
 };
 
 /// Longest JSON that is read, in bytes: 300 contexts of the largest models that llama.cpp runs.
 const MAX_JSON: u64 = 256 << 20;
+
+/// Longest `sources` and `models`, in bytes of JSON: short values take many times their text in memory.
+const MAX_LIST: usize = 8 << 20;
 
 /// How a message of an Arrow stream begins.
 const ARROW: [u8; 4] = [0xff; 4];
@@ -95,31 +102,89 @@ pub fn read(path: &Path) -> Result<Found, ReadError> {
     let file = File::open(path).map_err(of_io)?;
     let mut input = BufReader::with_capacity(1 << 20, file);
     let is_arrow = input.fill_buf().map_err(of_io)?.starts_with(&ARROW);
-    let mut found = if is_arrow {
-        counting::count(&mut Reader::new(input, path)?, path)?
-    } else {
-        let mut text = Vec::new();
-        input
-            .take(MAX_JSON + 1)
-            .read_to_end(&mut text)
-            .map_err(of_io)?;
-        Found {
-            profile: from_json(&text, path)?,
-            notes: Vec::new(),
-        }
+    if is_arrow {
+        return from_traces([Ok((path, Reader::new(input, path)?))]);
+    }
+    let mut text = Vec::new();
+    input
+        .take(MAX_JSON + 1)
+        .read_to_end(&mut text)
+        .map_err(of_io)?;
+    let profile = from_json(&text, path)?;
+    checked(profile, Vec::new(), path)
+}
+
+/// Reads the files of one trace as one, in this order.
+///
+/// # Errors
+/// When one cannot be read, or is no trace.
+pub fn read_parts(paths: &[PathBuf]) -> Result<Found, ReadError> {
+    from_traces(paths.iter().map(|path| Ok((&**path, Reader::open(path)?))))
+}
+
+/// What a trace says of its capture; none of other files, and of what can be read once alone, as a pipe.
+///
+/// # Errors
+/// When the file cannot be read, or is a trace that cannot be.
+pub fn capture(path: &Path) -> Result<Option<Capture>, ReadError> {
+    let of_io = |error| ReadError::Io {
+        path: path.to_owned(),
+        error,
     };
-    found.profile.put_in_order();
-    found.profile.check().map_err(|why| ReadError::Damaged {
+    if !fs::metadata(path).map_err(of_io)?.is_file() {
+        return Ok(None);
+    }
+    let mut input = BufReader::new(File::open(path).map_err(of_io)?);
+    if !input.fill_buf().map_err(of_io)?.starts_with(&ARROW) {
+        return Ok(None);
+    }
+    Ok(Some(Reader::new(input, path)?.capture().clone()))
+}
+
+fn from_traces<'a, R: Read>(
+    files: impl IntoIterator<Item = Result<(&'a Path, Reader<R>), TraceError>>,
+) -> Result<Found, ReadError> {
+    let mut counted = Counted::nothing();
+    let mut sources: Vec<String> = Vec::new();
+    let mut notes = Vec::new();
+    let mut last = Path::new("");
+    for file in files {
+        let (path, mut reader) = file?;
+        counted.read_on(&mut reader, path, &mut |_| {})?;
+        notes.extend(counted.note_of_end(path));
+        sources.push(path.to_string_lossy().into_owned());
+        last = path;
+    }
+    let shown = match &sources[..] {
+        [first, .., last] => format!("{} to {}", printable(first), printable(last)),
+        sources => printable(&sources.concat()),
+    };
+    notes.extend(counted.notes(&shown));
+    let profile = Profile {
+        sources,
+        ..counted.profile(String::new())
+    };
+    checked(profile, notes, last)
+}
+
+/// A profile whose content can be, in its order.
+fn checked(mut profile: Profile, notes: Vec<String>, path: &Path) -> Result<Found, ReadError> {
+    profile.put_in_order();
+    profile.check().map_err(|why| ReadError::Damaged {
         path: path.to_owned(),
         why,
     })?;
-    Ok(found)
+    Ok(Found { profile, notes })
 }
 
 fn from_json(text: &[u8], path: &Path) -> Result<Profile, ReadError> {
     #[derive(Deserialize)]
-    struct Head {
+    struct Head<'a> {
         schema: Schema,
+        #[serde(borrow, default)]
+        sources: Option<&'a RawValue>,
+        #[serde(borrow, default)]
+        models: Option<&'a RawValue>,
     }
 
     let foreign = |why: String| ReadError::Foreign {
@@ -134,7 +199,7 @@ fn from_json(text: &[u8], path: &Path) -> Result<Profile, ReadError> {
         None => return Err(foreign("it is empty".into())),
         Some(_) => return Err(foreign("it is neither JSON nor an Arrow stream".into())),
     }
-    let head: Head = serde_json::from_slice(text).map_err(|error| match error.classify() {
+    let head: Head<'_> = serde_json::from_slice(text).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => foreign(format!("it has no schema ({error})")),
         _ => ReadError::Damaged {
             path: path.to_owned(),
@@ -144,7 +209,7 @@ fn from_json(text: &[u8], path: &Path) -> Result<Profile, ReadError> {
     let Schema { name, version } = head.schema;
     let (known, newest) = match name.as_str() {
         SCHEMA_NAME => (SCHEMA_NAME, SCHEMA_VERSION),
-        stats::SCHEMA_NAME => (stats::SCHEMA_NAME, stats::SCHEMA_VERSION),
+        stats_schema::NAME => (stats_schema::NAME, stats_schema::VERSION),
         _ => {
             let name = printable(&name.chars().take(100).collect::<String>());
             return Err(foreign(format!("its schema is '{name}'")));
@@ -156,6 +221,15 @@ fn from_json(text: &[u8], path: &Path) -> Result<Profile, ReadError> {
             name: known,
             version,
         });
+    }
+    for (key, list) in [("sources", head.sources), ("models", head.models)] {
+        let length = list.map_or(0, |list| list.get().len());
+        if length > MAX_LIST {
+            return Err(ReadError::Damaged {
+                path: path.to_owned(),
+                why: format!("{key} has {length} bytes, and not more than {MAX_LIST} are read"),
+            });
+        }
     }
     let profile: Profile = serde_json::from_slice(text).map_err(|error| ReadError::Damaged {
         path: path.to_owned(),
@@ -306,7 +380,13 @@ mod tests {
     fn a_trace_is_counted_also_when_it_was_cut() {
         let (text, first) = trace();
         let whole = of_text(&text).unwrap();
-        assert_eq!(whole.notes, [""; 0]);
+        let [note] = &whole.notes[..] else {
+            panic!("{:?}", whole.notes);
+        };
+        assert!(
+            note.contains("no summary stands at the end of part 0"),
+            "{note}"
+        );
         let layer = &whole.profile.context(None).unwrap().layers[0];
         assert_eq!(layer.dense(), [0, 1, 0, 1, 0, 2]);
         assert_eq!((layer.prefill_tokens, layer.decode_tokens), (2, 0));
@@ -338,6 +418,23 @@ mod tests {
         }
         let arrow = of_text([0xff, 0xff, 0xff, 0xff, 8, 0, 0, 0]).unwrap_err();
         assert!(matches!(arrow, ReadError::Trace(_)), "{arrow}");
+    }
+
+    #[test]
+    fn long_lists_are_refused_before_they_take_memory() {
+        for key in ["sources", "models"] {
+            let of_bytes = |bytes: usize| {
+                let mut document = statistics(2);
+                document[key] = json!(["x".repeat(bytes)]);
+                of_text(document.to_string())
+            };
+            assert!(of_bytes(MAX_LIST - 4).is_ok(), "{key}");
+            let error = of_bytes(MAX_LIST).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{key} has 8388612 bytes")),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -386,8 +386,8 @@ mod tests {
         });
         Imatrix {
             layers: layers.collect(),
-            second_block: false,
             chunks: Some([3, 64]),
+            ..Imatrix::default()
         }
     }
 

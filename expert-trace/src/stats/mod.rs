@@ -19,11 +19,11 @@ use crate::{
     layout::Layout,
     model::{
         CloseCall, Context, Coverage, Ends, Excluded, Exclusion, Layer, PhasePasses, SecondBlock,
-        Tally,
     },
     placement::Options,
     probes::Probe,
     routes,
+    tally::{ExpertStats, SpecifiedLayer, expert_stats, never_activated},
     visibility::{Evidence, Gap, Reason},
 };
 
@@ -72,6 +72,9 @@ impl Stats {
             .filter_map(|context| context["layers"].as_array_mut());
         for layer in layers.flatten().filter_map(Value::as_object_mut) {
             layer.retain(|key, _| !OF_EXPERTS.contains(&key.as_str()));
+            if let Some(second) = layer.get_mut("second_block").and_then(Value::as_object_mut) {
+                second.retain(|key, _| !OF_EXPERTS.contains(&key.as_str()));
+            }
         }
         document.to_string()
     }
@@ -85,18 +88,8 @@ impl Stats {
     }
 }
 
-/// Name of the document's schema.
-pub const SCHEMA_NAME: &str = "expert-trace-stats";
-/// Its version: raised when a key changes its meaning or goes.
-pub const SCHEMA_VERSION: u32 = 2;
-
-/// Members of a layer that grow with the number of its experts, or of its rows.
-const OF_EXPERTS: [&str; 4] = [
-    "experts",
-    "experts_never_activated",
-    "close_calls",
-    "second_block",
-];
+/// Members of a layer, or of its second block, that grow with the number of its experts, or of its rows.
+const OF_EXPERTS: [&str; 3] = ["experts", "experts_never_activated", "close_calls"];
 
 /// The whole document.
 #[derive(Debug, Serialize)]
@@ -147,9 +140,9 @@ pub struct Trace {
 /// Name and version of the document's format.
 #[derive(Debug, Serialize)]
 pub struct Schema {
-    /// [`SCHEMA_NAME`].
+    /// [`stats_schema::NAME`](crate::stats_schema::NAME).
     pub name: &'static str,
-    /// [`SCHEMA_VERSION`].
+    /// [`stats_schema::VERSION`](crate::stats_schema::VERSION).
     pub version: u32,
 }
 
@@ -243,28 +236,6 @@ pub struct LateLibraries {
     pub blind_ms: f64,
     /// Passes that began in this time; `null` when passes could not be seen yet.
     pub passes: Option<u64>,
-}
-
-/// A layer as the original specification has it.
-#[derive(Debug, Serialize)]
-pub struct SpecifiedLayer {
-    /// Layer of the model.
-    pub layer_id: u16,
-    /// Tokens routed in the layer.
-    pub total_tokens: u64,
-    /// Activated experts, most activations first.
-    pub experts: Vec<SpecifiedExpert>,
-}
-
-/// An expert as the original specification has it.
-#[derive(Debug, Serialize)]
-pub struct SpecifiedExpert {
-    /// Expert.
-    pub expert_id: usize,
-    /// Tokens it was chosen for.
-    pub activations: u64,
-    /// 100 × activations / tokens of the layer: sums to 100 × k over a layer.
-    pub percentage: f64,
 }
 
 /// Counts of one context.
@@ -427,23 +398,6 @@ impl LayerStats {
     }
 }
 
-/// Counts of one expert.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ExpertStats {
-    /// Expert.
-    pub expert_id: usize,
-    /// Tokens it was chosen for.
-    pub activations: u64,
-    /// Those of prompts.
-    pub prefill: u64,
-    /// Those generated.
-    pub decode: u64,
-    /// 100 × activations / tokens of the layer.
-    pub percentage: f64,
-    /// Activations / activations of the layer: sums to 1 over a layer.
-    pub share: f64,
-}
-
 /// Passes that are in no count.
 #[derive(Debug, Serialize)]
 pub struct ExcludedPasses {
@@ -590,41 +544,8 @@ pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
     context
         .layers
         .iter()
-        .map(|(layer_id, layer)| SpecifiedLayer {
-            layer_id,
-            total_tokens: layer.tally.total_tokens(),
-            experts: expert_stats(&layer.tally)
-                .into_iter()
-                .map(|expert| SpecifiedExpert {
-                    expert_id: expert.expert_id,
-                    activations: expert.activations,
-                    percentage: expert.percentage,
-                })
-                .collect(),
-        })
+        .map(|(layer_id, layer)| SpecifiedLayer::of(layer_id, &layer.tally))
         .collect()
-}
-
-/// Activated experts, most activations first.
-fn expert_stats(tally: &Tally) -> Vec<ExpertStats> {
-    let total_tokens = tally.total_tokens();
-    let activations = tally.activations();
-    let mut experts: Vec<ExpertStats> = tally
-        .experts
-        .iter()
-        .enumerate()
-        .map(|(expert_id, [prefill, decode])| ExpertStats {
-            expert_id,
-            activations: prefill + decode,
-            prefill: *prefill,
-            decode: *decode,
-            percentage: 100.0 * (prefill + decode) as f64 / total_tokens as f64,
-            share: (prefill + decode) as f64 / activations as f64,
-        })
-        .filter(|expert| expert.activations > 0)
-        .collect();
-    experts.sort_by_key(|expert| (std::cmp::Reverse(expert.activations), expert.expert_id));
-    experts
 }
 
 fn layer_stats(layer_id: u16, layer: &Layer) -> LayerStats {
@@ -672,14 +593,6 @@ fn second_block_stats(SecondBlock { passes, tally }: &SecondBlock) -> SecondBloc
         activations: tally.activations(),
         experts: expert_stats(tally),
     }
-}
-
-/// Experts of a layer or a block that has so many, and of which `experts` were activated.
-fn never_activated(n_expert: u32, experts: &[ExpertStats]) -> Vec<u32> {
-    let mut activated: Vec<usize> = experts.iter().map(|of| of.expert_id).collect();
-    activated.sort_unstable();
-    let is_idle = |expert: &u32| activated.binary_search(&(*expert as usize)).is_err();
-    (0..n_expert).filter(is_idle).collect()
 }
 
 impl LayerStats {

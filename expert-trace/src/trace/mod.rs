@@ -2,7 +2,8 @@
 //!
 //! A trace is an [Arrow IPC stream](https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format)
 //! of one schema ([`schema`]), whose rows are of several kinds ([`Kind`]). It is written in constant memory
-//! ([`writer`]), and can be read while it grows, and when it was cut ([`reader`]).
+//! ([`writer`]; [`file`](mod@file) where no capture has to go on meanwhile), and can be read while it grows, and
+//! when it was cut ([`reader`]).
 //!
 //! ```text
 //! model ── Finished ─▶ recorder ─▶ columns ─▶ writer ─▶ file ─▶ reader ─▶ Row
@@ -11,7 +12,9 @@
 //! docs/trace-format.md explains every column.
 
 pub mod columns;
+pub mod file;
 pub mod frames;
+pub mod parts;
 pub mod reader;
 pub mod recorder;
 pub mod schema;

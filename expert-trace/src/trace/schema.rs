@@ -23,7 +23,7 @@ pub const CAPTURE_KEY: &str = "expert-trace.capture";
 pub struct Capture {
     /// Version of the program that wrote the trace.
     pub tool: String,
-    /// `run` or `attach`.
+    /// `run` or `attach`; [`IMPORT`](Self::IMPORT) when it was made of a file.
     pub mode: String,
     /// First process of the capture.
     pub pid: u32,
@@ -35,6 +35,21 @@ pub struct Capture {
     pub tokens: bool,
     /// Number of the file in a trace that is divided into several, from 0.
     pub part: u32,
+}
+
+impl Capture {
+    /// `mode` of what others have recorded.
+    pub const IMPORT: &str = "import";
+
+    /// Whether this and another file are of one trace. Nothing tells it of files that do not say when their
+    /// capture began.
+    pub fn is_of_one_trace(&self, other: &Self) -> bool {
+        let without_part = |of: &Self| Self {
+            part: 0,
+            ..of.clone()
+        };
+        !self.started.is_empty() && without_part(self) == without_part(other)
+    }
 }
 
 /// Names of the columns, in their order.

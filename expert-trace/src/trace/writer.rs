@@ -17,14 +17,11 @@ use std::{
 };
 
 use arrow_array::RecordBatch;
-use arrow_ipc::{
-    CompressionType,
-    writer::{IpcWriteOptions, StreamWriter},
-};
+use arrow_ipc::writer::StreamWriter;
 use arrow_schema::{ArrowError, SchemaRef};
 use tokio::sync::Notify;
 
-use super::{Capture, Counts, Row, columns::Columns, schema::schema};
+use super::{Capture, Counts, Row, columns::Columns, file, schema::schema};
 
 /// How long a row waits for others of its batch.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(1);
@@ -211,9 +208,8 @@ fn stream<'a>(
     schema: &SchemaRef,
     shared: &'a Shared,
 ) -> Result<Stream<'a>, ArrowError> {
-    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
     let file = BufWriter::with_capacity(256 << 10, Counting { file, shared });
-    let mut stream = StreamWriter::try_new_with_options(file, schema, options)?;
+    let mut stream = file::stream(file, schema)?;
     // Whoever reads a pipe learns at once what it is.
     stream.flush()?;
     Ok(stream)

@@ -43,6 +43,12 @@ impl WeightType {
     pub fn block(self) -> u32 {
         self.storage().block as u32
     }
+
+    /// Bytes of so many elements, in rows of whole blocks.
+    pub fn bytes(self, elements: u32) -> u64 {
+        let Storage { block, bytes, .. } = self.storage();
+        u64::from(elements) / block * bytes
+    }
 }
 
 /// Where a tensor's elements come from, in the type they are stored in.

@@ -1,4 +1,4 @@
-//! Writing a trace that is made from a file, and not from a capture.
+//! Writing a trace as its rows come: of a file that was read, and not of a capture.
 
 use std::io::Write;
 
@@ -6,9 +6,15 @@ use arrow_ipc::{
     CompressionType,
     writer::{IpcWriteOptions, StreamWriter},
 };
-use arrow_schema::ArrowError;
+use arrow_schema::{ArrowError, SchemaRef};
 
-use crate::trace::{Capture, Row, columns::Columns, schema::schema};
+use super::{Capture, Row, columns::Columns, schema::schema};
+
+/// Begins the stream of a trace: all of them are compressed.
+pub(super) fn stream<W: Write>(out: W, schema: &SchemaRef) -> Result<StreamWriter<W>, ArrowError> {
+    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
+    StreamWriter::try_new_with_options(out, schema, options)
+}
 
 /// A trace that is being written.
 pub struct TraceFile<W: Write> {
@@ -23,9 +29,7 @@ impl<W: Write> TraceFile<W> {
     /// When it cannot be written.
     pub fn begin(out: W, capture: &Capture) -> Result<Self, ArrowError> {
         let schema = schema(capture);
-        let options =
-            IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
-        let stream = StreamWriter::try_new_with_options(out, &schema, options)?;
+        let stream = stream(out, &schema)?;
         let columns = Columns::new(schema);
         Ok(Self { columns, stream })
     }

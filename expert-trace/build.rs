@@ -1,4 +1,4 @@
-//! Tells the program which compiled BPF object to embed.
+//! Tells the program whether it can trace, and which compiled BPF object to embed then.
 //!
 //! The committed ones need no BPF toolchain. `EXPERT_TRACE_EBPF_DIR` names a directory of others, so
 //! that freshly built ones can be tested.
@@ -6,6 +6,12 @@
 use std::{env, path::PathBuf};
 
 fn main() {
+    println!("cargo::rustc-check-cfg=cfg(can_trace)");
+    let is_linux = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux");
+    if !is_linux || env::var_os("CARGO_FEATURE_CAPTURE").is_none() {
+        return;
+    }
+    println!("cargo::rustc-cfg=can_trace");
     println!("cargo::rerun-if-env-changed=EXPERT_TRACE_EBPF_DIR");
     let architecture = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     let directory = env::var_os("EXPERT_TRACE_EBPF_DIR").map_or_else(

@@ -28,6 +28,9 @@
 //! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
+//!
+//! What traces is there on Linux, with the feature `capture`: build.rs says so as `can_trace`. The rest
+//! reads and writes files on any system.
 
 /// Says a line to the user, on stderr. A terminal that is gone, or a full disk, is no reason to stop,
 /// as it would be with `eprintln`.
@@ -39,49 +42,86 @@ macro_rules! say {
     }};
 }
 
+#[cfg(can_trace)]
 pub mod attach;
+#[cfg(can_trace)]
 pub mod bounded;
+#[cfg(can_trace)]
 pub mod bpf;
+#[cfg(can_trace)]
 pub mod caller;
+#[cfg(can_trace)]
 pub mod calls;
+#[cfg(can_trace)]
 pub mod capture;
 pub mod cli;
+#[cfg(can_trace)]
 pub mod decode;
+#[cfg(can_trace)]
 pub mod diagnosis;
+#[cfg(can_trace)]
 pub mod doctor;
+#[cfg(can_trace)]
 pub mod eval_callback;
+#[cfg(can_trace)]
 pub mod export;
 pub mod formats;
+#[cfg(can_trace)]
 pub mod gate;
 pub mod gguf;
+#[cfg(can_trace)]
 pub mod kernel_types;
+#[cfg(can_trace)]
 pub mod launch;
+#[cfg(can_trace)]
 pub mod layout;
+#[cfg(can_trace)]
 pub mod model;
+#[cfg(can_trace)]
 pub mod models;
 pub mod output;
+#[cfg(can_trace)]
 pub mod own_code;
+#[cfg(can_trace)]
 pub mod placement;
+#[cfg(can_trace)]
 pub mod probes;
 pub mod profile;
+#[cfg(can_trace)]
 pub mod prologue;
+#[cfg(can_trace)]
 pub mod redact;
+#[cfg(can_trace)]
 pub mod remedy;
+#[cfg(can_trace)]
 pub mod requirements;
+#[cfg(can_trace)]
 pub mod router_on_cpu;
 pub mod routes;
+#[cfg(can_trace)]
 pub mod same_file;
+#[cfg(can_trace)]
 pub mod selection;
+#[cfg(can_trace)]
 pub mod signals;
+#[cfg(can_trace)]
 pub mod silence;
+#[cfg(can_trace)]
 pub mod stats;
 pub mod stats_schema;
+#[cfg(can_trace)]
 pub mod summary;
+#[cfg(can_trace)]
 pub mod symbols;
 pub mod tally;
+#[cfg(can_trace)]
 pub mod target;
 pub mod trace;
+#[cfg(can_trace)]
 pub mod uprobe_event;
+#[cfg(can_trace)]
 pub mod users;
+#[cfg(can_trace)]
 pub mod variables;
+#[cfg(can_trace)]
 pub mod visibility;

@@ -4,15 +4,14 @@ use std::{io, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser as _;
+#[cfg(can_trace)]
+use expert_trace::{capture, doctor, export, launch::LaunchError};
 use expert_trace::{
-    capture,
     cli::{Cli, Command},
-    doctor, export, formats,
-    launch::LaunchError,
+    formats,
     profile::command as profile,
     say,
 };
-use tracing_subscriber::EnvFilter;
 
 /// Exit status when the tracer itself fails, as `env` and `timeout` have it.
 const TRACER_FAILED: u8 = 125;
@@ -22,10 +21,12 @@ const FAILED: u8 = 1;
 const COULD_NOT_TELL: u8 = 2;
 
 fn main() -> ExitCode {
+    #[cfg(can_trace)]
     export::remember_inherited();
     let cli = Cli::parse();
+    #[cfg(can_trace)]
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_env("EXPERT_TRACE_LOG"))
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("EXPERT_TRACE_LOG"))
         .with_writer(io::stderr)
         .log_internal_errors(false)
         .init();
@@ -33,19 +34,33 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             say!("error: {error:#}");
-            let status = error
-                .downcast_ref::<LaunchError>()
-                .map_or(TRACER_FAILED, LaunchError::exit_code);
-            ExitCode::from(status)
+            ExitCode::from(status_of(&error))
         }
     }
 }
 
+#[cfg(can_trace)]
+fn status_of(error: &anyhow::Error) -> u8 {
+    error
+        .downcast_ref::<LaunchError>()
+        .map_or(TRACER_FAILED, LaunchError::exit_code)
+}
+
+#[cfg(not(can_trace))]
+fn status_of(_: &anyhow::Error) -> u8 {
+    TRACER_FAILED
+}
+
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
+        #[cfg(can_trace)]
         Command::Run(arguments) => block_on(capture::run(arguments)),
+        #[cfg(can_trace)]
         Command::Attach(arguments) => block_on(capture::attach(arguments)),
+        #[cfg(can_trace)]
         Command::Doctor(arguments) => doctor::doctor(&arguments),
+        #[cfg(not(can_trace))]
+        Command::CannotTrace(_) => anyhow::bail!(expert_trace::cli::CANNOT_TRACE),
         Command::Merge(arguments) => Ok(or_status(profile::run_merge(&arguments), FAILED)),
         Command::Diff(arguments) => Ok(or_status(profile::run_diff(&arguments), FAILED)),
         Command::Verify(arguments) => {
@@ -70,6 +85,7 @@ fn or_status(result: anyhow::Result<u8>, status: u8) -> u8 {
     })
 }
 
+#[cfg(can_trace)]
 fn block_on(capture: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

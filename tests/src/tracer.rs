@@ -28,7 +28,17 @@ pub fn program() -> Result<PathBuf> {
     Ok(path.into())
 }
 
-/// A command line of it without arguments, as it is called without `sudo`.
+/// Variable with the path of the program that was built without what traces.
+pub const OFFLINE_BIN: &str = "EXPERT_TRACE_TEST_OFFLINE_BIN";
+
+/// The program that was built without what traces.
+pub fn offline_program() -> Result<PathBuf> {
+    let path = env::var_os(OFFLINE_BIN);
+    let path = path.with_context(|| format!("{OFFLINE_BIN} is not set: run `cargo xtask test`"))?;
+    Ok(path.into())
+}
+
+/// A command line of the [`program`] without arguments, as it is called without `sudo`.
 pub fn command() -> Result<Command> {
     let mut tracer = Command::new(program()?);
     without_sudo(&mut tracer);

@@ -1,13 +1,16 @@
 //! All tests, in the order in which a failure says most: what is committed, then units, then real
 //! llama.cpp processes under the program.
 
+mod offline;
 mod steps;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use expert_trace_tests::{builds::Build, llama::LlamaCpp, prebuilt::Prebuilt, python::PYTHON};
+use expert_trace_tests::{
+    builds::Build, llama::LlamaCpp, prebuilt::Prebuilt, python::PYTHON, tracer::OFFLINE_BIN,
+};
 
 use crate::{bench, command, ebpf, llama, packages, prebuilt, python, results, system, workspace};
 use steps::{Results, Steps};
@@ -35,7 +38,10 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<ExitCode> {
         cargo.args(["--exclude", "expert-trace-tests"]);
         results.cargo_test(cargo.arg("--").args(filter))
     });
-    end_to_end(root, filter, fresh.as_deref(), &mut steps);
+    let offline = steps.run("Built without what traces", |_| offline::build(root));
+    offline::check(root, filter, &mut steps);
+    let objects = fresh.as_deref();
+    end_to_end(root, filter, objects, offline.as_deref(), &mut steps);
     steps.run("Results of suites that do not run here", |_| {
         results::run(root, &results::Arguments::default())
     });
@@ -81,7 +87,13 @@ fn rebuild(root: &Path, filter: Option<&str>, steps: &mut Steps) -> Option<PathB
     })?
 }
 
-fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &mut Steps) {
+fn end_to_end(
+    root: &Path,
+    filter: Option<&str>,
+    fresh: Option<&Path>,
+    offline: Option<&Path>,
+    steps: &mut Steps,
+) {
     const STEP: &str = "End-to-end tests";
     if !system::is_root() {
         steps.skip(STEP, "tracing another process needs root");
@@ -94,6 +106,10 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
     let provision = || Ok((prebuilt::provision()?, prebuilt::some(root)?));
     let Some((prebuilt, builds)) = steps.run("Prebuilt llama.cpp", |_| provision()) else {
         steps.skip(STEP, "there is no prebuilt llama.cpp to trace");
+        return;
+    };
+    let Some(offline) = offline else {
+        steps.skip(STEP, "there is no program without what traces");
         return;
     };
     steps.run("sudo", |_| ensure_sudo());
@@ -109,6 +125,7 @@ fn end_to_end(root: &Path, filter: Option<&str>, fresh: Option<&Path>, steps: &m
         prebuilt,
         builds,
         python,
+        offline: offline.to_owned(),
     };
     steps.run(STEP, |results| {
         end_to_end_with(root, filter, &targets, None, results)
@@ -127,6 +144,8 @@ struct Targets {
     builds: Vec<Build>,
     /// The interpreter with the tools that read our files back.
     python: PathBuf,
+    /// The program without what traces.
+    offline: PathBuf,
 }
 
 /// Some tests are those of a user who comes through `sudo`. They make the user and its rules.
@@ -159,6 +178,7 @@ fn end_to_end_with(
         .envs(targets.prebuilt.to_env())
         .envs([Build::write_list(&list, &targets.builds)?])
         .env(PYTHON, &targets.python)
+        .env(OFFLINE_BIN, &targets.offline)
         .envs(objects)
         .arg("--")
         .args(filter)

@@ -10,9 +10,15 @@ use arrow_schema::{ArrowError, SchemaRef};
 
 use super::{Capture, Row, columns::Columns, schema::schema};
 
-/// Begins the stream of a trace: all of them are compressed.
+/// How all traces are compressed, where the build can do it.
+const COMPRESSION: Option<CompressionType> = match cfg!(feature = "zstd") {
+    true => Some(CompressionType::ZSTD),
+    false => None,
+};
+
+/// Begins the stream of a trace.
 pub(super) fn stream<W: Write>(out: W, schema: &SchemaRef) -> Result<StreamWriter<W>, ArrowError> {
-    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
+    let options = IpcWriteOptions::default().try_with_compression(COMPRESSION)?;
     StreamWriter::try_new_with_options(out, schema, options)
 }
 

@@ -12,8 +12,8 @@ use thiserror::Error;
 
 /// Longest description of a message that is believed. Ours have less than 4 KiB, and the schema's.
 const MAX_HEAD: u32 = 16 << 20;
-/// Longest body of a message, and longest column of it, that is believed: 64 Ki rows of 1,024 experts are
-/// 128 MiB.
+/// Longest body of a message that is believed, and most bytes of all its columns: 64 Ki rows of 1,024
+/// experts are 128 MiB.
 const MAX_BODY: u64 = 512 << 20;
 
 /// Stands before the length of every message (Arrow's "encapsulated message format").
@@ -33,6 +33,12 @@ pub enum FrameError {
         /// What is wrong with it.
         why: String,
     },
+    /// This build cannot read it.
+    #[error(
+        "its rows are compressed with zstd, which this expert-trace was built without: build it with \
+         the feature `zstd`"
+    )]
+    Compressed,
     /// The file could not be read.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -137,7 +143,10 @@ impl<R: Read> Frames<R> {
         if (body.len() as u64) < wanted {
             return Err(FrameError::Cut(at));
         }
-        check_columns(&frame.message()?, &body).map_err(damaged)?;
+        let is_compressed = check_columns(&frame.message()?, &body).map_err(damaged)?;
+        if is_compressed && !cfg!(feature = "zstd") {
+            return Err(FrameError::Compressed);
+        }
         frame.body = Buffer::from(body);
         Ok(Next::Frame(frame))
     }
@@ -150,19 +159,21 @@ impl<R: Read> Frames<R> {
     }
 }
 
-/// Whether the columns of a message lie in its body, and are no longer than can be.
-fn check_columns(message: &Message<'_>, body: &[u8]) -> Result<(), String> {
+/// Checks that the columns of a message lie in its body, and are no longer than can be, each and together.
+/// Gives whether they are compressed.
+fn check_columns(message: &Message<'_>, body: &[u8]) -> Result<bool, String> {
     let batch = match message.header_type() {
         MessageHeader::RecordBatch => message.header_as_record_batch(),
         MessageHeader::DictionaryBatch => message
             .header_as_dictionary_batch()
             .and_then(|dictionary| dictionary.data()),
-        _ => return Ok(()),
+        _ => return Ok(false),
     };
     let Some(batch) = batch else {
         return Err("a batch without content".into());
     };
     let is_compressed = batch.compression().is_some();
+    let mut left = MAX_BODY;
     for buffer in batch.buffers().iter().flatten() {
         let place = usize::try_from(buffer.offset())
             .ok()
@@ -173,13 +184,17 @@ fn check_columns(message: &Message<'_>, body: &[u8]) -> Result<(), String> {
         };
         // An uncompressed length stands before compressed bytes; -1 before others.
         if is_compressed && let Some(length) = column.first_chunk() {
-            let length = i64::from_le_bytes(*length);
-            if length != -1 && !(0..=MAX_BODY as i64).contains(&length) {
-                return Err(format!("a column of {length} bytes"));
-            }
+            let length = match i64::from_le_bytes(*length) {
+                -1 => column.len() as i64,
+                length => length,
+            };
+            let fits = u64::try_from(length).ok();
+            left = fits
+                .and_then(|length| left.checked_sub(length))
+                .ok_or_else(|| format!("a column of {length} bytes"))?;
         } else if is_compressed && !column.is_empty() {
             return Err("a column is shorter than its length".into());
         }
     }
-    Ok(())
+    Ok(is_compressed)
 }

@@ -16,8 +16,10 @@ pub mod file;
 pub mod frames;
 pub mod parts;
 pub mod reader;
+#[cfg(can_trace)]
 pub mod recorder;
 pub mod schema;
+#[cfg(can_trace)]
 pub mod writer;
 
 use expert_trace_common::Phase;
@@ -199,5 +201,5 @@ pub struct Counts {
     pub gaps: u64,
 }
 
-#[cfg(test)]
+#[cfg(all(test, can_trace))]
 mod tests;

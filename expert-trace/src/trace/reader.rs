@@ -49,6 +49,12 @@ pub enum ReadError {
         /// What it lacks.
         why: String,
     },
+    /// This build cannot read its rows.
+    #[error("cannot read {}: {}", path.display(), FrameError::Compressed)]
+    Compressed {
+        /// The file.
+        path: PathBuf,
+    },
     /// It was written by a newer program.
     #[error(
         "{} has version {found} of the trace format, and this program reads {VERSION}: use a newer \
@@ -121,6 +127,7 @@ impl<R: Read> Reader<R> {
             Err(FrameError::Cut(_)) => {
                 return Err(foreign("it ends before its schema does".into()));
             }
+            Err(FrameError::Compressed) => return Err(ReadError::Compressed { path }),
             Err(FrameError::Damaged { .. }) => {
                 return Err(foreign("it does not begin as an Arrow IPC stream".into()));
             }
@@ -192,6 +199,10 @@ impl<R: Read> Reader<R> {
                     self.ending = Some(match error {
                         FrameError::Cut(_) => Ending::Cut,
                         FrameError::Damaged { .. } => Ending::Damaged(error.to_string()),
+                        FrameError::Compressed => {
+                            let path = self.path.clone();
+                            return Err(ReadError::Compressed { path });
+                        }
                         FrameError::Io(error) => {
                             let path = self.path.clone();
                             return Err(ReadError::Io { path, error });

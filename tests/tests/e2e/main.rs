@@ -21,6 +21,7 @@ mod known_routing;
 mod layouts;
 mod llama_cli;
 mod loss;
+mod offline;
 mod outputs;
 mod passes;
 mod prebuilt;

@@ -218,12 +218,8 @@ impl Probed {
                 () = &mut over => break "duration",
                 _ = exit.readable() => break "target_exited",
                 () = main_thread.ended() => capture.look_at_main_thread(),
-                due = capture.events_due(), if !more => {
+                due = capture.events_due(more) => {
                     due?;
-                    more = !capture.take_events();
-                }
-                // Lets signals and timers through between two helpings.
-                () = tokio::task::yield_now(), if more => {
                     more = !capture.take_events();
                 }
             }

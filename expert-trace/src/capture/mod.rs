@@ -211,12 +211,19 @@ impl Capture {
         self.problems.push(problem);
     }
 
-    /// Waits until events are to be taken, or written. It may be broken off, and begun again.
-    async fn events_due(&mut self) -> anyhow::Result<()> {
+    /// Waits until events are to be taken, or written. Where `more` are there, it only lets others through,
+    /// and waits for the trace, whose rows must not fill our memory. It may be broken off, and begun again.
+    async fn events_due(&mut self, more: bool) -> anyhow::Result<()> {
+        if let Some(trace) = &self.sinks.trace {
+            trace.has_room().await;
+        }
+        if more {
+            tokio::task::yield_now().await;
+            return Ok(());
+        }
         let Some(trace) = &self.sinks.trace else {
             return self.events_came().await;
         };
-        trace.has_room().await;
         let Some(due) = trace.due() else {
             return self.events_came().await;
         };
@@ -389,7 +396,9 @@ impl Capture {
         let Some(trace) = self.sinks.trace.take() else {
             return;
         };
-        let why = why.unwrap_or_else(|| trace.why_broken());
+        // What was recorded is written in any case.
+        let broken = trace.abandon();
+        let why = why.unwrap_or(broken);
         self.problem(format!("the trace ends here: {why}"));
     }
 
@@ -527,15 +536,30 @@ impl Capture {
         let lost = rows.ring_full + rows.unreadable;
         stats.trace = Some(trace.close(lost));
         let summary = stats.without_counts();
-        let written = tokio::task::spawn_blocking(move || trace.finish(&summary));
+        // A thread that nobody waits for when the process ends, as tokio would: a pipe need not be read.
+        let (done, mut written) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let _ = done.send(trace.finish(&summary));
+        });
         let problem = |why: &dyn Display| Some(format!("the trace is not complete: {why}"));
-        tokio::select! {
-            written = written => match written {
-                Ok(Ok(_)) => None,
-                Ok(Err(error)) => problem(&error),
-                Err(error) => problem(&error),
-            },
-            () = interrupt.came() => problem(&"interrupted while it was being written"),
+        let long = tokio::time::sleep(PATIENCE);
+        tokio::pin!(long);
+        let mut said = false;
+        loop {
+            tokio::select! {
+                written = &mut written => return match written {
+                    Ok(Ok(_)) => None,
+                    Ok(Err(error)) => problem(&error),
+                    Err(_) => problem(&"the thread that ends it has panicked"),
+                },
+                () = interrupt.came() => {
+                    return problem(&"interrupted while it was being written");
+                }
+                () = &mut long, if !said => {
+                    said = true;
+                    say!("the trace is still being written; Ctrl-C gives up the rest of it");
+                }
+            }
         }
     }
 
@@ -772,6 +796,9 @@ fn gathering(ring_bytes: u32) -> Duration {
         _ => Duration::ZERO,
     }
 }
+
+/// How long the end of a trace may take before we say what we wait for.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Now, by the clock of the events.
 fn monotonic_ns() -> u64 {

@@ -195,13 +195,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 }
                 continue;
             }
-            due = capture.events_due(), if !more => {
+            due = capture.events_due(more) => {
                 due?;
-                more = !capture.take_events();
-                continue;
-            }
-            // Lets signals and timers through between two helpings.
-            () = tokio::task::yield_now(), if more => {
                 more = !capture.take_events();
                 continue;
             }

@@ -44,6 +44,13 @@ impl Wanted {
             .any(|path| pattern::tells_processes_apart(path))
     }
 
+    /// Names of the files of a process beside its trace.
+    fn names(&self, recording: &Recording, pid: u32) -> Vec<PathBuf> {
+        let log = recording.log.iter().flatten();
+        let files = self.output.iter().chain(log);
+        files.map(|path| pattern::of_process(path, pid)).collect()
+    }
+
     fn files<'a>(&'a self, recording: &'a Recording) -> impl Iterator<Item = &'a PathBuf> {
         let log = recording.log.iter().flatten();
         self.output.iter().chain(log).chain(&recording.trace)
@@ -94,7 +101,9 @@ fn check(
         && let path = pattern::of_process(path, pid)
         && !is_fifo(&path)
     {
-        trace::Opened::check(path, recording, account, output.as_ref())?;
+        let names = wanted.names(recording, pid);
+        let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
+        trace::Opened::check(path, recording, account, output.as_ref(), &names)?;
     }
     Ok(())
 }
@@ -152,7 +161,11 @@ impl Sinks {
                 let path = pattern::of_process(path, pid);
                 let output = output.as_ref().map(|(_, output)| output);
                 let others = (output, log_file.as_ref());
-                Some(trace::Opened::new(path, recording, account, others)?)
+                let names = wanted.names(recording, pid);
+                let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
+                Some(trace::Opened::new(
+                    path, recording, account, others, &names,
+                )?)
             }
             None => None,
         };

@@ -2,13 +2,13 @@
 
 use std::{
     ffi::OsString,
-    fs::File,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     time::{Instant, SystemTime},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::monotonic_ns;
 use crate::{
@@ -41,14 +41,58 @@ impl Place {
             return self.path.clone();
         }
         let mut name = self.path.file_stem().unwrap_or_default().to_owned();
-        name.push(format!(".{number:04}"));
+        name.push(format!(".{number:0DIGITS$}"));
         if let Some(extension) = self.path.extension() {
             name.push(".");
             name.push(extension);
         }
         self.path.with_file_name::<OsString>(name)
     }
+
+    /// Whether one of the files, now or later, has this name.
+    fn has_part(&self, other: &Path) -> bool {
+        if self.rotation.is_none() {
+            return false;
+        }
+        let directory = |path: &Path| {
+            let directory = path.parent().filter(|parent| *parent != Path::new(""));
+            let directory = directory.unwrap_or(Path::new("."));
+            self.account
+                .with_rights(|| fs::canonicalize(directory))
+                .unwrap_or_else(|_| directory.to_owned())
+        };
+        let name = |path: &Path| {
+            path.file_name()
+                .map(|name| name.as_encoded_bytes().to_vec())
+        };
+        let (Some(first), Some(other_name)) = (name(&self.part(0)), name(other)) else {
+            return false;
+        };
+        // All are named like the first, but for the digits of their number.
+        let stem = self.path.file_stem().unwrap_or_default().len() + 1;
+        let (before, after) = (&first[..stem], &first[stem + DIGITS..]);
+        let number = other_name
+            .strip_prefix(before)
+            .and_then(|rest| rest.strip_suffix(after));
+        number.is_some_and(|number| number.len() >= DIGITS && number.iter().all(u8::is_ascii_digit))
+            && directory(other) == directory(&self.path)
+    }
+
+    /// Refuses other outputs that one of the files would overwrite.
+    fn check_others(&self, others: &[&Path]) -> anyhow::Result<()> {
+        match others.iter().find(|other| self.has_part(other)) {
+            Some(other) => bail!(
+                "{} is the name of one of the trace's files ({}): name another",
+                printable(other),
+                printable(&self.part(0))
+            ),
+            None => Ok(()),
+        }
+    }
 }
+
+/// Digits of a file's number, as long as they are enough.
+const DIGITS: usize = 4;
 
 /// A trace whose first file is open.
 #[derive(Debug)]
@@ -59,7 +103,7 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Opens the first file, with the rights of the account.
+    /// Opens the first file, with the rights of the account. `names` are those of other outputs.
     ///
     /// # Errors
     /// When it cannot be written, or is another output.
@@ -68,12 +112,14 @@ impl Opened {
         recording: &Recording,
         account: &Account,
         others: (Option<&Output>, Option<&LogFile>),
+        names: &[&Path],
     ) -> anyhow::Result<Self> {
         let place = Place {
             path,
             account: account.clone(),
             rotation: recording.rotate,
         };
+        place.check_others(names)?;
         let (output, log) = others;
         let path = place.part(0);
         let file = LogFile::open(&path, account, output).and_then(|file| {
@@ -100,12 +146,14 @@ impl Opened {
         recording: &Recording,
         account: &Account,
         output: Option<&Output>,
+        names: &[&Path],
     ) -> anyhow::Result<()> {
         let place = Place {
             path,
             account: account.clone(),
             rotation: recording.rotate,
         };
+        place.check_others(names)?;
         let path = place.part(0);
         LogFile::check(&path, account, output)
             .with_context(|| format!("Failed to open output file: {}", path.display()))
@@ -181,6 +229,8 @@ impl Trace {
             self.writer.flush();
         }
         let is_over = match self.place.rotation {
+            // One without rows has nothing to be told apart from the next.
+            _ if !self.writer.has_rows() => false,
             None => false,
             Some(Rotation::Bytes(bytes)) => self.writer.bytes() >= bytes,
             Some(Rotation::Age(age)) => self.writer.age() >= age,
@@ -228,8 +278,8 @@ impl Trace {
         self.writer.finish()
     }
 
-    /// What could not be written, of a trace that [`is_broken`](Self::is_broken).
-    pub(super) fn why_broken(self) -> String {
+    /// Writes what is left of a trace that cannot go on. Gives what could not be written.
+    pub(super) fn abandon(self) -> String {
         match self.writer.finish() {
             Ok(_) => "it cannot be written".to_owned(),
             Err(error) => error.to_string(),
@@ -263,5 +313,36 @@ mod tests {
             assert_eq!(place(path, rotation).part(7), Path::new(part));
             assert_eq!(place(path, None).part(0), Path::new(path));
         }
+    }
+
+    #[test]
+    fn other_outputs_are_not_named_like_a_file_to_come() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let place = |rotation| Place {
+            path: path("trace.arrows"),
+            account: Account::current().unwrap(),
+            rotation,
+        };
+        let rotated = place(Some(Rotation::Bytes(1)));
+        for (name, is_part) in [
+            ("trace.0000.arrows", true),
+            ("trace.0007.arrows", true),
+            ("trace.12345.arrows", true),
+            ("../trace.0007.arrows", false),
+            ("trace.007.arrows", false),
+            ("trace.000x.arrows", false),
+            ("trace.0007.json", false),
+            ("trace.arrows", false),
+        ] {
+            assert_eq!(rotated.has_part(&path(name)), is_part, "{name}");
+            assert!(!place(None).has_part(&path(name)));
+            assert_eq!(rotated.check_others(&[&path(name)]).is_err(), is_part);
+        }
+        let within = directory
+            .path()
+            .join("..")
+            .join(directory.path().file_name().unwrap());
+        assert!(rotated.has_part(&within.join("trace.0001.arrows")));
     }
 }

@@ -29,12 +29,13 @@ use super::{
     frames::{FrameError, Frames, Next},
     schema::{self, CAPTURE_KEY, Capture, FORMAT, FORMAT_KEY, VERSION, VERSION_KEY, column},
 };
+use crate::profile::printable;
 
 /// Why a file cannot be read as a trace.
 #[derive(Debug, Error)]
 pub enum ReadError {
     /// It cannot be opened or read.
-    #[error("cannot read {}: {error}", path.display())]
+    #[error("cannot read {}: {error}", shown(path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -42,7 +43,7 @@ pub enum ReadError {
         error: std::io::Error,
     },
     /// It is something else.
-    #[error("{} is no trace of expert-trace: {why}", path.display())]
+    #[error("{} is no trace of expert-trace: {why}", shown(path))]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -50,7 +51,7 @@ pub enum ReadError {
         why: String,
     },
     /// This build cannot read its rows.
-    #[error("cannot read {}: {}", path.display(), FrameError::Compressed)]
+    #[error("cannot read {}: {}", shown(path), FrameError::Compressed)]
     Compressed {
         /// The file.
         path: PathBuf,
@@ -59,7 +60,7 @@ pub enum ReadError {
     #[error(
         "{} has version {found} of the trace format, and this program reads {VERSION}: use a newer \
          expert-trace",
-        path.display()
+        shown(path)
     )]
     Newer {
         /// The file.
@@ -67,6 +68,11 @@ pub enum ReadError {
         /// Its version.
         found: String,
     },
+}
+
+/// The name of a file, which can be anything, for a terminal.
+fn shown(path: &Path) -> String {
+    printable(&path.to_string_lossy())
 }
 
 /// How a trace ends.

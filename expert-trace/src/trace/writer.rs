@@ -32,8 +32,8 @@ const WAITING_BATCHES: usize = 4;
 /// What the thread gets.
 enum Message {
     Batch(RecordBatch),
-    /// This file is done; another one begins.
-    Next(File, SchemaRef),
+    /// This file is done; another one begins, whose bytes are counted here.
+    Next(File, SchemaRef, Arc<AtomicU64>),
 }
 
 /// What the thread tells.
@@ -41,8 +41,6 @@ enum Message {
 struct Shared {
     waiting: AtomicUsize,
     written: Notify,
-    /// Bytes in the file at hand.
-    bytes: AtomicU64,
     /// Bytes in all files.
     all_bytes: AtomicU64,
 }
@@ -56,7 +54,11 @@ pub struct Writer {
     batches: mpsc::Sender<Message>,
     thread: JoinHandle<io::Result<()>>,
     shared: Arc<Shared>,
+    /// Bytes in the file at hand.
+    bytes: Arc<AtomicU64>,
     part_began: Instant,
+    /// Whether the file at hand has rows, or will have.
+    has_rows: bool,
     /// A batch could not be handed over.
     broken: bool,
 }
@@ -69,12 +71,14 @@ impl Writer {
     pub fn begin(file: File, capture: &Capture) -> io::Result<Self> {
         let schema = schema(capture);
         let shared = Arc::new(Shared::default());
+        let bytes = Arc::new(AtomicU64::new(0));
         let (batches, messages) = mpsc::channel();
         let thread = {
-            let (schema, shared) = (Arc::clone(&schema), Arc::clone(&shared));
+            let (schema, shared, bytes) =
+                (Arc::clone(&schema), Arc::clone(&shared), Arc::clone(&bytes));
             thread::Builder::new()
                 .name("trace".into())
-                .spawn(move || write_all(file, schema, &messages, &shared))?
+                .spawn(move || write_all(file, schema, bytes, &messages, &shared))?
         };
         Ok(Self {
             columns: Columns::new(schema),
@@ -82,7 +86,9 @@ impl Writer {
             batches,
             thread,
             shared,
+            bytes,
             part_began: Instant::now(),
+            has_rows: false,
             broken: false,
         })
     }
@@ -92,6 +98,7 @@ impl Writer {
         if self.since.is_none() {
             self.since = Some(Instant::now());
         }
+        self.has_rows = true;
         self.columns.push(row);
         if self.columns.is_full() {
             self.flush();
@@ -135,7 +142,12 @@ impl Writer {
 
     /// Bytes of the file at hand, as far as they are written.
     pub fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether the file at hand has rows, or will have.
+    pub fn has_rows(&self) -> bool {
+        self.has_rows
     }
 
     /// How long ago the file at hand was begun.
@@ -151,8 +163,10 @@ impl Writer {
         columns.go_on_from(&self.columns);
         self.columns = columns;
         self.part_began = Instant::now();
-        self.shared.bytes.store(0, Ordering::Relaxed);
-        self.send(Message::Next(file, schema));
+        self.has_rows = false;
+        // What is still to be written to the last file is not counted in this one.
+        self.bytes = Arc::new(AtomicU64::new(0));
+        self.send(Message::Next(file, schema, Arc::clone(&self.bytes)));
     }
 
     /// Rows since the beginning.
@@ -184,13 +198,14 @@ impl Writer {
 /// Counts what goes to a file.
 struct Counting<'a> {
     file: File,
+    bytes: Arc<AtomicU64>,
     shared: &'a Shared,
 }
 
 impl io::Write for Counting<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.file.write(bytes)?;
-        for sum in [&self.shared.bytes, &self.shared.all_bytes] {
+        for sum in [&*self.bytes, &self.shared.all_bytes] {
             sum.fetch_add(written as u64, Ordering::Relaxed);
         }
         Ok(written)
@@ -206,25 +221,40 @@ type Stream<'a> = StreamWriter<BufWriter<Counting<'a>>>;
 fn stream<'a>(
     file: File,
     schema: &SchemaRef,
+    bytes: Arc<AtomicU64>,
     shared: &'a Shared,
 ) -> Result<Stream<'a>, ArrowError> {
-    let file = BufWriter::with_capacity(256 << 10, Counting { file, shared });
+    let counting = Counting {
+        file,
+        bytes,
+        shared,
+    };
+    let file = BufWriter::with_capacity(256 << 10, counting);
     let mut stream = file::stream(file, schema)?;
     // Whoever reads a pipe learns at once what it is.
     stream.flush()?;
     Ok(stream)
 }
 
+/// Lets whoever waits for room see that the thread is gone, also when it has panicked.
+struct Gone<'a>(&'a Shared);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.store(0, Ordering::Relaxed);
+        self.0.written.notify_one();
+    }
+}
+
 fn write_all(
     file: File,
     schema: SchemaRef,
+    bytes: Arc<AtomicU64>,
     messages: &mpsc::Receiver<Message>,
     shared: &Shared,
 ) -> io::Result<()> {
-    let result = write_messages(file, &schema, messages, shared);
-    // Whoever waits for room has to see that we are gone.
-    shared.waiting.store(0, Ordering::Relaxed);
-    shared.written.notify_one();
+    let _gone = Gone(shared);
+    let result = write_messages(file, &schema, bytes, messages, shared);
     result.map_err(|error| match error {
         ArrowError::IoError(_, error) => error,
         error => io::Error::other(error),
@@ -234,18 +264,20 @@ fn write_all(
 fn write_messages(
     file: File,
     schema: &SchemaRef,
+    bytes: Arc<AtomicU64>,
     messages: &mpsc::Receiver<Message>,
     shared: &Shared,
 ) -> Result<(), ArrowError> {
-    let mut stream = stream(file, schema, shared)?;
+    let mut stream = stream(file, schema, bytes, shared)?;
     for message in messages {
         match message {
             Message::Batch(batch) => {
                 stream.write(&batch)?;
                 stream.flush()?;
             }
-            Message::Next(file, schema) => {
-                let mut done = mem::replace(&mut stream, self::stream(file, &schema, shared)?);
+            Message::Next(file, schema, bytes) => {
+                let next = self::stream(file, &schema, bytes, shared)?;
+                let mut done = mem::replace(&mut stream, next);
                 done.finish()?;
             }
         }

@@ -525,17 +525,58 @@ fn a_pipe_is_a_trace_that_goes_on() {
     assert_eq!(rows.into_iter().last(), Some(Kind::Summary));
 }
 
+/// A reader that has stopped to read does not keep the tracer, nor the counts.
+#[test]
+fn a_pipe_that_nobody_reads_is_given_up() {
+    let directory = scratch();
+    let [pipe, json] = ["pipe", "stats.json"].map(|name| directory.path().join(name));
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Both ends, so that nobody waits for the other; and a page holds less than the trace.
+    let reader = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&pipe)
+        .unwrap();
+    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    let option = format!("--trace={}", pipe.display());
+    let arguments = ["-t", "1", "-c", "4096"];
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &arguments)).unwrap();
+    let options = [&*option, "-o", json.to_str().unwrap()];
+    let mut tracer = Attached::to(target.pid(), &options).unwrap();
+    target.command("prompt 0 300 20").unwrap();
+    target.command("generate 0 50 7").unwrap();
+    tracer.signal(Signal::SIGINT).unwrap();
+    tracer.wait_for("Ctrl-C gives up the rest of it").unwrap();
+    tracer.signal(Signal::SIGINT).unwrap();
+    let (status, said) = tracer.wait().unwrap();
+    assert!(status.success(), "{said}");
+    assert!(said.contains("the trace is not complete"), "{said}");
+    let stats = Stats::read(&json).unwrap();
+    assert_eq!(stats.tokens()[&0], 350);
+    assert_eq!(stats.0["integrity"]["complete"], false);
+    assert!(target.quit().unwrap().success());
+}
+
 #[test]
 fn places_that_cannot_be_are_refused_before_anything_runs() {
     let directory = scratch();
     let file = directory.path().join("one").display().to_string();
     let trace = format!("--trace={file}");
+    let later = directory.path().join("one.0003").display().to_string();
     for (options, why) in [
         (
             vec![format!("--output={file}"), trace.clone()],
             "in one file",
         ),
         (vec![format!("--log={file}"), trace.clone()], "in one file"),
+        (
+            vec![
+                format!("--output={later}"),
+                trace.clone(),
+                "--rotate=1G".to_owned(),
+            ],
+            "one of the trace's files",
+        ),
         (vec!["--trace=/nowhere/x".to_owned()], "/nowhere"),
         (vec!["--tokens".to_owned()], "--trace"),
         (vec![trace, "--rotate=10".to_owned()], "such as 1G"),

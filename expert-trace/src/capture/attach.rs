@@ -186,6 +186,7 @@ impl Loaded {
             exit,
             main_thread: MainThread::watch(pid),
             signals,
+            dump: OwnSignal::listen(Signal::SIGUSR1)?,
         })
     }
 }
@@ -196,6 +197,8 @@ pub(super) struct Probed {
     exit: AsyncFd<OwnedFd>,
     main_thread: MainThread,
     signals: Signals,
+    /// Asks for what is known up to now.
+    dump: OwnSignal,
 }
 
 impl Probed {
@@ -207,6 +210,7 @@ impl Probed {
             exit,
             mut main_thread,
             mut signals,
+            mut dump,
         } = self;
         let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
         tokio::pin!(over);
@@ -217,6 +221,7 @@ impl Probed {
                 () = signals.came() => break "interrupted",
                 () = &mut over => break "duration",
                 _ = exit.readable() => break "target_exited",
+                () = dump.came() => capture.dump().await,
                 () = main_thread.ended() => capture.look_at_main_thread(),
                 due = capture.events_due(more) => {
                     due?;

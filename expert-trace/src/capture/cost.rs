@@ -39,15 +39,29 @@ impl TargetClock {
         Some(Self::Process(clock, clock_gettime(clock).ok()?.into()))
     }
 
-    /// What it took since then.
-    pub fn elapsed(self) -> Option<Duration> {
+    /// What it took since then, in a process that goes on: of our child, without its own children.
+    pub fn so_far(&self, pid: NonZeroU32) -> Option<Duration> {
+        let began;
+        let clock = match self {
+            Self::Process(..) => self,
+            Self::Child(_) => {
+                let pid = nix::unistd::Pid::from_raw(pid.get() as i32);
+                began = Self::Process(ClockId::pid_cpu_clock_id(pid).ok()?, Duration::ZERO);
+                &began
+            }
+        };
+        clock.elapsed()
+    }
+
+    /// What it took since then, at the end.
+    pub fn elapsed(&self) -> Option<Duration> {
         match self {
             Self::Process(clock, before) => {
-                let now: Duration = clock_gettime(clock).ok()?.into();
-                now.checked_sub(before)
+                let now: Duration = clock_gettime(*clock).ok()?.into();
+                now.checked_sub(*before)
             }
             // It has been waited for by now.
-            Self::Child(before) => of_children()?.checked_sub(before),
+            Self::Child(before) => of_children()?.checked_sub(*before),
         }
     }
 }

@@ -4,6 +4,7 @@
 mod all;
 mod attach;
 mod cost;
+mod interim;
 mod run;
 mod sinks;
 mod targets;
@@ -407,24 +408,35 @@ impl Capture {
         let deadline = Instant::now() + Duration::from_secs(1);
         loop {
             while !self.take_events() {}
-            let counters = self.session.counters()?;
-            let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
-            let hits = self.hooks.iter().filter(of_ids);
-            let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
-            let integrity = Integrity::new(
-                entered?,
-                &counters,
-                self.model.received(),
-                self.model.from_logits(),
-                self.recording.ring_bytes(self.plan.reads_logits()),
-            );
+            let integrity = self.integrity()?;
             if integrity.adds_up() || Instant::now() > deadline {
-                self.report_blind_times();
-                self.report_unknown_layouts()?;
-                return Ok(integrity.with_problems(std::mem::take(&mut self.problems)));
+                return Ok(integrity.with_problems(self.all_problems()?));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+    }
+
+    /// What the probes have counted, held against what has arrived.
+    fn integrity(&self) -> Result<Integrity, AttachError> {
+        let counters = self.session.counters()?;
+        let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
+        let hits = self.hooks.iter().filter(of_ids);
+        let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
+        Ok(Integrity::new(
+            entered?,
+            &counters,
+            self.model.received(),
+            self.model.from_logits(),
+            self.recording.ring_bytes(self.plan.reads_logits()),
+        ))
+    }
+
+    /// What has gone wrong up to now, and costs completeness.
+    fn all_problems(&self) -> Result<Vec<String>, AttachError> {
+        let mut problems = self.problems.clone();
+        problems.extend(self.blind_time_problems());
+        problems.extend(self.unknown_layouts()?);
+        Ok(problems)
     }
 
     /// Ends the capture: writes the document, then the summary, which a Ctrl-C cuts short. Gives
@@ -438,7 +450,7 @@ impl Capture {
         let duration = self
             .started
             .map_or(Duration::ZERO, |(_, began)| began.elapsed());
-        let target_cpu = self.target_clock.take().and_then(TargetClock::elapsed);
+        let target_cpu = self.target_clock.as_ref().and_then(TargetClock::elapsed);
         self.session.set_active(false)?;
         let mut integrity = self.settle().await?;
         // What a target awaits that goes on, or that we know was killed, belongs to a pass that was cut.
@@ -564,7 +576,7 @@ impl Capture {
     }
 
     fn stats(
-        &mut self,
+        &self,
         integrity: Integrity,
         cost: Cost,
         why: &'static str,
@@ -611,7 +623,7 @@ impl Capture {
                 process: main_target,
                 hooks,
                 tensor_layouts,
-                eval_callbacks: std::mem::take(&mut self.targets.eval_callbacks),
+                eval_callbacks: self.targets.eval_callbacks.clone(),
             },
             capture: CaptureStats {
                 mode: self.mode(),
@@ -698,7 +710,7 @@ impl Capture {
 
     /// Libraries whose probe was hit, and in which nothing was recognised, beside others in which
     /// something was.
-    fn report_unknown_layouts(&mut self) -> Result<(), AttachError> {
+    fn unknown_layouts(&self) -> Result<Vec<String>, AttachError> {
         let mut unknown = Vec::new();
         let mut any_known = false;
         for probe in self
@@ -721,10 +733,10 @@ impl Capture {
             }
         }
         // Of the only one, the counters tell more.
-        if any_known {
-            self.problems.append(&mut unknown);
+        if !any_known {
+            unknown.clear();
         }
-        Ok(())
+        Ok(unknown)
     }
 
     /// Process of a context, in our PID namespace where that is known.
@@ -756,22 +768,26 @@ impl Capture {
     }
 
     /// What may have run between the loading of libraries and their probing costs completeness.
-    fn report_blind_times(&mut self) {
-        for late in self.late_libraries() {
+    fn blind_time_problems(&self) -> Vec<String> {
+        let problem = |late: stats::LateLibraries| {
             let files = late.files.join(", ");
             let ms = late.blind_ms;
             match late.passes {
-                Some(0) => {}
-                Some(passes) => self.problems.push(format!(
+                Some(0) => None,
+                Some(passes) => Some(format!(
                     "{passes} passes began in the {ms:.1} ms between the loading of {files} and its \
                      probing: their routing is missing"
                 )),
-                None => self.problems.push(format!(
+                None => Some(format!(
                     "whether tokens were routed in the {ms:.1} ms between the loading of {files} and \
                      its probing is not known"
                 )),
             }
-        }
+        };
+        self.late_libraries()
+            .into_iter()
+            .filter_map(problem)
+            .collect()
     }
 }
 

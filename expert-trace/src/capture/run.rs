@@ -139,6 +139,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     // From here on there is something to lose. A handler would have disturbed the loading: the kernel
     // breaks it off with EAGAIN.
     let mut signals = OwnSignals::listen()?;
+    let mut dump = OwnSignal::listen(Signal::SIGUSR1)?;
     let mut child_changed = signal(SignalKind::child())?;
     let child = Suspended::spawn(&program)?;
     let pid = child.pid();
@@ -179,6 +180,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 if let Some(signal) = signal {
                     let _ = kill(pid, signal);
                 }
+                continue;
+            }
+            () = dump.came() => {
+                capture.dump().await;
                 continue;
             }
             ready = arrivals(&mut gate) => {

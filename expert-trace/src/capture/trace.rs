@@ -258,7 +258,12 @@ impl Trace {
         let writer = &mut self.writer;
         self.recorder
             .rest(lost_rows, monotonic_ns(), &mut |row| writer.push(row));
-        let counts = writer.counts();
+        self.so_far()
+    }
+
+    /// What there is of the trace up to now.
+    pub(super) fn so_far(&self) -> stats::Trace {
+        let counts = self.writer.counts();
         let files = self.files.iter();
         stats::Trace {
             files: files.map(|path| path.display().to_string()).collect(),

@@ -187,7 +187,7 @@ pub struct Doctor {
 #[derive(Clone, Debug, Args)]
 pub struct Recording {
     /// Write the counts to this file as JSON. %p in its name, and in that of --log, is the process, %% a
-    /// percent sign; with attach, - is stdout
+    /// percent sign; with attach, - is stdout. SIGUSR1 to expert-trace has it written as it is now
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Print one line per token and layer, to stderr or to a file

@@ -12,7 +12,7 @@ use std::{
     env,
     fmt::{self, Display, Formatter},
     fs::{File, Metadata},
-    io::{self, BufWriter, Write as _},
+    io::{self, BufWriter, Seek as _, Write as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -99,11 +99,32 @@ impl Output {
         Err(WriteError { error, saved })
     }
 
+    /// Writes what is known up to now. The document at the end takes its place, or follows it in a pipe.
+    ///
+    /// # Errors
+    /// When the disk is full, or the like.
+    pub fn write_so_far(&self, document: &impl Serialize) -> io::Result<()> {
+        let Place::Atomic { location, .. } = &self.place else {
+            return self.write(document);
+        };
+        let draft = self.account.with_rights(|| Draft::create(location))?;
+        let written = to_json(&draft.file, document)
+            .and_then(|()| self.account.with_rights(|| draft.publish(location)));
+        if written.is_err()
+            && let Some(name) = &draft.name
+        {
+            let _ = self.account.with_rights(|| location.remove(name));
+        }
+        written
+    }
+
     fn write(&self, document: &impl Serialize) -> io::Result<()> {
         match &self.place {
             Place::Special(file) => to_json(file, document),
             Place::Kept(file) => {
                 file.set_len(0)?;
+                let mut begin = file;
+                begin.rewind()?;
                 to_json(file, document)
             }
             Place::Atomic { location, draft } => {

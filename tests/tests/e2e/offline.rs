@@ -61,7 +61,7 @@ fn files_come_out_as_from_the_whole_program() {
         let mut calls: Vec<Vec<&str>> = Vec::new();
         calls.extend(exports.iter().map(|call| call.to_vec()));
         calls.extend(others.iter().map(|call| call.to_vec()));
-        calls.push(vec!["merge", &json, &json, "-o", &out]);
+        calls.push(vec!["merge", &json, "-o", &out]);
         calls.push(vec!["diff", "--json", &trace, &json]);
         for arguments in &calls {
             let [whole, offline] = programs.each_ref().map(|program| {

@@ -11,14 +11,14 @@ use std::{
 
 use expert_trace_tests::{
     oracle::Oracle,
-    tracer::{self, Stats},
+    tracer::{self, Attached, Stats},
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
-use crate::support::{driver, known_small, scratch};
+use crate::support::{assert_schema, driver, known_small, scratch};
 
 /// A shell script, in which `$0` is the tracer and `$1` a path.
 fn script(text: &str, path: &Path) -> Output {
@@ -131,6 +131,55 @@ fn a_mounted_file_is_written_in_place() {
     assert!(output.status.success(), "{}", said(&output));
     let stats = Stats::read(&directory.path().join("a")).unwrap();
     assert_eq!(stats.0["capture"]["mode"], "run");
+}
+
+#[test]
+fn a_capture_that_goes_on_tells_what_it_has_counted() {
+    let directory = scratch();
+    let path = directory.path().join("stats.json");
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    let mut tracer = Attached::to(target.pid(), &["-o", path.to_str().unwrap()]).unwrap();
+    for (command, tokens) in [("decode 0 3", 10), ("decode 0 4", 21)] {
+        // A pass is counted when the next one begins.
+        target.command("prompt 0 10 20").unwrap();
+        target.command(command).unwrap();
+        tracer.signal(Signal::SIGUSR1).unwrap();
+        tracer.wait_for("statistics up to now exported").unwrap();
+        let stats = Stats::read(&path).unwrap();
+        assert_schema(&stats);
+        stats.assert_complete();
+        assert_eq!(stats.0["capture"]["ended"], "running");
+        assert_eq!(stats.tokens()[&0], tokens);
+    }
+    tracer.interrupt().unwrap();
+    let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.0["capture"]["ended"], "interrupted");
+    assert_eq!(stats.tokens()[&0], 22);
+    stats.assert_complete();
+    let names = fs::read_dir(directory.path()).unwrap();
+    assert_eq!(names.count(), 1);
+
+    let mut tracer = Attached::to(target.pid(), &["--log"]).unwrap();
+    tracer.signal(Signal::SIGUSR1).unwrap();
+    tracer.wait_for("name one with -o").unwrap();
+    tracer.interrupt().unwrap();
+    assert!(target.quit().unwrap().success());
+}
+
+/// The program that runs under the tracer asks for it, and reads it.
+#[test]
+fn a_program_can_ask_for_what_was_counted_up_to_now() {
+    let directory = scratch();
+    let text = "exec \"$0\" run -o \"$1\" -- sh -c 'kill -USR1 $PPID; \
+                while ! grep -q running \"$0\"; do :; done; cp \"$0\" \"$0.copy\"' \"$1\"";
+    let path = directory.path().join("stats.json");
+    let output = script(text, &path);
+    assert!(output.status.success(), "{}", said(&output));
+    let stats = Stats::read(&directory.path().join("stats.json.copy")).unwrap();
+    assert_schema(&stats);
+    assert_eq!(stats.0["capture"]["mode"], "run");
+    let stats = Stats::read(&path).unwrap();
+    assert_eq!(stats.0["capture"]["ended"], "target_exited");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
 
 #[cfg(can_trace)]
-pub use self::tracing::{Attach, Doctor, Recording, Rotation, Run};
+pub use self::tracing::{Attach, Ctl, Doctor, Recording, Rotation, Run};
 use crate::formats::{Format, ImportFormat};
 
 #[cfg(can_trace)]
@@ -28,7 +28,7 @@ Examples:
 
 /// Why there are no commands that trace.
 #[cfg(not(can_trace))]
-pub const CANNOT_TRACE: &str = "this build cannot trace, and has no run, attach and doctor: it is for \
+pub const CANNOT_TRACE: &str = "this build cannot trace, and has no run, attach, doctor and ctl: it is for \
                                 another system than Linux, or was built without the feature `capture`; \
                                 trace on Linux, and read the files here";
 
@@ -141,9 +141,13 @@ pub enum Command {
     #[cfg(can_trace)]
     #[command(before_help = tracing::DOCTOR_EXAMPLES, after_help = tracing::DOCTOR_STATUS)]
     Doctor(Doctor),
+    /// Ask a capture that goes on for its counts, or have it begin anew, or end
+    #[cfg(can_trace)]
+    #[command(before_help = tracing::CTL_EXAMPLES)]
+    Ctl(Ctl),
     /// What this build has not
     #[cfg(not(can_trace))]
-    #[command(name = "run", aliases = ["attach", "doctor"], hide = true, disable_help_flag = true)]
+    #[command(name = "run", aliases = ["attach", "doctor", "ctl"], hide = true, disable_help_flag = true)]
     CannotTrace(CannotTrace),
     /// Add up the counts of several runs of a model; their contexts stay apart beside the sum
     #[command(before_help = MERGE_EXAMPLES)]

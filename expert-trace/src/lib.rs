@@ -27,6 +27,7 @@
 //! - [`formats`]: traces and counts as others read and write them.
 //! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
+//! - [`control`]: what is asked of a capture that goes on.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 //!
 //! What traces is there on Linux, with the feature `capture`: build.rs says so as `can_trace`. The rest
@@ -55,6 +56,8 @@ pub mod calls;
 #[cfg(can_trace)]
 pub mod capture;
 pub mod cli;
+#[cfg(can_trace)]
+pub mod control;
 #[cfg(can_trace)]
 pub mod decode;
 #[cfg(can_trace)]

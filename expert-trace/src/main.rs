@@ -5,7 +5,7 @@ use std::{io, process::ExitCode};
 use anyhow::Context as _;
 use clap::Parser as _;
 #[cfg(can_trace)]
-use expert_trace::{capture, doctor, export, launch::LaunchError};
+use expert_trace::{capture, control, doctor, export, launch::LaunchError};
 use expert_trace::{
     cli::{Cli, Command},
     formats,
@@ -59,6 +59,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Attach(arguments) => block_on(capture::attach(arguments)),
         #[cfg(can_trace)]
         Command::Doctor(arguments) => doctor::doctor(&arguments),
+        #[cfg(can_trace)]
+        Command::Ctl(arguments) => Ok(or_status(control::ctl(&arguments).map(|()| 0), FAILED)),
         #[cfg(not(can_trace))]
         Command::CannotTrace(_) => anyhow::bail!(expert_trace::cli::CANNOT_TRACE),
         Command::Merge(arguments) => Ok(or_status(profile::run_merge(&arguments), FAILED)),

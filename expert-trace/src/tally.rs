@@ -27,6 +27,12 @@ impl Tally {
         self.experts.iter().flatten().sum()
     }
 
+    /// Begins anew. How many experts a token chooses is known.
+    pub fn reset(&mut self) {
+        self.tokens = [0; 2];
+        self.experts.fill([0; 2]);
+    }
+
     /// Counts so many tokens of a phase, which have chosen these experts, one after the other. Whoever
     /// calls has bounded the ids.
     #[inline]

@@ -11,6 +11,7 @@ use crate::{
     attach::{Events, Scope, Session},
     caller::{Account, Caller},
     cli::{Attach, Recording},
+    control::Control,
     diagnosis::{self, Untraceable},
     doctor::{self, Answer, Subject},
     launch::{self, ThreadExit},
@@ -212,6 +213,7 @@ impl Probed {
             mut signals,
             mut dump,
         } = self;
+        let mut control = capture.sinks.control.take();
         let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
         tokio::pin!(over);
         let mut more = false;
@@ -222,6 +224,11 @@ impl Probed {
                 () = &mut over => break "duration",
                 _ = exit.readable() => break "target_exited",
                 () = dump.came() => capture.dump().await,
+                asked = Control::next(&mut control) => {
+                    if capture.answer(asked).await {
+                        break "stopped";
+                    }
+                }
                 () = main_thread.ended() => capture.look_at_main_thread(),
                 due = capture.events_due(more) => {
                     due?;

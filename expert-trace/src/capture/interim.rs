@@ -1,15 +1,34 @@
-//! What is known while a capture goes on, for whoever asks by SIGUSR1.
+//! What is asked of a capture that goes on, by SIGUSR1 and by its socket.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail, ensure};
 use tokio::task;
 
-use super::Capture;
-use crate::{model::Context, stats::Stats, target::printable};
+use super::{Capture, Raw};
+use crate::{
+    control::{Asked, Request},
+    export,
+    model::Context,
+    stats::{Integrity, Stats},
+    target::printable,
+};
 
 /// How long we look for a moment at which the sums are right: between two records.
 const LOOKING: Duration = Duration::from_millis(100);
+
+/// What was there when counting began anew.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Baseline {
+    /// When.
+    pub(super) since: SystemTime,
+    /// Hits, and the kernel's counters.
+    pub(super) raw: Raw,
+    /// Rows that the kernel had lost.
+    pub(super) lost_rows: u64,
+    /// Tokens of all contexts.
+    pub(super) tokens: u64,
+}
 
 impl Capture {
     /// Writes the document as it is now. What goes wrong is said, and the capture goes on.
@@ -20,11 +39,30 @@ impl Capture {
         }
     }
 
+    /// Does what was asked for. Gives whether the capture is to end.
+    pub(super) async fn answer(&mut self, asked: Asked) -> bool {
+        let answer = match asked.request {
+            Request::Dump => self.so_far().await.and_then(|stats| {
+                let mut document = Vec::new();
+                export::to_json(&mut document, &stats)?;
+                Ok(document)
+            }),
+            Request::Reset => self.reset().await.map(|()| Vec::new()),
+            Request::Stop if self.from_start => Err(anyhow::anyhow!(
+                "run traces its program up to its end: end process {}, or use attach",
+                self.pid
+            )),
+            Request::Stop => Ok(Vec::new()),
+        };
+        let stop = asked.request == Request::Stop && answer.is_ok();
+        asked.answer(answer);
+        stop
+    }
+
     async fn write_so_far(&mut self) -> anyhow::Result<String> {
-        anyhow::ensure!(
-            self.sinks.output.is_some(),
-            "there is no file for them; name one with -o"
-        );
+        if self.sinks.output.is_none() {
+            bail!("there is no file for them; name one with -o");
+        }
         let stats = self.so_far().await?;
         let output = self.sinks.output.as_ref();
         let (path, output) = output.context("there is no file for them")?;
@@ -35,24 +73,55 @@ impl Capture {
     /// The document of the passes that are over. The one under way is in none of its counts.
     async fn so_far(&mut self) -> anyhow::Result<Stats> {
         let (_, began) = self.started.context("the capture has not started")?;
-        let deadline = Instant::now() + LOOKING;
-        let integrity = loop {
-            while !self.take_events() && Instant::now() < deadline {}
-            let integrity = self.integrity()?;
-            if integrity.adds_up() || Instant::now() >= deadline {
-                break integrity;
-            }
-            task::yield_now().await;
-        };
+        let (_, integrity) = self.balance().await?;
         let integrity = integrity.with_problems(self.all_problems()?);
         let integrity = integrity.with_refusals(self.model.from_logits());
         let duration = began.elapsed();
         let clock = self.target_clock.as_ref();
         let target_cpu = clock.and_then(|clock| clock.so_far(self.pid));
-        let tokens = self.model.contexts().iter().map(Context::tokens).sum();
-        let cost = self.cost(duration, target_cpu, tokens)?;
+        let cost = self.cost(duration, target_cpu, self.tokens())?;
         let mut stats = self.stats(integrity, cost, "running", duration)?;
         stats.trace = self.sinks.trace.as_ref().map(|trace| trace.so_far());
         Ok(stats)
+    }
+
+    /// Begins to count anew. What is known of contexts, models and probes stays; so do log and trace.
+    async fn reset(&mut self) -> anyhow::Result<()> {
+        let (raw, integrity) = self.balance().await?;
+        ensure!(
+            integrity.adds_up(),
+            "records never cease to come, so that counts have no moment to begin at: ask again"
+        );
+        let rows = &integrity.rows.dropped;
+        let lost_before = self.baseline.map_or(0, |baseline| baseline.lost_rows);
+        self.baseline = Some(Baseline {
+            since: SystemTime::now(),
+            raw,
+            lost_rows: lost_before + rows.ring_full + rows.unreadable,
+            tokens: self.tokens(),
+        });
+        self.model.reset();
+        Ok(())
+    }
+
+    /// Tokens of all contexts, since the capture began.
+    pub(super) fn tokens(&self) -> u64 {
+        let before = self.baseline.map_or(0, |baseline| baseline.tokens);
+        let now: u64 = self.model.contexts().iter().map(Context::tokens).sum();
+        before + now
+    }
+
+    /// Takes what is there until the sums are right, or it has taken too long.
+    async fn balance(&mut self) -> anyhow::Result<(Raw, Integrity)> {
+        let deadline = Instant::now() + LOOKING;
+        loop {
+            while !self.take_events() && Instant::now() < deadline {}
+            let raw = self.raw()?;
+            let integrity = self.integrity_of(raw);
+            if integrity.adds_up() || Instant::now() >= deadline {
+                return Ok((raw, integrity));
+            }
+            task::yield_now().await;
+        }
     }
 }

@@ -26,11 +26,12 @@ use tokio::io::{Interest, unix::AsyncFd};
 pub use self::{attach::attach, run::run};
 use self::{
     cost::TargetClock,
+    interim::Baseline,
     sinks::{Sinks, Wanted},
     targets::{Targets, Variables},
 };
 use crate::{
-    attach::{AttachError, Events, Session},
+    attach::{AttachError, Counters, Events, Session},
     cli::Recording,
     decode::{Body, decode},
     layout::Layout,
@@ -76,11 +77,34 @@ struct Capture {
     contexts_known: usize,
     from_start: bool,
     started: Option<(SystemTime, Instant)>,
+    /// Where counting began anew.
+    baseline: Option<Baseline>,
     /// Measures what it costs, once it has started.
     target_clock: Option<TargetClock>,
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
+}
+
+/// What the probes have counted.
+#[derive(Clone, Copy, Debug)]
+struct Raw {
+    /// Hits of the probes on ids of experts.
+    entered: u64,
+    counters: Counters,
+}
+
+impl Raw {
+    fn since(self, before: Raw) -> Self {
+        let Counters(mut counters) = self.counters;
+        for (counter, before) in counters.iter_mut().zip(before.counters.0) {
+            *counter = counter.saturating_sub(before);
+        }
+        Self {
+            entered: self.entered.saturating_sub(before.entered),
+            counters: Counters(counters),
+        }
+    }
 }
 
 /// How we come to know of events.
@@ -136,6 +160,7 @@ impl Capture {
             contexts_known: 0,
             from_start,
             started: None,
+            baseline: None,
             target_clock: None,
             recording,
             heading: String::new(),
@@ -408,7 +433,7 @@ impl Capture {
         let deadline = Instant::now() + Duration::from_secs(1);
         loop {
             while !self.take_events() {}
-            let integrity = self.integrity()?;
+            let integrity = self.integrity_of(self.raw()?);
             if integrity.adds_up() || Instant::now() > deadline {
                 return Ok(integrity.with_problems(self.all_problems()?));
             }
@@ -416,19 +441,31 @@ impl Capture {
         }
     }
 
-    /// What the probes have counted, held against what has arrived.
-    fn integrity(&self) -> Result<Integrity, AttachError> {
+    /// What the probes have counted since the capture began.
+    fn raw(&self) -> Result<Raw, AttachError> {
         let counters = self.session.counters()?;
         let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
         let hits = self.hooks.iter().filter(of_ids);
         let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
-        Ok(Integrity::new(
-            entered?,
+        Ok(Raw {
+            entered: entered?,
+            counters,
+        })
+    }
+
+    /// What the probes have counted, held against what has arrived, since counting began.
+    fn integrity_of(&self, raw: Raw) -> Integrity {
+        let Raw { entered, counters } = match self.baseline {
+            Some(baseline) => raw.since(baseline.raw),
+            None => raw,
+        };
+        Integrity::new(
+            entered,
             &counters,
             self.model.received(),
             self.model.from_logits(),
             self.recording.ring_bytes(self.plan.reads_logits()),
-        ))
+        )
     }
 
     /// What has gone wrong up to now, and costs completeness.
@@ -491,8 +528,7 @@ impl Capture {
         let integrity = integrity.with_refusals(self.model.from_logits());
         let output = sinks.output.take();
         let wants_summary = sinks.stats;
-        let tokens = self.model.contexts().iter().map(Context::tokens).sum();
-        let cost = self.cost(duration, target_cpu, tokens)?;
+        let cost = self.cost(duration, target_cpu, self.tokens())?;
         let mut stats = self.stats(integrity, cost, why, duration)?;
         if let Some(problem) = self.end_trace(&mut stats, interrupt).await {
             say!("{problem}");
@@ -546,7 +582,8 @@ impl Capture {
         let mut trace = self.sinks.trace.take()?;
         let rows = &stats.integrity.rows.dropped;
         let lost = rows.ring_full + rows.unreadable;
-        stats.trace = Some(trace.close(lost));
+        let lost_before = self.baseline.map_or(0, |baseline| baseline.lost_rows);
+        stats.trace = Some(trace.close(lost_before + lost));
         let summary = stats.without_counts();
         // A thread that nobody waits for when the process ends, as tokio would: a pipe need not be read.
         let (done, mut written) = tokio::sync::oneshot::channel();
@@ -630,6 +667,9 @@ impl Capture {
                 started: humantime::format_rfc3339_millis(started).to_string(),
                 duration_s: duration.as_secs_f64(),
                 ended: why,
+                counted_since: self
+                    .baseline
+                    .map(|of| humantime::format_rfc3339_millis(of.since).to_string()),
                 include_warmup: self.recording.include_warmup,
                 attached_by: self.session.attached_by(),
                 routes: self.plan.routes().iter().map(routes::name).collect(),

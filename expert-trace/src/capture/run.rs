@@ -20,6 +20,7 @@ use crate::{
     attach::{Scope, Session},
     caller::Caller,
     cli::Run,
+    control::Control,
     doctor::{self, Refusal, Subject},
     gate::{Arrival, Gate, Next},
     launch::{self, Program, Suspended},
@@ -170,6 +171,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     // SAFETY: a `Gate` keeps its descriptor for as long as it lives.
     let mut gate = Some(unsafe { AsyncFd::register_with_interest(gate, Interest::READABLE) }?);
 
+    let mut control = capture.sinks.control.take();
     let mut more = false;
     let status = loop {
         tokio::select! {
@@ -184,6 +186,10 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
             }
             () = dump.came() => {
                 capture.dump().await;
+                continue;
+            }
+            asked = Control::next(&mut control) => {
+                capture.answer(asked).await;
                 continue;
             }
             ready = arrivals(&mut gate) => {

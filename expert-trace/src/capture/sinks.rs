@@ -13,6 +13,7 @@ use super::trace::{self, Trace};
 use crate::{
     caller::Account,
     cli::Recording,
+    control::Control,
     doctor::Refusal,
     export::{LogFile, Output, pattern},
     summary::Log,
@@ -53,7 +54,8 @@ impl Wanted {
 
     fn files<'a>(&'a self, recording: &'a Recording) -> impl Iterator<Item = &'a PathBuf> {
         let log = recording.log.iter().flatten();
-        self.output.iter().chain(log).chain(&recording.trace)
+        let files = self.output.iter().chain(log).chain(&recording.trace);
+        files.chain(&recording.control)
     }
 }
 
@@ -126,6 +128,8 @@ pub struct Sinks {
     trace_file: Option<trace::Opened>,
     /// Gets every pass.
     pub trace: Option<Trace>,
+    /// By which the capture is asked, until it begins.
+    pub control: Option<Control>,
 }
 
 impl Sinks {
@@ -181,6 +185,15 @@ impl Sinks {
             log_file,
             trace_file,
             trace: None,
+            control: recording
+                .control
+                .as_ref()
+                .map(|path| {
+                    let path = pattern::of_process(path, pid);
+                    let control = Control::listen(&path, account);
+                    control.with_context(|| format!("Failed to open socket: {}", path.display()))
+                })
+                .transpose()?,
         })
     }
 

@@ -15,7 +15,10 @@ use clap::{
 };
 use expert_trace_common::Route;
 
-use crate::routes::{self, Routes};
+use crate::{
+    control::Request,
+    routes::{self, Routes},
+};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -90,6 +93,17 @@ Examples:
   Trace every process that uses a library, and write a file for each:
     sudo expert-trace attach --all --library bin/libggml-cpu.so -d 30s \\
       -o stats-%p.json";
+
+pub(super) const CTL_EXAMPLES: &str = "\
+Examples:
+  The counts of a capture, as they are now:
+    expert-trace ctl dump /run/user/1000/expert-trace -o stats.json
+
+  Count what comes from now on:
+    expert-trace ctl reset /run/user/1000/expert-trace
+
+  End it; what it was to write is written:
+    expert-trace ctl stop /run/user/1000/expert-trace";
 
 pub(super) const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -183,6 +197,20 @@ pub struct Doctor {
     pub command: Vec<OsString>,
 }
 
+/// Arguments of `ctl`.
+#[derive(Debug, Args)]
+pub struct Ctl {
+    /// What to ask for
+    #[arg(value_name = "REQUEST", value_enum)]
+    pub request: Request,
+    /// The SOCKET of run or attach --control
+    #[arg(value_name = "SOCKET")]
+    pub socket: PathBuf,
+    /// File for what `dump` gives; - is stdout
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub output: PathBuf,
+}
+
 /// What `run` and `attach` have in common.
 #[derive(Clone, Debug, Args)]
 pub struct Recording {
@@ -204,6 +232,10 @@ pub struct Recording {
     /// before the extension of its name
     #[arg(long, value_name = "SIZE|TIME", requires = "trace", value_parser = rotation)]
     pub rotate: Option<Rotation>,
+    /// Let `ctl` ask the capture by a Unix socket of this name, which only its owner and root can use. %p
+    /// and %% as in --output
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
     /// List at most so many experts per layer in the summary
     #[arg(long, value_name = "N")]
     pub top: Option<usize>,

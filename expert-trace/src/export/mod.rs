@@ -303,8 +303,12 @@ fn same_as_output() -> io::Error {
     )
 }
 
-fn to_json(file: &File, document: &impl Serialize) -> io::Result<()> {
-    let mut writer = BufWriter::new(file);
+/// Writes a document as it stands in files.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn to_json(out: impl io::Write, document: &impl Serialize) -> io::Result<()> {
+    let mut writer = BufWriter::new(out);
     serde_json::to_writer_pretty(&mut writer, document)?;
     writer.write_all(b"\n")?;
     writer.flush()

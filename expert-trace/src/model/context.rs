@@ -185,6 +185,10 @@ pub struct Context {
     pub(super) worked: bool,
     /// Whether a pass has been counted that had an output, and so went through all layers.
     pub(super) knows_layers: bool,
+    /// Whether a warm-up was left out before counting began anew.
+    warmed_up: bool,
+    /// Whether a ubatch was read before counting began anew.
+    read_ubatches: bool,
     /// Where each sequence is.
     sequences: BTreeMap<u16, Sequence>,
     /// Sequences that the last pass had equal parts of.
@@ -279,7 +283,33 @@ impl Context {
 
     /// Whether the ubatch of any pass was read.
     pub fn reads_ubatches(&self) -> bool {
-        self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes > 0
+        let now =
+            self.passes_with_ubatch + self.unseen.passes + self.unseen_without_output.passes > 0;
+        now || self.read_ubatches
+    }
+
+    /// Whether a warm-up was left out.
+    pub(super) fn has_warmed_up(&self) -> bool {
+        self.warmed_up || self.excluded.contains_key(&Exclusion::Warmup)
+    }
+
+    /// Begins to count anew: what is known of its layers and sequences stays.
+    pub(super) fn reset(&mut self) {
+        self.warmed_up = self.has_warmed_up();
+        self.read_ubatches = self.reads_ubatches();
+        self.passes = 0;
+        self.by_phase = Passes::default();
+        self.passes_with_ubatch = 0;
+        self.unseen = Excluded::default();
+        self.unseen_without_output = Excluded::default();
+        self.unseen_by_phase = Passes::default();
+        self.silent = 0;
+        self.unread = 0;
+        self.layers.reset();
+        self.excluded.clear();
+        for pass in self.current.iter_mut().chain(&mut self.held) {
+            pass.before_reset = true;
+        }
     }
 
     /// Layers that other passes have gone through, and that are missing in this one though they had
@@ -301,19 +331,25 @@ impl Context {
     /// Counts a pass, and gives the phases of its rows. What it leaves behind decides about those of the
     /// next.
     pub(super) fn count(&mut self, pass: &Pass) -> RowPhases {
-        let parts = pass.parts();
-        let goes_on = pass.goes_on_with(&self.equal_parts, &parts);
-        let phases = pass.row_phases(&parts, &self.sequences, goes_on);
+        let phases = self.follow(pass);
         let phase = phases.of_pass();
-        self.equal_parts = pass.equal_parts(&parts, goes_on);
-        for (number, part) in parts {
-            let after = part.after(self.sequences.get(&number), goes_on);
-            self.sequences.insert(number, after);
-        }
         if pass.has_rows() {
             self.count_rows(pass, phase, &phases);
         } else {
             self.note_unseen(pass, phase);
+        }
+        phases
+    }
+
+    /// Gives the phases of a pass' rows, and notes where its sequences are now.
+    pub(super) fn follow(&mut self, pass: &Pass) -> RowPhases {
+        let parts = pass.parts();
+        let goes_on = pass.goes_on_with(&self.equal_parts, &parts);
+        let phases = pass.row_phases(&parts, &self.sequences, goes_on);
+        self.equal_parts = pass.equal_parts(&parts, goes_on);
+        for (number, part) in parts {
+            let after = part.after(self.sequences.get(&number), goes_on);
+            self.sequences.insert(number, after);
         }
         phases
     }

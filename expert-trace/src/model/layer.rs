@@ -110,6 +110,19 @@ impl Layers {
         self.0[index].get_or_insert_with(Layer::new)
     }
 
+    /// Begins to count anew, in the layers that are known.
+    pub(super) fn reset(&mut self) {
+        for layer in self.0.iter_mut().flatten() {
+            layer.passes = Passes::default();
+            layer.close_calls.clear();
+            layer.tally.reset();
+            if let Some(second) = &mut layer.second_block {
+                second.passes = 0;
+                second.tally.reset();
+            }
+        }
+    }
+
     pub(super) fn get_mut(&mut self, number: u16) -> Option<&mut Layer> {
         self.0.get_mut(usize::from(number))?.as_mut()
     }

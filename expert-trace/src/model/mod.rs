@@ -235,6 +235,16 @@ impl Model {
         self.ended.get(&process).copied()
     }
 
+    /// Begins to count anew. Contexts stay what they are, and a pass that is under way is in no count.
+    pub fn reset(&mut self) {
+        for context in &mut self.contexts {
+            context.reset();
+        }
+        self.received = Received::default();
+        self.from_logits = FromLogits::default();
+        self.blind.retain(|time| time.until_ns.is_none());
+    }
+
     /// Takes in a record of the ring buffer, decoded or not.
     pub fn push(&mut self, event: Result<Event<'_>, Malformed>, on_pass: &mut OnPass<'_>) {
         self.received.events += 1;
@@ -426,8 +436,7 @@ impl Model {
             return;
         }
         let context = &self.contexts[index];
-        let warmups = context.excluded.get(&Exclusion::Warmup);
-        let first = warmups.is_none_or(|warmups| warmups.passes == 0);
+        let first = !context.has_warmed_up();
         if !context.worked && pass.is_warmup(&self.facts, first) {
             if !pass.has_rows() {
                 self.finish(index, pass, Fate::Ignored, on_pass);
@@ -440,6 +449,11 @@ impl Model {
         }
         if pass.has_rows() {
             self.contexts[index].worked = true;
+        }
+        if pass.before_reset {
+            self.contexts[index].follow(pass);
+            self.exclude(index, pass, Exclusion::Partial, on_pass);
+            return;
         }
         self.commit(index, pass, on_pass);
     }

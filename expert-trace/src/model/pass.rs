@@ -125,6 +125,8 @@ pub struct Pass {
     pub(super) refused: BTreeMap<(u16, u32), (Refusal, u32)>,
     /// Choices from logits that ids have taken the place of.
     replaced: Vec<Block>,
+    /// Counting has begun anew since it began.
+    pub(super) before_reset: bool,
     ubatch_tokens: u32,
     infos: Vec<RowInfo>,
     /// Its ubatch was there, and could not be read.
@@ -150,6 +152,7 @@ impl Pass {
             close_calls: emptied(spare.close_calls),
             refused: BTreeMap::new(),
             replaced: emptied(spare.replaced),
+            before_reset: false,
             ubatch_tokens: header.ubatch_tokens,
             infos: emptied(spare.infos),
             ubatch_unreadable: false,

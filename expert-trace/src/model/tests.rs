@@ -1183,3 +1183,56 @@ fn what_is_missing_is_a_gap_in_its_place() {
     assert!(place("routed 1 layer 2") < place("gap 1"));
     assert!(place("gap 3") < place("routed 5"));
 }
+
+#[test]
+fn counting_begins_anew_with_the_next_pass() {
+    let mut model = Model::new(Options {
+        from_start: true,
+        ..Options::default()
+    });
+    model.set_facts(ModelFacts {
+        warmup_tokens: vec![vec![1, 2]],
+        ..ModelFacts::default()
+    });
+    let warmup = TestPass {
+        tokens: &[1, 2],
+        ubatch: &[(0, 0, false), (1, 0, true)],
+        layers: &[(3, &[&[0, 1], &[2, 3]])],
+        ..TestPass::default()
+    };
+    // A prompt in two passes, then what is generated.
+    let first = TestPass {
+        number: 1,
+        ubatch: &[(0, 0, false), (1, 0, false)],
+        layers: &[(3, &[&[0, 1], &[2, 3]])],
+        ..TestPass::default()
+    };
+    let second = TestPass {
+        number: 2,
+        ubatch: &[(2, 0, true)],
+        layers: &[(3, &[&[4, 5]])],
+        ..TestPass::default()
+    };
+    let third = TestPass {
+        number: 3,
+        ubatch: &[(3, 0, true)],
+        layers: &[(3, &[&[6, 7]])],
+        ..TestPass::default()
+    };
+    push(&mut model, &warmup);
+    push(&mut model, &first);
+    model.reset();
+    assert_eq!(model.received(), Received::default());
+    push(&mut model, &second);
+    push(&mut model, &third);
+    model.end(&|_| End::Exited, &mut |_| {});
+    let context = &model.contexts()[0];
+    assert_eq!(context.passes, 2);
+    // The pass that was under way decides that the next one goes on with its prompt.
+    assert_eq!(context.layers[3].tally.tokens, [1, 1]);
+    assert_eq!(context.layers[3].tally.experts[0], [0, 0]);
+    assert_eq!(context.layers[3].tally.experts[4], [1, 0]);
+    assert_eq!(model.excluded()[&Exclusion::Partial].passes, 1);
+    assert!(!model.excluded().contains_key(&Exclusion::Warmup));
+    assert!(context.has_warmed_up());
+}

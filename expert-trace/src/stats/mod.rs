@@ -215,8 +215,10 @@ pub struct Capture {
     pub started: String,
     /// How long they were on, in seconds.
     pub duration_s: f64,
-    /// Why it ended: `target_exited`, `duration`, `interrupted`.
+    /// Why it ended: `target_exited`, `duration`, `interrupted`, `stopped`; `running`: it has not.
     pub ended: &'static str,
+    /// When counting began anew: RFC 3339, UTC; `null` when it began with the capture.
+    pub counted_since: Option<String>,
     /// Whether warm-up passes are counted.
     pub include_warmup: bool,
     /// What keeps the probes in their places: `uprobe_multi`, `perf_event`.

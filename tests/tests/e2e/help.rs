@@ -12,7 +12,7 @@ use std::{
 use expert_trace::trace::Reader;
 use expert_trace_tests::{
     oracle::Oracle,
-    tracer::{self, Stats},
+    tracer::{self, Attached, Stats},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -275,6 +275,7 @@ fn every_subcommand_starts_with_examples() {
             "run",
             "attach",
             "doctor",
+            "ctl",
             "merge",
             "diff",
             "verify",
@@ -314,6 +315,25 @@ fn examples_of_attach_work() {
     examples(&help(&["attach"]))
         .iter()
         .for_each(|line| run_example(line));
+}
+
+#[test]
+fn examples_of_ctl_work() {
+    let world = World::get();
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    let socket = world.at("control").display().to_string();
+    let tracer = Attached::to(target.pid(), &["--control", &socket]).unwrap();
+    target.command("prompt 0 5 600").unwrap();
+    for example in examples(&help(&["ctl"])) {
+        let line = example.replace("/run/user/1000/expert-trace", &socket);
+        let output = world.bash(&line).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+    }
+    let stats = Stats::read(&world.at("stats.json")).unwrap();
+    assert_eq!(stats.0["capture"]["ended"], "running");
+    let (status, said) = tracer.wait().unwrap();
+    assert!(status.success(), "{said}");
+    assert!(target.quit().unwrap().success());
 }
 
 #[test]

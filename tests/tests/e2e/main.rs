@@ -7,6 +7,7 @@ mod attach;
 mod bench;
 mod callback;
 mod compat;
+mod control;
 mod cost;
 mod cuda;
 mod cuda_standin;

@@ -379,7 +379,7 @@ impl Capture {
             }
             model.push(event, &mut |finished| {
                 if let Some(log) = &mut sinks.log
-                    && let Some(pass) = finished.counted()
+                    && let Some(pass) = finished.shown()
                     && let Err(error) = log.pass(pass)
                 {
                     log_error = Some(error);
@@ -512,7 +512,7 @@ impl Capture {
         let main_pid = self.pid.get();
         self.model.end(&end_of, &mut |finished| {
             if let Some(log) = &mut sinks.log
-                && let Some(pass) = finished.counted()
+                && let Some(pass) = finished.shown()
             {
                 let _ = log.pass(pass);
             }

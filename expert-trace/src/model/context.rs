@@ -20,7 +20,7 @@ use super::{
 pub enum Exclusion {
     /// Evaluated before any other pass of its context, to warm up.
     Warmup,
-    /// Only a part of it was seen, at the start or the end of the capture.
+    /// Only a part of it was seen, at the start or the end of the capture, or since counting began anew.
     Partial,
 }
 
@@ -293,6 +293,11 @@ impl Context {
         self.warmed_up || self.excluded.contains_key(&Exclusion::Warmup)
     }
 
+    /// Passes of which something may be to come.
+    pub(super) fn under_way(&self) -> impl Iterator<Item = &Pass> {
+        self.held.iter().chain(&self.current)
+    }
+
     /// Begins to count anew: what is known of its layers and sequences stays.
     pub(super) fn reset(&mut self) {
         self.warmed_up = self.has_warmed_up();
@@ -352,6 +357,13 @@ impl Context {
             self.sequences.insert(number, after);
         }
         phases
+    }
+
+    /// Notes a pass that is left out.
+    pub(super) fn note_excluded(&mut self, pass: &Pass, why: Exclusion) {
+        let excluded = self.excluded.entry(why).or_default();
+        excluded.passes += 1;
+        excluded.tokens += u64::from(pass.token_count());
     }
 
     fn note_unseen(&mut self, pass: &Pass, phase: Phase) {

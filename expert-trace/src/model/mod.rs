@@ -126,6 +126,9 @@ pub struct Finished<'a> {
 pub enum Fate<'a> {
     /// It is counted, with rows of these phases, or as one of which nothing was seen.
     Counted(&'a RowPhases),
+    /// It is whole, with rows of these phases, or nothing was seen of it, and it is in no count: counting
+    /// began anew while it was under way.
+    Split(&'a RowPhases),
     /// It is left out.
     Excluded(Exclusion),
     /// It is a warm-up, and showed no routing.
@@ -133,10 +136,10 @@ pub enum Fate<'a> {
 }
 
 impl<'a> Finished<'a> {
-    /// The pass, when it is counted and has shown routing.
-    pub fn counted(&self) -> Option<&'a Pass> {
-        let counted = matches!(self.fate, Fate::Counted(_)) && self.pass.has_rows();
-        counted.then_some(self.pass)
+    /// The pass, when it is whole, none to be left out, and has shown routing.
+    pub fn shown(&self) -> Option<&'a Pass> {
+        let is_whole = matches!(self.fate, Fate::Counted(_) | Fate::Split(_));
+        (is_whole && self.pass.has_rows()).then_some(self.pass)
     }
 
     /// Layers that other passes of the context have gone through, and that are missing in this one though
@@ -242,7 +245,13 @@ impl Model {
         }
         self.received = Received::default();
         self.from_logits = FromLogits::default();
-        self.blind.retain(|time| time.until_ns.is_none());
+        let contexts = &self.contexts;
+        self.blind.retain_mut(|time| {
+            time.passes = 0;
+            // Those under way are still judged by it.
+            let mut under_way = contexts.iter().flat_map(Context::under_way);
+            time.until_ns.is_none() || under_way.any(|pass| time.contains(pass.began_ns))
+        });
     }
 
     /// Takes in a record of the ring buffer, decoded or not.
@@ -429,7 +438,9 @@ impl Model {
     }
 
     fn judge(&mut self, index: usize, pass: &Pass, on_pass: &mut OnPass<'_>) {
-        self.settle_refusals(pass);
+        if !pass.before_reset {
+            self.settle_refusals(pass);
+        }
         let mut blind = self.blind.iter().filter(|time| time.until_ns.is_some());
         if blind.any(|time| time.contains(pass.began_ns)) {
             self.exclude(index, pass, Exclusion::Partial, on_pass);
@@ -449,11 +460,6 @@ impl Model {
         }
         if pass.has_rows() {
             self.contexts[index].worked = true;
-        }
-        if pass.before_reset {
-            self.contexts[index].follow(pass);
-            self.exclude(index, pass, Exclusion::Partial, on_pass);
-            return;
         }
         self.commit(index, pass, on_pass);
     }
@@ -518,15 +524,21 @@ impl Model {
         if why != Exclusion::Warmup {
             context.worked = true;
         }
-        let excluded = context.excluded.entry(why).or_default();
-        excluded.passes += 1;
-        excluded.tokens += u64::from(pass.token_count());
+        context.note_excluded(pass, why);
         self.finish(index, pass, Fate::Excluded(why), on_pass);
     }
 
     fn commit(&mut self, index: usize, pass: &Pass, on_pass: &mut OnPass<'_>) {
-        let phases = self.contexts[index].count(pass);
-        self.finish(index, pass, Fate::Counted(&phases), on_pass);
+        let context = &mut self.contexts[index];
+        if !pass.before_reset {
+            let phases = context.count(pass);
+            return self.finish(index, pass, Fate::Counted(&phases), on_pass);
+        }
+        let phases = context.follow(pass);
+        if pass.has_rows() {
+            context.note_excluded(pass, Exclusion::Partial);
+        }
+        self.finish(index, pass, Fate::Split(&phases), on_pass);
     }
 
     fn finish(&self, index: usize, pass: &Pass, fate: Fate<'_>, on_pass: &mut OnPass<'_>) {

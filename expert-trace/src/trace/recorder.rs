@@ -97,11 +97,13 @@ impl Recorder {
             ..blank
         };
         match fate {
-            Fate::Counted(phases) if pass.has_rows() => {
+            Fate::Counted(phases) | Fate::Split(phases) if pass.has_rows() => {
                 self.rows(pass, phases, blank, push);
                 self.gaps(finished, blank, push);
             }
-            Fate::Counted(_) if has_layers => self.unseen(pass, context, blank, push),
+            Fate::Counted(_) | Fate::Split(_) if has_layers => {
+                self.unseen(pass, context, blank, push)
+            }
             Fate::Excluded(why) => push(&Row {
                 kind: Kind::Excluded,
                 rows: Some(pass.token_count()),
@@ -111,7 +113,7 @@ impl Recorder {
                 }),
                 ..blank
             }),
-            Fate::Counted(_) | Fate::Ignored => {}
+            Fate::Counted(_) | Fate::Split(_) | Fate::Ignored => {}
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, io, num::NonZeroU32, os::fd::OwnedFd, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -217,6 +217,7 @@ impl Probed {
         let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
         tokio::pin!(over);
         let mut more = false;
+        let mut stop = None;
         let why = loop {
             tokio::select! {
                 biased;
@@ -225,7 +226,8 @@ impl Probed {
                 _ = exit.readable() => break "target_exited",
                 () = dump.came() => capture.dump().await,
                 asked = Control::next(&mut control) => {
-                    if capture.answer(asked).await {
+                    stop = capture.answer(asked).await;
+                    if stop.is_some() {
                         break "stopped";
                     }
                 }
@@ -239,7 +241,13 @@ impl Probed {
                 capture.probe_new_libraries();
             }
         };
-        capture.finish(End::Cut, why, &mut signals.interrupt).await
+        let ended = capture.finish(End::Cut, why, &mut signals.interrupt).await;
+        if let Some(stop) = stop {
+            let result = ended.as_ref().map(|_| Vec::new());
+            stop.answer_last(result.map_err(|error| anyhow!("{error:#}")))
+                .await;
+        }
+        ended
     }
 }
 

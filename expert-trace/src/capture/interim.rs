@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, bail, ensure};
-use tokio::task;
+use anyhow::{Context as _, anyhow, bail, ensure};
+use tokio::{task, time::timeout_at};
 
 use super::{Capture, Raw};
 use crate::{
@@ -39,8 +39,8 @@ impl Capture {
         }
     }
 
-    /// Does what was asked for. Gives whether the capture is to end.
-    pub(super) async fn answer(&mut self, asked: Asked) -> bool {
+    /// Does what was asked for. Gives back what is to be answered when the capture has ended, for that.
+    pub(super) async fn answer(&mut self, asked: Asked) -> Option<Asked> {
         let answer = match asked.request {
             Request::Dump => self.so_far().await.and_then(|stats| {
                 let mut document = Vec::new();
@@ -48,15 +48,14 @@ impl Capture {
                 Ok(document)
             }),
             Request::Reset => self.reset().await.map(|()| Vec::new()),
-            Request::Stop if self.from_start => Err(anyhow::anyhow!(
+            Request::Stop if self.from_start => Err(anyhow!(
                 "run traces its program up to its end: end process {}, or use attach",
                 self.pid
             )),
-            Request::Stop => Ok(Vec::new()),
+            Request::Stop => return Some(asked),
         };
-        let stop = asked.request == Request::Stop && answer.is_ok();
         asked.answer(answer);
-        stop
+        None
     }
 
     async fn write_so_far(&mut self) -> anyhow::Result<String> {
@@ -96,7 +95,7 @@ impl Capture {
         let lost_before = self.baseline.map_or(0, |baseline| baseline.lost_rows);
         self.baseline = Some(Baseline {
             since: SystemTime::now(),
-            raw,
+            raw: raw.with_awaited_after(),
             lost_rows: lost_before + rows.ring_full + rows.unreadable,
             tokens: self.tokens(),
         });
@@ -115,13 +114,26 @@ impl Capture {
     async fn balance(&mut self) -> anyhow::Result<(Raw, Integrity)> {
         let deadline = Instant::now() + LOOKING;
         loop {
-            while !self.take_events() && Instant::now() < deadline {}
+            self.take_until(deadline).await;
             let raw = self.raw()?;
             let integrity = self.integrity_of(raw);
             if integrity.adds_up() || Instant::now() >= deadline {
                 return Ok((raw, integrity));
             }
             task::yield_now().await;
+        }
+    }
+    /// Takes what is there, as long as the trace has room for it: its rows must not fill our memory.
+    async fn take_until(&mut self, deadline: Instant) {
+        loop {
+            if let Some(trace) = &self.sinks.trace
+                && timeout_at(deadline.into(), trace.has_room()).await.is_err()
+            {
+                return;
+            }
+            if self.take_events() || Instant::now() >= deadline {
+                return;
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use expert_trace_common::WakeUp;
+use expert_trace_common::{Counter, WakeUp};
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -95,6 +95,18 @@ struct Raw {
 }
 
 impl Raw {
+    /// The same, when copies that are still awaited belong to what comes after.
+    fn with_awaited_after(self) -> Self {
+        let mut counters = self.counters;
+        let get = |counter| counters.get(counter);
+        let arrived =
+            get(Counter::FetchedIds) + get(Counter::DeviceIds) + get(Counter::CallbackIds);
+        let known = arrived + get(Counter::IdsCopiesLost);
+        let asked_for = &mut counters.0[Counter::IdsCopies as usize];
+        *asked_for = known.min(*asked_for);
+        Self { counters, ..self }
+    }
+
     fn since(self, before: Raw) -> Self {
         let Counters(mut counters) = self.counters;
         for (counter, before) in counters.iter_mut().zip(before.counters.0) {

@@ -70,7 +70,7 @@ pub fn refused(
         .err()
         .map(|error| Refusal {
             why: format!("{error:#}"),
-            fix: "name a place that can be written, with -o or --log",
+            fix: "name a place that can be written, with -o, --log, --trace or --control",
         })
 }
 
@@ -107,11 +107,19 @@ fn check(
         let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
         trace::Opened::check(path, recording, account, output.as_ref(), &names)?;
     }
+    if let Some(path) = &recording.control {
+        let path = pattern::of_process(path, pid);
+        Control::check(&path, account).with_context(|| no_socket(&path))?;
+    }
     Ok(())
 }
 
 fn failed(path: &Path) -> String {
     format!("Failed to open output file: {}", path.display())
+}
+
+fn no_socket(path: &Path) -> String {
+    format!("Failed to open socket: {}", path.display())
 }
 
 /// Open outputs.
@@ -190,8 +198,7 @@ impl Sinks {
                 .as_ref()
                 .map(|path| {
                     let path = pattern::of_process(path, pid);
-                    let control = Control::listen(&path, account);
-                    control.with_context(|| format!("Failed to open socket: {}", path.display()))
+                    Control::listen(&path, account).with_context(|| no_socket(&path))
                 })
                 .transpose()?,
         })

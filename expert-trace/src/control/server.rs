@@ -1,9 +1,9 @@
 //! Who is asked: accepts, reads and answers beside the capture, which a client that is slow does not hold up.
 
 use std::{
-    fs, io,
+    fs, io, mem,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _},
+        fd::{AsRawFd as _, OwnedFd},
         unix::{
             fs::{FileTypeExt as _, MetadataExt as _},
             net,
@@ -14,9 +14,14 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::{
-    socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
-    stat::{Mode, fchmod},
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+        },
+        stat::{Mode, fchmod},
+    },
 };
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -32,9 +37,11 @@ use crate::caller::Account;
 const CONNECTIONS: usize = 8;
 /// How long a client may take to ask.
 const TO_ASK: Duration = Duration::from_secs(5);
+/// How long we stay for a client that reads its answer at our end.
+const TO_HEAR: Duration = Duration::from_secs(1);
 /// How long a client may take to read its answer.
 const TO_READ: Duration = Duration::from_secs(60);
-/// Longest line that is read. What is left of a longer one would reset the connection, and the answer with it.
+/// Longest line that is read: much longer than any request, so that other ones are answered, too.
 const LINE: usize = 4096;
 
 /// Somebody waits for an answer.
@@ -43,6 +50,8 @@ pub struct Asked {
     /// What for.
     pub request: Request,
     answer: oneshot::Sender<Vec<u8>>,
+    /// Ends with the connection.
+    over: oneshot::Receiver<()>,
 }
 
 impl Asked {
@@ -53,6 +62,14 @@ impl Asked {
             Err(error) => refusal(&format!("{error:#}")),
         };
         let _ = self.answer.send(bytes);
+    }
+
+    /// Answers, and gives the answer some time to be read: nobody writes it once we have ended.
+    pub async fn answer_last(mut self, answer: anyhow::Result<Vec<u8>>) {
+        let (_, never) = oneshot::channel();
+        let over = mem::replace(&mut self.over, never);
+        self.answer(answer);
+        let _ = timeout(TO_HEAR, over).await;
     }
 }
 
@@ -79,7 +96,9 @@ impl Control {
     /// When something else is there, or another capture is asked by it, or the account cannot make it.
     pub fn listen(path: &Path, account: &Account) -> io::Result<Self> {
         let (listener, file) = account.with_rights(|| {
-            make_room(path)?;
+            if is_stale(path)? {
+                fs::remove_file(path)?;
+            }
             let listener = bound(path)?;
             let metadata = fs::symlink_metadata(path)?;
             Ok((listener, (metadata.dev(), metadata.ino())))
@@ -94,6 +113,20 @@ impl Control {
             path: path.to_owned(),
             file,
             account: account.clone(),
+        })
+    }
+
+    /// Why [`listen`](Self::listen) would fail. No file is created that stays.
+    ///
+    /// # Errors
+    /// Those of [`listen`](Self::listen).
+    pub fn check(path: &Path, account: &Account) -> io::Result<()> {
+        account.with_rights(|| {
+            if is_stale(path)? {
+                return Ok(());
+            }
+            bound(path)?;
+            fs::remove_file(path)
         })
     }
 
@@ -121,40 +154,45 @@ impl Drop for Control {
     }
 }
 
-fn make_room(path: &Path) -> io::Result<()> {
+/// Whether a socket is there that nobody listens on any more.
+fn is_stale(path: &Path) -> io::Result<bool> {
     let error = |kind, text| Err(io::Error::new(kind, text));
     match fs::symlink_metadata(path) {
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(other) => Err(other),
-        Ok(metadata) if !metadata.file_type().is_socket() => error(
-            io::ErrorKind::AlreadyExists,
-            "is there, and is no socket; name another place",
-        ),
-        Ok(_) => match net::UnixStream::connect(path) {
-            Err(gone) if gone.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-            Err(other) => Err(other),
-            Ok(_) => error(
-                io::ErrorKind::AddrInUse,
-                "is the socket of another program that runs; name another place",
-            ),
-        },
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(other) => return Err(other),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return error(
+                io::ErrorKind::AlreadyExists,
+                "is there, and is no socket; name another place",
+            );
+        }
+        Ok(_) => {}
     }
+    // One that is busy must not keep us waiting.
+    let descriptor = unnamed(SockFlag::SOCK_NONBLOCK)?;
+    match connect(descriptor.as_raw_fd(), &UnixAddr::new(path)?) {
+        Err(Errno::ECONNREFUSED) => Ok(true),
+        Ok(()) | Err(Errno::EAGAIN) => error(
+            io::ErrorKind::AddrInUse,
+            "is the socket of another program that runs; name another place",
+        ),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn unnamed(flags: SockFlag) -> nix::Result<OwnedFd> {
+    let flags = flags | SockFlag::SOCK_CLOEXEC;
+    socket(AddressFamily::Unix, SockType::Stream, flags, None)
 }
 
 /// A listening socket with a name, which has its rights from the beginning.
 fn bound(path: &Path) -> io::Result<net::UnixListener> {
-    let descriptor = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
+    let descriptor = unnamed(SockFlag::empty())?;
     // `unix_bind_bsd` (net/unix/af_unix.c) gives the file the mode of the socket, less the umask.
     fchmod(&descriptor, Mode::S_IRUSR | Mode::S_IWUSR)?;
     bind(descriptor.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&descriptor, Backlog::new(CONNECTIONS as i32)?)?;
-    // SAFETY: the descriptor is that of a listening Unix socket, and nobody else's.
-    Ok(unsafe { net::UnixListener::from_raw_fd(descriptor.into_raw_fd()) })
+    Ok(descriptor.into())
 }
 
 async fn accept(listener: UnixListener, owner: u32, asks: mpsc::Sender<Asked>) {
@@ -178,26 +216,33 @@ async fn accept(listener: UnixListener, owner: u32, asks: mpsc::Sender<Asked>) {
 
 async fn serve(stream: &UnixStream, owner: u32, asks: &mpsc::Sender<Asked>) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
-    let answer = if [0, owner].contains(&peer) {
-        let line = timeout(TO_ASK, line(stream)).await??;
-        let mut requests = Request::ALL.into_iter();
-        match requests.find(|request| request.name().as_bytes() == line) {
-            Some(request) => ask(request, asks).await,
-            None => refusal("no such request; dump, reset and stop are known"),
-        }
-    } else {
+    // Read in any case: what is left of it would reset the connection, and the answer with it.
+    let line = timeout(TO_ASK, line(stream)).await??;
+    // Whoever waits for the end of the connection hears of it when this goes.
+    let (_open, over) = oneshot::channel();
+    let mut requests = Request::ALL.into_iter();
+    let answer = if ![0, owner].contains(&peer) {
         refusal("this capture is somebody else's")
+    } else if let Some(request) = requests.find(|request| request.name().as_bytes() == line) {
+        ask(request, over, asks).await
+    } else {
+        refusal("no such request; dump, reset and stop are known")
     };
     timeout(TO_READ, write(stream, &answer)).await?
 }
 
-async fn ask(request: Request, asks: &mpsc::Sender<Asked>) -> Vec<u8> {
+async fn ask(request: Request, over: oneshot::Receiver<()>, asks: &mpsc::Sender<Asked>) -> Vec<u8> {
     let (answer, answered) = oneshot::channel();
-    let over = || refusal("the capture has ended");
-    if asks.send(Asked { request, answer }).await.is_err() {
-        return over();
+    let asked = Asked {
+        request,
+        answer,
+        over,
+    };
+    let has_ended = || refusal("the capture has ended");
+    if asks.send(asked).await.is_err() {
+        return has_ended();
     }
-    answered.await.unwrap_or_else(|_| over())
+    answered.await.unwrap_or_else(|_| has_ended())
 }
 
 /// A line without its end, or what there is of one that is too long.

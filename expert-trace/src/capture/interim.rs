@@ -137,3 +137,53 @@ impl Capture {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use expert_trace_common::{COUNTERS, Counter};
+
+    use super::*;
+    use crate::{
+        attach::Counters,
+        model::{FromLogits, Received},
+    };
+
+    fn raw(entered: u64, counts: &[(Counter, u64)]) -> Raw {
+        let mut counters = Counters([0; COUNTERS]);
+        for (counter, count) in counts {
+            counters.0[*counter as usize] = *count;
+        }
+        Raw { entered, counters }
+    }
+
+    fn integrity(raw: Raw) -> Integrity {
+        let (received, from_logits) = (Received::default(), FromLogits::default());
+        Integrity::new(raw.entered, &raw.counters, received, &from_logits, 0)
+    }
+
+    #[test]
+    fn losses_before_are_not_told_again() {
+        let lost = [
+            (Counter::Routed, 5),
+            (Counter::EventsSeen, 5),
+            (Counter::EventsRingFull, 5),
+        ];
+        let before = raw(5, &lost);
+        assert!(integrity(before).adds_up() && !integrity(before).complete);
+        let now = raw(7, &[&lost[..], &[(Counter::FilteredTensor, 2)]].concat());
+        let since = integrity(now.since(before));
+        assert!(since.complete, "{:?}", since.problems);
+        assert_eq!((since.hits.entered, since.hits.filtered_tensor), (2, 2));
+    }
+
+    #[test]
+    fn copies_that_are_awaited_are_awaited_after() {
+        let before = raw(0, &[(Counter::IdsCopies, 4), (Counter::DeviceIds, 1)]);
+        let before = before.with_awaited_after();
+        // Of the three, one has arrived; and of two others.
+        let now = raw(0, &[(Counter::IdsCopies, 6), (Counter::DeviceIds, 4)]);
+        let since = integrity(now.since(before)).without_target();
+        assert_eq!(since.routes.ids_copies, 5);
+        assert_eq!(since.routes.copies_lost, 2);
+    }
+}

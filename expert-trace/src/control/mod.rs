@@ -42,3 +42,6 @@ impl Request {
 const OK: &str = "ok\n";
 /// Begins the line of one that is refused.
 const ERROR: &str = "error: ";
+
+#[cfg(test)]
+mod tests;

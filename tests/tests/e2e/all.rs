@@ -12,7 +12,10 @@ use expert_trace_tests::{
 };
 use tempfile::TempDir;
 
-use crate::support::{Known, driver, known_draft, known_small, llama, scratch};
+use crate::{
+    control::{ctl, dump},
+    support::{Known, driver, known_draft, known_small, llama, scratch},
+};
 
 /// A libggml-cpu that no other process on this machine maps.
 struct Library {
@@ -127,6 +130,41 @@ fn each_process_has_its_own_document() {
     let written = fs::read_dir(library.directory.path()).unwrap();
     // The library, the link to it, and two files for each of three.
     assert_eq!(written.count(), 2 + 6);
+}
+
+#[test]
+fn each_process_can_be_asked_about() {
+    let library = Library::new();
+    let mut targets = [known_small(), known_draft()].map(|model| library.start(model));
+    let refused = library.refusal(
+        "link.so",
+        &["--control", library.at("one").to_str().unwrap()],
+    );
+    assert!(refused.contains("%p"), "{refused}");
+    let pattern = library.at("control %p");
+    let sockets = [0, 1].map(|i: usize| library.at(&format!("control {}", targets[i].pid())));
+    let options = ["--control", pattern.to_str().unwrap()];
+    let attached = Attached::by(&mut library.attach(&options)).unwrap();
+    for (target, tokens) in targets.iter_mut().zip([5, 6]) {
+        // A pass is counted when the next one begins.
+        target.command(&format!("prompt 0 {tokens} 20")).unwrap();
+        target.command("decode 0 3").unwrap();
+    }
+    assert_eq!(dump(&sockets[0]).tokens()[&0], 5);
+    assert!(ctl("reset", &sockets[0], &[]).status.success());
+    assert!(dump(&sockets[0]).0["layers_context"].is_null());
+    // The other one goes on, and so it does when the first has ended.
+    assert_eq!(dump(&sockets[1]).tokens()[&0], 6);
+    assert!(ctl("stop", &sockets[0], &[]).status.success());
+    assert!(!ctl("dump", &sockets[0], &[]).status.success());
+    assert_eq!(dump(&sockets[1]).tokens()[&0], 6);
+    assert!(ctl("stop", &sockets[1], &[]).status.success());
+    let (status, said) = attached.wait().unwrap();
+    assert!(status.success(), "{said}");
+    assert!(sockets.iter().all(|socket| !socket.exists()));
+    for target in targets {
+        assert!(target.quit().unwrap().success());
+    }
 }
 
 /// A process that cannot be traced does not keep us from the others, and is no success for --strict.

@@ -18,7 +18,8 @@ use expert_trace_tests::{
 
 use crate::support::{assert_schema, driver, known_small, scratch};
 
-fn ctl(request: &str, socket: &Path, options: &[&str]) -> Output {
+/// Asks a capture.
+pub fn ctl(request: &str, socket: &Path, options: &[&str]) -> Output {
     let mut command = tracer::command().unwrap();
     command.args(["ctl", request]).arg(socket).args(options);
     command.output().unwrap()
@@ -33,7 +34,7 @@ fn target() -> Oracle {
 }
 
 /// The counts up to now, of tokens that are known.
-fn dump(socket: &Path) -> Stats {
+pub fn dump(socket: &Path) -> Stats {
     let output = ctl("dump", socket, &[]);
     assert!(output.status.success(), "{}", said(&output));
     let stats = Stats(serde_json::from_slice(&output.stdout).unwrap());
@@ -87,9 +88,10 @@ fn counts_are_told_begun_anew_and_ended() {
 
     let output = ctl("stop", &socket, &[]);
     assert!(output.status.success(), "{}", said(&output));
+    // It is there when `stop` is done, and not only when the tracer is.
+    let last = Stats::read(&json).unwrap();
     let (status, text) = tracer.wait().unwrap();
     assert!(status.success(), "{text}");
-    let last = Stats::read(&json).unwrap();
     assert_schema(&last);
     last.assert_complete();
     assert_eq!(last.0["capture"]["ended"], "stopped");
@@ -168,6 +170,13 @@ fn places_of_others_stay_theirs() {
         assert!(error.contains(why) && error.contains(name), "{error}");
     }
     assert_eq!(fs::read_to_string(at("file")).unwrap(), "kept");
+    for (name, status) in [("file", 1), ("served", 1), ("free", 0)] {
+        let mut dry = tracer::command().unwrap();
+        dry.args(["attach", "--dry-run", "--pid", &target.pid().to_string()]);
+        let output = dry.arg("--control").arg(at(name)).output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{}", said(&output));
+    }
+    assert!(!at("free").exists());
     drop(served);
     // What a tracer that was killed leaves.
     let tracer = attach(&target, &at("served")).unwrap();
@@ -186,18 +195,24 @@ fn places_of_others_stay_theirs() {
     dump(&at("served"));
     drop(silent);
 
-    let mut other = Command::new("setpriv");
-    other.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    other.arg(tracer::program().unwrap());
-    other.args(["ctl", "stop"]).arg(at("served"));
-    tracer::without_sudo(&mut other);
-    let output = other.output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        said(&output).contains("ermission denied"),
-        "{}",
-        said(&output)
-    );
+    // Another user, also where somebody has opened the door.
+    let open = |mode| {
+        for path in [directory.path().to_owned(), at("served")] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+    };
+    for (mode, why) in [(0o700, "ermission denied"), (0o777, "somebody else's")] {
+        open(mode);
+        let mut other = Command::new("setpriv");
+        other.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        other.arg(tracer::program().unwrap());
+        other.args(["ctl", "stop"]).arg(at("served"));
+        tracer::without_sudo(&mut other);
+        let output = other.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(said(&output).contains(why), "{}", said(&output));
+    }
+    dump(&at("served"));
     tracer.interrupt().unwrap();
     assert!(target.quit().unwrap().success());
 }

@@ -30,6 +30,9 @@ pub fn write(out: &mut impl Write, stats: &Stats, top: Option<usize>) -> io::Res
 
 fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Result {
     writeln!(text, "\n=== Expert Usage Statistics ===")?;
+    if let Some(since) = &stats.capture.counted_since {
+        writeln!(text, "Counted since {since}, when counting began anew.")?;
+    }
     for layer in &stats.layers {
         writeln!(
             text,
@@ -62,7 +65,7 @@ fn render(text: &mut String, stats: &Stats, top: Option<usize>) -> std::fmt::Res
     for excluded in &stats.excluded {
         let what = match excluded.kind {
             Exclusion::Warmup => "warm-up (--include-warmup counts it)",
-            Exclusion::Partial => "seen only in part at the edge of the capture",
+            Exclusion::Partial => "seen only in part at the edge of what is counted",
         };
         let count = excluded.count;
         writeln!(
@@ -378,15 +381,17 @@ fn logits(text: &mut String, stats: &Stats) -> std::fmt::Result {
     }
     let layers = stats.contexts.iter().flat_map(|context| &context.layers);
     let close_calls: usize = layers.map(|layer| layer.close_calls.len()).sum();
-    let duration_ms = stats.capture.duration_s * 1e3;
+    let percent = logits.host_ms / 10.0 / stats.capture.duration_s;
+    // Of the capture as a whole, it is not known when counting has begun anew.
+    let share = match stats.capture.counted_since {
+        None => format!(" ({percent:.1} % of the capture)"),
+        Some(_) => String::new(),
+    };
     writeln!(
         text,
         "Chosen from router logits: {} rows, {} of them close calls. The host computed logits for \
-         {:.1} ms ({:.1} % of the capture), in which the device waited.",
-        logits.rows,
-        close_calls,
-        logits.host_ms,
-        100.0 * logits.host_ms / duration_ms
+         {:.1} ms{share}, in which the device waited.",
+        logits.rows, close_calls, logits.host_ms,
     )
 }
 

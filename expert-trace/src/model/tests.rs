@@ -1,7 +1,7 @@
 use expert_trace_common::{Header, Kind, PassSource, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};
 
 use super::*;
-use crate::{decode::decode, routes::Routes};
+use crate::{decode::decode, routes::Routes, stats::specified_layers};
 
 const SCHED: u64 = 0x5000;
 
@@ -1330,4 +1330,26 @@ fn contexts_that_have_ended_stay_without_counts() {
     assert_eq!(context.not_visible(Ends::default()), Excluded::default());
     assert_eq!(context.passes_not_known(), 0);
     assert!(model.excluded().is_empty());
+}
+
+#[test]
+fn layers_without_counts_are_not_listed() {
+    let mut model = Model::new(FROM_START);
+    let one: &[LayerRows<'_>] = &[(0, &[&[1, 2]])];
+    push(&mut model, &decode_at(0, &[(0, 0, true)]));
+    push(&mut model, &decode_at(1, &[(1, 0, true)]));
+    let listed = |model: &Model| {
+        let layers = specified_layers(&model.contexts()[0]).into_iter();
+        layers.map(|layer| layer.layer_id).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(&model), [0, 1]);
+    model.reset();
+    for number in 2..4 {
+        let pass = TestPass {
+            layers: one,
+            ..decode_at(number, &[(0, 0, true)])
+        };
+        push(&mut model, &pass);
+    }
+    assert_eq!(listed(&model), [0]);
 }

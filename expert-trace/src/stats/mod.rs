@@ -541,11 +541,11 @@ fn not_visible(layers: &[LayerStats]) -> Vec<u32> {
         .collect()
 }
 
-/// The layers of a context in the shape of the original specification.
+/// The layers of a context that were counted, in the shape of the original specification.
 pub fn specified_layers(context: &Context) -> Vec<SpecifiedLayer> {
-    context
-        .layers
-        .iter()
+    let layers = context.layers.iter();
+    layers
+        .filter(|(_, layer)| layer.passes.sum() > 0)
         .map(|(layer_id, layer)| SpecifiedLayer::of(layer_id, &layer.tally))
         .collect()
 }

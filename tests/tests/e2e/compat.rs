@@ -67,7 +67,7 @@ const ADMISSIONS: [&str; 5] = [
     "No expert routing was seen: ",
     "Not visible: ",
     "Seen in some of ",
-    "seen only in part at the edge of the capture",
+    "seen only in part at the edge of what is counted",
 ];
 
 /// Exit status of the tracer when it is at fault, or cannot do what it is asked.

@@ -92,6 +92,7 @@ fn counts_are_told_begun_anew_and_ended() {
     let last = Stats::read(&json).unwrap();
     let (status, text) = tracer.wait().unwrap();
     assert!(status.success(), "{text}");
+    assert!(text.contains("when counting began anew"), "{text}");
     assert_schema(&last);
     last.assert_complete();
     assert_eq!(last.0["capture"]["ended"], "stopped");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, anyhow, bail, ensure};
 use tokio::{task, time::timeout_at};
 
-use super::{Capture, Raw};
+use super::{Capture, reckoning::Raw};
 use crate::{
     control::{Asked, Request},
     export,
@@ -123,6 +123,7 @@ impl Capture {
             task::yield_now().await;
         }
     }
+
     /// Takes what is there, as long as the trace has room for it: its rows must not fill our memory.
     async fn take_until(&mut self, deadline: Instant) {
         loop {

@@ -4,14 +4,17 @@
 mod all;
 mod attach;
 mod cost;
+mod document;
 mod interim;
+mod reading;
+mod reckoning;
 mod run;
 mod sinks;
 mod targets;
 mod trace;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     fmt::Display,
     io::{self, Write as _},
     num::NonZeroU32,
@@ -19,7 +22,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use expert_trace_common::{Counter, WakeUp};
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -27,22 +29,20 @@ pub use self::{attach::attach, run::run};
 use self::{
     cost::TargetClock,
     interim::Baseline,
+    reading::{Reading, gathering},
     sinks::{Sinks, Wanted},
     targets::{Targets, Variables},
 };
 use crate::{
-    attach::{AttachError, Counters, Events, Session},
+    attach::{AttachError, Events, Session},
     cli::Recording,
     decode::{Body, decode},
-    layout::Layout,
-    model::{BlindTime, Context, End, Ends, Model, Options},
-    probes::{Change, Hook, Plan, Probe},
-    routes,
+    model::{Context, End, Model, Options},
+    probes::{Change, Plan, Probe},
     signals::OwnSignal,
     silence,
-    stats::{self, Capture as CaptureStats, Integrity, Stats, cost::Cost},
-    stats_schema, summary,
-    target::printable,
+    stats::{self, Integrity, Stats},
+    summary,
 };
 
 /// How a capture begins.
@@ -84,50 +84,6 @@ struct Capture {
     recording: Recording,
     /// Stands before what is printed at the end.
     heading: String,
-}
-
-/// What the probes have counted.
-#[derive(Clone, Copy, Debug)]
-struct Raw {
-    /// Hits of the probes on ids of experts.
-    entered: u64,
-    counters: Counters,
-}
-
-impl Raw {
-    /// The same, when copies that are still awaited belong to what comes after.
-    fn with_awaited_after(self) -> Self {
-        let mut counters = self.counters;
-        let get = |counter| counters.get(counter);
-        let arrived =
-            get(Counter::FetchedIds) + get(Counter::DeviceIds) + get(Counter::CallbackIds);
-        let known = arrived + get(Counter::IdsCopiesLost);
-        let asked_for = &mut counters.0[Counter::IdsCopies as usize];
-        *asked_for = known.min(*asked_for);
-        Self { counters, ..self }
-    }
-
-    fn since(self, before: Raw) -> Self {
-        let Counters(mut counters) = self.counters;
-        for (counter, before) in counters.iter_mut().zip(before.counters.0) {
-            *counter = counter.saturating_sub(before);
-        }
-        Self {
-            entered: self.entered.saturating_sub(before.entered),
-            counters: Counters(counters),
-        }
-    }
-}
-
-/// How we come to know of events.
-#[derive(Clone, Copy, Debug)]
-enum Reading {
-    /// The next one wakes us.
-    Woken,
-    /// We will look by ourselves.
-    Waiting { due: Instant, wake_up: WakeUp },
-    /// We do.
-    Looking { wake_up: WakeUp },
 }
 
 impl Capture {
@@ -247,77 +203,6 @@ impl Capture {
     fn problem(&mut self, problem: String) {
         say!("{problem}");
         self.problems.push(problem);
-    }
-
-    /// Waits until events are to be taken, or written. Where `more` are there, it only lets others through,
-    /// and waits for the trace, whose rows must not fill our memory. It may be broken off, and begun again.
-    async fn events_due(&mut self, more: bool) -> anyhow::Result<()> {
-        if let Some(trace) = &self.sinks.trace {
-            trace.has_room().await;
-        }
-        if more {
-            tokio::task::yield_now().await;
-            return Ok(());
-        }
-        let Some(trace) = &self.sinks.trace else {
-            return self.events_came().await;
-        };
-        let Some(due) = trace.due() else {
-            return self.events_came().await;
-        };
-        tokio::select! {
-            came = self.events_came() => came,
-            () = tokio::time::sleep_until(due.into()) => Ok(()),
-        }
-    }
-
-    /// Waits until there may be events.
-    ///
-    /// To be woken costs the thread that was hit more than the hit. So the first event wakes us, and from
-    /// then on we look by ourselves now and then, until twice nothing has come: the second time, since a
-    /// hit that was under way can have left an event and woken nobody. Whatever comes after that wakes us
-    /// in any case.
-    async fn events_came(&mut self) -> anyhow::Result<()> {
-        loop {
-            match self.reading {
-                Reading::Woken => {
-                    self.events.readable_mut().await?.clear_ready();
-                    if !self.gathering.is_zero() {
-                        self.session.set_wake_up(WakeUp::Never)?;
-                        let wake_up = WakeUp::Never;
-                        self.reading = Reading::Looking { wake_up };
-                        self.taken = 0;
-                    }
-                    return Ok(());
-                }
-                Reading::Waiting { due, wake_up } => {
-                    // Some events wake us in any case: those of a process that may soon be gone.
-                    tokio::select! {
-                        () = tokio::time::sleep_until(due.into()) => {}
-                        woken = self.events.readable_mut() => woken?.clear_ready(),
-                    }
-                    self.reading = Reading::Looking { wake_up };
-                    self.taken = 0;
-                    return Ok(());
-                }
-                Reading::Looking { wake_up } => match (self.taken, wake_up) {
-                    (1.., _) => self.look_again(WakeUp::Never)?,
-                    (0, WakeUp::Never) => self.look_again(WakeUp::Always)?,
-                    (0, _) => self.reading = Reading::Woken,
-                },
-            }
-        }
-    }
-
-    /// Looks for events once more after some time, whether they wake us or not.
-    fn look_again(&mut self, wake_up: WakeUp) -> Result<(), AttachError> {
-        let is_so = matches!(self.reading, Reading::Looking { wake_up: now } if now == wake_up);
-        if !is_so {
-            self.session.set_wake_up(wake_up)?;
-        }
-        let due = Instant::now() + self.gathering;
-        self.reading = Reading::Waiting { due, wake_up };
-        Ok(())
     }
 
     /// Takes some of the events that are there. Gives whether those were all.
@@ -451,41 +336,6 @@ impl Capture {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-    }
-
-    /// What the probes have counted since the capture began.
-    fn raw(&self) -> Result<Raw, AttachError> {
-        let counters = self.session.counters()?;
-        let of_ids = |probe: &&Probe| probe.hook == Hook::ExpertIds;
-        let hits = self.hooks.iter().filter(of_ids);
-        let entered: Result<u64, _> = hits.map(|probe| self.session.hits(probe)).sum();
-        Ok(Raw {
-            entered: entered?,
-            counters,
-        })
-    }
-
-    /// What the probes have counted, held against what has arrived, since counting began.
-    fn integrity_of(&self, raw: Raw) -> Integrity {
-        let Raw { entered, counters } = match self.baseline {
-            Some(baseline) => raw.since(baseline.raw),
-            None => raw,
-        };
-        Integrity::new(
-            entered,
-            &counters,
-            self.model.received(),
-            self.model.from_logits(),
-            self.recording.ring_bytes(self.plan.reads_logits()),
-        )
-    }
-
-    /// What has gone wrong up to now, and costs completeness.
-    fn all_problems(&self) -> Result<Vec<String>, AttachError> {
-        let mut problems = self.problems.clone();
-        problems.extend(self.blind_time_problems());
-        problems.extend(self.unknown_layouts()?);
-        Ok(problems)
     }
 
     /// Ends the capture: writes the document, then the summary, which a Ctrl-C cuts short. Gives
@@ -623,224 +473,6 @@ impl Capture {
             }
         }
     }
-
-    fn stats(
-        &self,
-        integrity: Integrity,
-        cost: Cost,
-        why: &'static str,
-        duration: Duration,
-    ) -> anyhow::Result<Stats> {
-        let counted = |context: &&Context| context.passes > 0;
-        let contexts: Vec<&Context> = self.model.contexts().iter().filter(counted).collect();
-        let main = stats::main_context(&contexts);
-        let tensor_layouts = self
-            .plan
-            .of(Hook::ExpertIds)
-            .map(|probe| {
-                let shown = self.session.candidate_layout(probe.site.source)?;
-                Ok(Layout::new(probe.declared, shown))
-            })
-            .collect::<Result<_, AttachError>>()?;
-        let hooks = self
-            .hooks
-            .iter()
-            .map(|probe| {
-                Ok(stats::HookStats {
-                    probe: probe.clone(),
-                    hits: self.session.hits(probe)?,
-                })
-            })
-            .collect::<Result<Vec<_>, AttachError>>()?;
-        let (started, _) = self.started.context("the capture has not started")?;
-        let processes = self.targets.describe(self.pid.get());
-        let models_of = |context: &Context| self.targets.models.indices_of(context.process);
-        let of_process: Vec<Vec<usize>> = contexts.iter().map(|of| models_of(of)).collect();
-        let not_visible = self.not_visible();
-        let models = self.targets.models.files().to_vec();
-        let main_target = self.targets.main.describe(self.pid.get());
-        Ok(Stats {
-            schema: stats::Schema {
-                name: stats_schema::NAME,
-                version: stats_schema::VERSION,
-            },
-            tool: stats::Tool {
-                name: env!("CARGO_PKG_NAME"),
-                version: env!("CARGO_PKG_VERSION"),
-            },
-            target: stats::Target {
-                process: main_target,
-                hooks,
-                tensor_layouts,
-                eval_callbacks: self.targets.eval_callbacks.clone(),
-            },
-            capture: CaptureStats {
-                mode: self.mode(),
-                started: humantime::format_rfc3339_millis(started).to_string(),
-                duration_s: duration.as_secs_f64(),
-                ended: why,
-                counted_since: self
-                    .baseline
-                    .map(|of| humantime::format_rfc3339_millis(of.since).to_string()),
-                include_warmup: self.recording.include_warmup,
-                attached_by: self.session.attached_by(),
-                routes: self.plan.routes().iter().map(routes::name).collect(),
-                late_libraries: self.late_libraries(),
-            },
-            processes,
-            layers_context: main,
-            layers: main.map_or_else(Vec::new, |main| stats::specified_layers(contexts[main])),
-            contexts: contexts
-                .iter()
-                .enumerate()
-                .map(|(id, context)| {
-                    let of_process = &of_process[id];
-                    stats::context_stats(id, context, &models, of_process, self.pid_of(context))
-                })
-                .collect(),
-            not_visible,
-            excluded: stats::excluded_list(&self.model.excluded()),
-            models,
-            trace: None,
-            integrity,
-            cost,
-        }
-        .explained(&|pid| self.targets.options(pid, self.pid.get())))
-    }
-
-    /// Contexts that computed something, or may have, and of which nothing is counted.
-    fn not_visible(&self) -> Vec<stats::NotVisible> {
-        let contexts = self.model.contexts().iter();
-        let readable: BTreeSet<u32> = contexts
-            .clone()
-            .filter(|context| context.reads_ubatches())
-            .map(|context| context.process)
-            .collect();
-        let (seen, unseen): (Vec<&Context>, Vec<&Context>) =
-            contexts.partition(|context| context.passes > 0);
-        let not_known = |context: &Context| match readable.contains(&context.process) {
-            true => context.passes_unread(),
-            false => context.passes_not_known(),
-        };
-        let computed = |context: &Context| context.not_visible(Ends::default()).passes > 0;
-        let unseen: Vec<&Context> = unseen
-            .into_iter()
-            .filter(|context| computed(context) || not_known(context) > 0)
-            .collect();
-        let models = self.targets.models.files();
-        let model_of = |context: &Context| {
-            let of_process = self.targets.models.indices_of(context.process);
-            let has_nextn = |model: &&usize| models[**model].shape.nextn_predict_layers > 0;
-            let nextn: Vec<usize> = of_process.iter().filter(has_nextn).copied().collect();
-            let beside = |other: &&&Context| other.process == context.process;
-            let fitting = |other: &&Context| stats::fitting_models(other, models, &of_process);
-            let in_part = |other: &&Context| other.not_visible(Ends::default()).passes > 0;
-            let in_part = seen.iter().filter(beside).any(in_part);
-            let seen: Vec<Vec<usize>> = seen.iter().filter(beside).map(fitting).collect();
-            let known = stats::unseen::Known {
-                models: &of_process,
-                nextn: &nextn,
-                seen: &seen,
-                unseen: unseen.iter().filter(beside).count(),
-            };
-            let model = stats::unseen::model(&known, computed(context))?;
-            // Where a device can hide some passes of a model, what is left need not be another one.
-            let is_dense = models[model].shape.moe_layers.is_empty();
-            let options = || self.targets.options(self.pid_of(context), self.pid.get());
-            let hides = in_part || is_dense && options().has_device(None);
-            let is_only = of_process.len() == 1;
-            (is_only || !hides).then_some(model)
-        };
-        unseen
-            .iter()
-            .map(|context| {
-                let (pid, model) = (self.pid_of(context), model_of(context));
-                stats::unseen_context(context, not_known(context), models, model, pid)
-            })
-            .collect()
-    }
-
-    /// Libraries whose probe was hit, and in which nothing was recognised, beside others in which
-    /// something was.
-    fn unknown_layouts(&self) -> Result<Vec<String>, AttachError> {
-        let mut unknown = Vec::new();
-        let mut any_known = false;
-        for probe in self
-            .hooks
-            .iter()
-            .filter(|probe| probe.hook == Hook::ExpertIds)
-        {
-            let hits = self.session.hits(probe)?;
-            if hits == 0 {
-                continue;
-            }
-            let shown = self.session.candidate_layout(probe.site.source)?;
-            if Layout::new(probe.declared, shown).found_by.is_some() {
-                any_known = true;
-            } else {
-                unknown.push(format!(
-                    "{hits} hits in {}, whose layout is not known: nothing of it was read",
-                    printable(probe.file.as_ref())
-                ));
-            }
-        }
-        // Of the only one, the counters tell more.
-        if !any_known {
-            unknown.clear();
-        }
-        Ok(unknown)
-    }
-
-    /// Process of a context, in our PID namespace where that is known.
-    fn pid_of(&self, context: &Context) -> u32 {
-        pid_of(context, self.first_process, self.pid.get())
-    }
-
-    fn late_libraries(&self) -> Vec<stats::LateLibraries> {
-        let times = self.model.blind_times().iter();
-        times
-            .filter_map(|time| {
-                let blind_ns = time.until_ns?.saturating_sub(time.from_ns);
-                Some(stats::LateLibraries {
-                    files: time.files.clone(),
-                    blind_ms: blind_ns as f64 / 1e6,
-                    passes: self.saw_passes_before(time).then_some(time.passes),
-                })
-            })
-            .collect()
-    }
-
-    /// Whether passes could be seen when these libraries came.
-    fn saw_passes_before(&self, time: &BlindTime) -> bool {
-        let mut hooks = self.hooks.iter();
-        hooks.any(|probe| {
-            let begins_passes = matches!(probe.hook, Hook::PassBegin | Hook::Context);
-            begins_passes && !time.files.contains(&probe.file)
-        })
-    }
-
-    /// What may have run between the loading of libraries and their probing costs completeness.
-    fn blind_time_problems(&self) -> Vec<String> {
-        let problem = |late: stats::LateLibraries| {
-            let files = late.files.join(", ");
-            let ms = late.blind_ms;
-            match late.passes {
-                Some(0) => None,
-                Some(passes) => Some(format!(
-                    "{passes} passes began in the {ms:.1} ms between the loading of {files} and its \
-                     probing: their routing is missing"
-                )),
-                None => Some(format!(
-                    "whether tokens were routed in the {ms:.1} ms between the loading of {files} and \
-                     its probing is not known"
-                )),
-            }
-        };
-        self.late_libraries()
-            .into_iter()
-            .filter_map(problem)
-            .collect()
-    }
 }
 
 /// Process of a context. `first` is what the initial PID namespace calls the main one, if there can be
@@ -849,19 +481,6 @@ fn pid_of(context: &Context, first: Option<u32>, main: u32) -> u32 {
     match first {
         Some(first) if first != context.process => context.process,
         _ => main,
-    }
-}
-
-/// How long events are left in a ring buffer of this size: not so long that somebody who reads the log would
-/// notice. One that fills up wakes us; in a small one, that would be too late.
-fn gathering(ring_bytes: u32) -> Duration {
-    const UNNOTICED: Duration = Duration::from_millis(40);
-    /// Rows take more than a nanosecond for a byte, so that the rest of it lasts for longer than we take
-    /// to wake up.
-    const SMALLEST: u32 = 2 << 20;
-    match ring_bytes {
-        SMALLEST.. => UNNOTICED,
-        _ => Duration::ZERO,
     }
 }
 

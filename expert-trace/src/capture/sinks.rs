@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use super::trace::{self, Trace};
 use crate::{
@@ -17,6 +17,7 @@ use crate::{
     doctor::Refusal,
     export::{LogFile, Output, pattern},
     summary::Log,
+    target::printable,
     trace::Capture,
 };
 
@@ -43,6 +44,19 @@ impl Wanted {
     pub fn names_process(&self, recording: &Recording) -> bool {
         self.files(recording)
             .any(|path| pattern::tells_processes_apart(path))
+    }
+
+    /// Refuses a socket where a file is to be: whatever is written last would take its place.
+    fn check_control(&self, recording: &Recording, pid: u32, path: &Path) -> anyhow::Result<()> {
+        let mut files = self.names(recording, pid);
+        let trace = recording.trace.iter();
+        files.extend(trace.map(|path| pattern::of_process(path, pid)));
+        ensure!(
+            !files.iter().any(|file| file == path),
+            "{} would be the socket and a file; name two",
+            printable(path)
+        );
+        Ok(())
     }
 
     /// Names of the files of a process beside its trace.
@@ -104,11 +118,11 @@ fn check(
         && !is_fifo(&path)
     {
         let names = wanted.names(recording, pid);
-        let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
         trace::Opened::check(path, recording, account, output.as_ref(), &names)?;
     }
     if let Some(path) = &recording.control {
         let path = pattern::of_process(path, pid);
+        wanted.check_control(recording, pid, &path)?;
         Control::check(&path, account).with_context(|| no_socket(&path))?;
     }
     Ok(())
@@ -174,7 +188,6 @@ impl Sinks {
                 let output = output.as_ref().map(|(_, output)| output);
                 let others = (output, log_file.as_ref());
                 let names = wanted.names(recording, pid);
-                let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
                 Some(trace::Opened::new(
                     path, recording, account, others, &names,
                 )?)
@@ -198,6 +211,7 @@ impl Sinks {
                 .as_ref()
                 .map(|path| {
                     let path = pattern::of_process(path, pid);
+                    wanted.check_control(recording, pid, &path)?;
                     Control::listen(&path, account).with_context(|| no_socket(&path))
                 })
                 .transpose()?,

@@ -79,7 +79,7 @@ impl Place {
     }
 
     /// Refuses other outputs that one of the files would overwrite.
-    fn check_others(&self, others: &[&Path]) -> anyhow::Result<()> {
+    fn check_others(&self, others: &[PathBuf]) -> anyhow::Result<()> {
         match others.iter().find(|other| self.has_part(other)) {
             Some(other) => bail!(
                 "{} is the name of one of the trace's files ({}): name another",
@@ -112,7 +112,7 @@ impl Opened {
         recording: &Recording,
         account: &Account,
         others: (Option<&Output>, Option<&LogFile>),
-        names: &[&Path],
+        names: &[PathBuf],
     ) -> anyhow::Result<Self> {
         let place = Place {
             path,
@@ -146,7 +146,7 @@ impl Opened {
         recording: &Recording,
         account: &Account,
         output: Option<&Output>,
-        names: &[&Path],
+        names: &[PathBuf],
     ) -> anyhow::Result<()> {
         let place = Place {
             path,
@@ -342,7 +342,7 @@ mod tests {
         ] {
             assert_eq!(rotated.has_part(&path(name)), is_part, "{name}");
             assert!(!place(None).has_part(&path(name)));
-            assert_eq!(rotated.check_others(&[&path(name)]).is_err(), is_part);
+            assert_eq!(rotated.check_others(&[path(name)]).is_err(), is_part);
         }
         let within = directory
             .path()

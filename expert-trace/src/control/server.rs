@@ -190,7 +190,13 @@ fn bound(path: &Path) -> io::Result<net::UnixListener> {
     let descriptor = unnamed(SockFlag::empty())?;
     // `unix_bind_bsd` (net/unix/af_unix.c) gives the file the mode of the socket, less the umask.
     fchmod(&descriptor, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    bind(descriptor.as_raw_fd(), &UnixAddr::new(path)?)?;
+    bind(descriptor.as_raw_fd(), &UnixAddr::new(path)?).map_err(|error| match error {
+        Errno::ENOENT => io::Error::new(
+            io::ErrorKind::NotFound,
+            "its directory is not there; create it first",
+        ),
+        error => error.into(),
+    })?;
     listen(&descriptor, Backlog::new(CONNECTIONS as i32)?)?;
     Ok(descriptor.into())
 }
@@ -222,7 +228,7 @@ async fn serve(stream: &UnixStream, owner: u32, asks: &mpsc::Sender<Asked>) -> i
     let (_open, over) = oneshot::channel();
     let mut requests = Request::ALL.into_iter();
     let answer = if ![0, owner].contains(&peer) {
-        refusal("this capture is somebody else's")
+        refusal("this capture is somebody else's: ask as its owner, or as root")
     } else if let Some(request) = requests.find(|request| request.name().as_bytes() == line) {
         ask(request, over, asks).await
     } else {

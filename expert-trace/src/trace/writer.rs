@@ -286,3 +286,37 @@ fn write_messages(
     }
     stream.finish()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::trace::Kind;
+
+    #[test]
+    fn each_file_counts_its_own_bytes_and_rows() {
+        let files = [(); 2].map(|()| tempfile::NamedTempFile::new().unwrap());
+        let open = |index: usize| files[index].reopen().unwrap();
+        let capture = Capture::default();
+        let mut writer = Writer::begin(open(0), &capture).unwrap();
+        assert!(!writer.has_rows());
+        let first = Arc::clone(&writer.bytes);
+        let experts: Vec<u16> = (0..1000).collect();
+        for _ in 0..1000 {
+            writer.push(&Row {
+                experts: &experts,
+                ..Row::of(Kind::Routed)
+            });
+        }
+        assert!(writer.has_rows());
+        // Its rows are still to be written.
+        writer.next_part(open(1), &capture);
+        assert!(!writer.has_rows());
+        let second = Arc::clone(&writer.bytes);
+        let all = writer.finish().unwrap();
+        let counted = [first, second].map(|bytes| bytes.load(Ordering::Relaxed));
+        let sizes = files.map(|file| fs::metadata(file.path()).unwrap().len());
+        assert_eq!((counted, all), (sizes, sizes.iter().sum()));
+    }
+}

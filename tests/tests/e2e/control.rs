@@ -165,12 +165,19 @@ fn places_of_others_stay_theirs() {
     for (name, why) in [
         ("file", "is no socket"),
         ("served", "another program that runs"),
-        ("no/socket", "No such file"),
+        ("no/socket", "create it first"),
     ] {
         let error = attach(&target, &at(name)).err().unwrap().to_string();
         assert!(error.contains(why) && error.contains(name), "{error}");
     }
     assert_eq!(fs::read_to_string(at("file")).unwrap(), "kept");
+    let both = at("both").display().to_string();
+    let error = Attached::to(target.pid(), &["--control", &both, "-o", &both]);
+    let error = error.err().unwrap().to_string();
+    assert!(
+        error.contains("name two") && !at("both").exists(),
+        "{error}"
+    );
     for (name, status) in [("file", 1), ("served", 1), ("free", 0)] {
         let mut dry = tracer::command().unwrap();
         dry.args(["attach", "--dry-run", "--pid", &target.pid().to_string()]);

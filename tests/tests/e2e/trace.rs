@@ -469,6 +469,28 @@ fn a_trace_of_several_files() {
     assert_same_counts(&stats, &all);
 }
 
+/// What was recorded up to then is in the files before.
+#[test]
+fn a_file_that_cannot_be_begun_ends_the_trace_and_loses_nothing() {
+    let known = known_small();
+    let directory = scratch();
+    let at = |name: &str| directory.path().join(name);
+    fs::create_dir(at("routes.0001.arrows")).unwrap();
+    let mut target = Oracle::spawn(&mut driver(&known.path, &["-t", "1", "-c", "4096"])).unwrap();
+    let option = format!("--trace={}", at("routes.arrows").display());
+    let mut tracer = Attached::to(target.pid(), &[&option, "--rotate=1K"]).unwrap();
+    target.command("prompt 0 100 20").unwrap();
+    // Until the next pass begins, nobody knows that this one is over.
+    target.command("decode 0 3").unwrap();
+    tracer.wait_for("the trace ends here").unwrap();
+    let said = tracer.interrupt().unwrap();
+    assert!(said.contains("INCOMPLETE"), "{said}");
+    assert!(target.quit().unwrap().success());
+    let (rows, _) = read(&at("routes.0000.arrows"));
+    let layers = known.expected.layers() as usize;
+    assert_eq!(routed(&rows).count(), 100 * (layers - 1) + 1);
+}
+
 #[test]
 fn a_full_disk_ends_the_trace_and_not_the_capture() {
     let directory = scratch();

@@ -59,6 +59,12 @@ pub enum Kind {
     /// Routed rows of the second block of experts that a layer has (GroveMoE). Payload as of
     /// [`Kind::Rows`].
     SecondBlock = 14,
+    /// As [`Kind::Rows`], with the router's weights, where [`CONTROL_WEIGHTS`] asks for them. Payload:
+    /// `rows × k` expert ids as there, then `rows × k` `f32` in the same order: what GET_ROWS gathers
+    /// to `ffn_moe_weights-N`.
+    WeightedRows = 15,
+    /// The same of a second block of experts.
+    WeightedSecondBlock = 16,
 }
 
 impl Kind {
@@ -79,6 +85,8 @@ impl Kind {
             12 => Self::Selection,
             13 => Self::EvalCallback,
             14 => Self::SecondBlock,
+            15 => Self::WeightedRows,
+            16 => Self::WeightedSecondBlock,
             _ => return None,
         })
     }
@@ -382,8 +390,10 @@ pub const CONTROL_LONE_SITE: u32 = 11;
 pub const CONTROL_ZERO: u32 = 12;
 /// Whether token ids of all passes are read; index 13 of the map `CONTROL`.
 pub const CONTROL_TOKENS: u32 = 13;
+/// Whether router weights are read beside expert ids; index 14 of the map `CONTROL`.
+pub const CONTROL_WEIGHTS: u32 = 14;
 /// Entries of the map `CONTROL`.
-pub const CONTROL_ENTRIES: u32 = 14;
+pub const CONTROL_ENTRIES: u32 = 15;
 
 /// Whether a record wakes the tracer: the flags of `bpf_ringbuf_submit` (include/uapi/linux/bpf.h).
 #[repr(u32)]

@@ -311,6 +311,7 @@ fn arrived<C: EbpfContext>(ctx: &C, source: u32, awaited: &Awaited) {
             source,
             tensor,
             data: Address(awaited.host),
+            weights: None,
         },
     );
 }

@@ -12,16 +12,19 @@ use core::ptr;
 
 use aya_ebpf::programs::ProbeContext;
 use expert_trace_common::{
-    Counter, Header, Kind, LAYOUT_DECLARED, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS, Route,
-    TENSOR_LAYOUTS, TensorLayout, payload,
+    CONTROL_WEIGHTS, Counter, Header, Kind, LAYOUT_DECLARED, MAX_WARMUP_PASSES, MAX_WARMUP_TOKENS,
+    Route, TENSOR_LAYOUTS, TensorLayout, payload,
 };
 
 use crate::{
-    maps::{DECLARED, EVENTS, LAYOUT, Record, THREADS, any_is_early, count, is_read, wake_up},
+    maps::{
+        DECLARED, EVENTS, LAYOUT, Record, THREADS, any_is_early, control, count, is_read, wake_up,
+    },
     pass::header,
     rows::{Routed, emit_routed},
     target::{Address, process_and_thread},
     tensor::{DataAndName, Gather, Name, Shape, TYPE_I32, ids_layer, layer_behind, source},
+    weights::Gathered,
 };
 
 const TOKENS: &[u8; 11] = b"inp_tokens\0";
@@ -112,8 +115,21 @@ pub fn on_get_rows(ctx: &ProbeContext, source: u32, params: Address, dst: Addres
             source,
             tensor: index,
             data: Address(tensor.data),
+            weights: weights_of(dst, &layout),
         },
     );
+}
+
+/// The weights that `dst` gathers, where they are wanted.
+#[inline(always)]
+fn weights_of(dst: Address, layout: &TensorLayout) -> Option<Gathered> {
+    if control(CONTROL_WEIGHTS) == 0 {
+        return None;
+    }
+    Some(Gathered {
+        tensor: source(dst, layout, 0)?,
+        data: layout.data,
+    })
 }
 
 /// Tries the candidates until a tensor shows a name that is only there when the offsets are right.

@@ -41,6 +41,7 @@ mod rows;
 mod split;
 mod target;
 mod tensor;
+mod weights;
 
 use aya_ebpf::{
     helpers::bpf_ktime_get_ns,

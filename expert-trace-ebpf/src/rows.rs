@@ -14,6 +14,7 @@ use crate::{
     pass::{NEW_THREAD, header, insert_thread},
     target::{Address, process_and_thread, thread},
     tensor::{ELEMENT_SIZE, Shape, TYPE_F32, TYPE_I32},
+    weights::{Gathered, emit_weighted},
 };
 
 /// A tensor that tells the routing of a layer.
@@ -27,6 +28,8 @@ pub struct Routed {
     pub tensor: Address,
     /// Where its elements are on the host; for a tensor on a device not its own `data`.
     pub data: Address,
+    /// What the ids gather, where that is wanted, too.
+    pub weights: Option<Gathered>,
 }
 
 /// Emits all rows of a tensor.
@@ -39,6 +42,7 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
         source,
         tensor,
         data,
+        weights,
     } = *routed;
     if !is_read(route) {
         return;
@@ -103,6 +107,8 @@ pub fn emit_routed<C: EbpfContext>(ctx: &C, routed: &Routed) {
     if element_stride != ELEMENT_SIZE {
         walk.chunk_rows = 1;
         run_chunks(rows.max(1), scattered_chunk, &mut walk);
+    } else if let Some(gathered) = weights {
+        emit_weighted(&mut walk, gathered);
     } else if rows <= 1 && walk.row_bytes as usize <= payload::SMALL {
         // One row of a decoded token, or a record without a row.
         emit_rows::<{ payload::SMALL }>(&walk, (0, rows), |to| {
@@ -131,7 +137,7 @@ fn one_by_one(walk: &mut RowsWalk) {
 /// Emits a record of rows, with room for `PAYLOAD` bytes of them, which `fill` puts there. Returns 0 (for
 /// `bpf_loop`: to go on).
 #[inline(always)]
-fn emit_rows<const PAYLOAD: usize>(
+pub fn emit_rows<const PAYLOAD: usize>(
     walk: &RowsWalk,
     (first_row, rows): (u32, u32),
     fill: impl FnOnce(*mut u8) -> Option<()>,
@@ -253,21 +259,23 @@ fn current_pass(layer: u16, route: u8) -> ThreadState {
     *state
 }
 
+/// Rows of a tensor on their way to records.
 #[repr(C)]
-struct RowsWalk {
-    header: Header,
-    data: Address,
+pub struct RowsWalk {
+    pub header: Header,
+    pub data: Address,
     /// Bytes of one row that count: k elements.
-    row_bytes: u32,
-    chunk_rows: u32,
+    pub row_bytes: u32,
+    /// Rows of a record.
+    pub chunk_rows: u32,
     element_stride: u64,
-    row_stride: u64,
+    pub row_stride: u64,
 }
 
 impl RowsWalk {
     /// First row and number of rows of the `index`th record.
     #[inline(always)]
-    fn chunk(&self, index: u32) -> (u32, u32) {
+    pub fn chunk(&self, index: u32) -> (u32, u32) {
         let first_row = index * self.chunk_rows;
         let rows = self
             .chunk_rows
@@ -291,19 +299,20 @@ impl RowsWalk {
 
 /// Pieces of the target's memory that go to a record side by side.
 #[repr(C)]
-struct Copy {
-    to: *mut u8,
-    from: Address,
+pub struct Copy {
+    pub to: *mut u8,
+    pub from: Address,
     /// Bytes from the start of a piece to the start of the next.
-    stride: u64,
+    pub stride: u64,
     /// Bytes of a piece.
-    bytes: u32,
-    failed: u32,
+    pub bytes: u32,
+    /// Not 0 when one could not be copied.
+    pub failed: u32,
 }
 
 impl Copy {
     #[inline(always)]
-    fn run(&mut self, pieces: u32, copy: extern "C" fn(u32, *mut Copy) -> i64) -> Option<()> {
+    pub fn run(&mut self, pieces: u32, copy: extern "C" fn(u32, *mut Copy) -> i64) -> Option<()> {
         if pieces > 0 {
             run_chunks(pieces, copy, self);
         }
@@ -316,7 +325,7 @@ impl Copy {
 /// Copies the `index`th piece, of at most `PIECE` bytes, to a payload of `PAYLOAD` bytes. A callback,
 /// which the verifier looks at once, where it would walk through each turn of a loop.
 #[inline(never)]
-extern "C" fn copy_piece<const PAYLOAD: usize, const PIECE: usize>(
+pub extern "C" fn copy_piece<const PAYLOAD: usize, const PIECE: usize>(
     index: u32,
     copy: *mut Copy,
 ) -> i64 {

@@ -107,6 +107,7 @@ pub fn on_split(ctx: &ProbeContext, source: u32, cgraph: Address) {
             source,
             tensor: found,
             data: Address(data),
+            weights: None,
         },
     );
 }
@@ -233,6 +234,7 @@ pub fn on_split_done<C: EbpfContext>(ctx: &C, source: u32, status: i32) {
             source,
             tensor: Address(ahead.tensor),
             data: Address(ahead.data),
+            weights: None,
         },
     );
 }

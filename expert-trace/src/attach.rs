@@ -27,8 +27,9 @@ use aya::{
 use expert_trace_common::{
     CONTROL_ACTIVE, CONTROL_EXIT_CODE_OFFSET, CONTROL_FIRST_CHILD, CONTROL_FOLLOW,
     CONTROL_LONE_SITE, CONTROL_NAMESPACE, CONTROL_ROUTES, CONTROL_SCHEDULERS, CONTROL_TGID_OFFSET,
-    CONTROL_TOKENS, CONTROL_TRACER, CONTROL_WAKE_UP, COUNTERS, Counter, DeclaredLayout, Follow,
-    LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, ProbeCounts, TENSOR_LAYOUTS, WakeUp,
+    CONTROL_TOKENS, CONTROL_TRACER, CONTROL_WAKE_UP, CONTROL_WEIGHTS, COUNTERS, Counter,
+    DeclaredLayout, Follow, LAYOUT_DECLARED, MAX_PROBES, MAX_SOURCES, ProbeCounts, TENSOR_LAYOUTS,
+    WakeUp,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -494,6 +495,14 @@ impl Session {
     /// When the map cannot be written.
     pub fn read_tokens(&mut self) -> Result<(), AttachError> {
         self.set(CONTROL_TOKENS, 1)
+    }
+
+    /// Has the BPF programs read the router's weights beside expert ids, where both are on the host.
+    ///
+    /// # Errors
+    /// When the map cannot be written.
+    pub fn read_weights(&mut self) -> Result<(), AttachError> {
+        self.set(CONTROL_WEIGHTS, 1)
     }
 
     /// Tells the BPF programs whether schedulers are probed. Not before they are: a pass that has begun

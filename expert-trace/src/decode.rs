@@ -22,10 +22,10 @@ pub struct Event<'a> {
 /// What an event brings beside its header.
 #[derive(Clone, Copy, Debug)]
 pub enum Body<'a> {
-    /// `header.rows` × `header.k` expert ids, in router order within a row.
-    Rows(Numbers<'a>),
+    /// `header.rows` × `header.k` choices.
+    Rows(Choices<'a>),
     /// The same, of the second block of experts that the layer has.
-    SecondBlock(Numbers<'a>),
+    SecondBlock(Choices<'a>),
     /// `header.rows` × `header.k` values to choose experts by, one per expert.
     Scores(Scores<'a>),
     /// Rows of a pass' ubatch; a pass begins where `header.first_row` is 0.
@@ -78,18 +78,33 @@ impl<'a> Numbers<'a> {
     }
 }
 
+/// Experts that were chosen, row by row, in router order within a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Choices<'a> {
+    /// Which.
+    pub ids: Numbers<'a>,
+    /// The router's weight of each, before it is normalised or scaled, where it was asked for and could be
+    /// read.
+    pub weights: Option<Floats<'a>>,
+}
+
 /// What experts are chosen by.
 #[derive(Clone, Copy, Debug)]
 pub struct Scores<'a> {
     /// What they are.
     pub stage: Stage,
-    values: &'a [u8],
+    /// One for each expert, row by row.
+    pub values: Floats<'a>,
 }
 
-impl<'a> Scores<'a> {
-    /// The values, row by row.
+/// 32-bit floating-point numbers of a payload.
+#[derive(Clone, Copy, Debug)]
+pub struct Floats<'a>(&'a [u8]);
+
+impl<'a> Floats<'a> {
+    /// The numbers, in order.
     pub fn iter(self) -> impl ExactSizeIterator<Item = f32> + 'a {
-        self.values
+        self.0
             .as_chunks()
             .0
             .iter()
@@ -131,6 +146,8 @@ pub fn decode(bytes: &[u8]) -> Result<Event<'_>, Malformed> {
     let body = match kind {
         Kind::Rows => Body::Rows(ids(&header, payload)?),
         Kind::SecondBlock => Body::SecondBlock(ids(&header, payload)?),
+        Kind::WeightedRows => Body::Rows(weighted(&header, payload)?),
+        Kind::WeightedSecondBlock => Body::SecondBlock(weighted(&header, payload)?),
         Kind::Logits => scores(Stage::Logits, &header, payload)?,
         Kind::BiasedLogits => scores(Stage::BiasedLogits, &header, payload)?,
         Kind::Probs => scores(Stage::Probs, &header, payload)?,
@@ -175,12 +192,12 @@ fn routed<'a>(header: &Header, payload: &'a [u8]) -> Result<&'a [u8], Malformed>
 }
 
 fn scores<'a>(stage: Stage, header: &Header, payload: &'a [u8]) -> Result<Body<'a>, Malformed> {
-    let values = routed(header, payload)?;
+    let values = Floats(routed(header, payload)?);
     Ok(Body::Scores(Scores { stage, values }))
 }
 
 #[inline]
-fn ids<'a>(header: &Header, payload: &'a [u8]) -> Result<Numbers<'a>, Malformed> {
+fn ids<'a>(header: &Header, payload: &'a [u8]) -> Result<Choices<'a>, Malformed> {
     let ids = Numbers(routed(header, payload)?);
     let bound = expert_bound(header);
     // The sign of this is set when any is negative or beyond. There is no branch in it, so that many ids
@@ -189,12 +206,23 @@ fn ids<'a>(header: &Header, payload: &'a [u8]) -> Result<Numbers<'a>, Malformed>
         .iter()
         .fold(0, |signs, id| signs | id | (bound - 1).wrapping_sub(id));
     if signs >= 0 {
-        return Ok(ids);
+        return Ok(Choices { ids, weights: None });
     }
     match ids.iter().find(|id| !(0..bound).contains(id)) {
         Some(id) => Err(Malformed::ExpertId(id)),
-        None => Ok(ids),
+        None => Ok(Choices { ids, weights: None }),
     }
+}
+
+/// The same with the weights that follow all ids of the record.
+fn weighted<'a>(header: &Header, payload: &'a [u8]) -> Result<Choices<'a>, Malformed> {
+    let choices = ids(header, payload)?;
+    let length = choices.ids.0.len();
+    let weights = payload.get(length..2 * length).ok_or(Malformed::Short)?;
+    Ok(Choices {
+        weights: Some(Floats(weights)),
+        ..choices
+    })
 }
 
 fn address(payload: &[u8]) -> Result<u64, Malformed> {
@@ -249,10 +277,31 @@ mod tests {
         let mut payload = ids(&[3, 1, 31, 0]);
         payload.resize(payload::SMALL, 0xff);
         let record = bytes(rows(2, 2, 32), &payload);
-        let Body::Rows(ids) = decode(&record).unwrap().body else {
+        let Body::Rows(Choices { ids, weights }) = decode(&record).unwrap().body else {
             panic!()
         };
         assert_eq!(ids.iter().collect::<Vec<_>>(), [3, 1, 31, 0]);
+        assert!(weights.is_none());
+    }
+
+    #[test]
+    fn weights_follow_all_ids() {
+        let weights = [0.5_f32, -1.0, f32::MIN_POSITIVE, 3.0];
+        let mut payload = ids(&[3, 1, 31, 0]);
+        payload.extend(weights.iter().flat_map(|weight| weight.to_ne_bytes()));
+        let header = Header {
+            kind: Kind::WeightedRows as u8,
+            ..rows(2, 2, 32)
+        };
+        let record = bytes(header, &payload);
+        let Body::Rows(choices) = decode(&record).unwrap().body else {
+            panic!()
+        };
+        assert_eq!(choices.ids.iter().collect::<Vec<_>>(), [3, 1, 31, 0]);
+        let found: Vec<f32> = choices.weights.unwrap().iter().collect();
+        assert_eq!(found, weights);
+        let cut = &record[..record.len() - 1];
+        assert_eq!(decode(cut).unwrap_err(), Malformed::Short);
     }
 
     #[test]
@@ -293,7 +342,7 @@ mod tests {
     #[test]
     fn any_bytes_give_an_answer() {
         // Every kind, with lengths and header bytes that change one at a time.
-        for kind in 0..=15 {
+        for kind in 0..=17 {
             let record = bytes(
                 Header {
                     kind,

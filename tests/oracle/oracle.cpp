@@ -10,7 +10,7 @@
 //
 // Usage: oracle -m MODEL [-t THREADS] [-c N_CTX] [-b N_BATCH] [-ub N_UBATCH] [--dump FILE]
 //               [-ngl LAYERS] [-ot PATTERN=BUFFER_TYPE]... [--op-offload 0|1] [--rpc HOST:PORT]
-//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--lora ADAPTER] [--ops 0|1]
+//               [--count 0|1] [--nextn 0|1] [--dump-second FILE] [--dump-weights FILE] [--lora ADAPTER] [--ops 0|1]
 //
 // Devices are used only when asked for: -ngl, -ot and --op-offload mean what they mean to llama.cpp's
 // programs, and --rpc adds the device of an RPC server. With --count, the eval callback only adds up
@@ -55,6 +55,10 @@
 // written out after each tensor. A pass is the evaluation of one micro-batch: it ends when the layer
 // number does not increase. --dump-second writes the same of the second block of experts that layers of
 // GroveMoE have: the ids that its last weight, `blk.<layer>.ffn_down_chexps`, is multiplied by.
+//
+// --dump-weights writes a line `pass layer block row weight...` per row of a `ffn_moe_weights-<layer>`
+// tensor: each weight as the bits of its float, in hexadecimal; the block is 1 for a second block of
+// experts. It needs a model of several layers with experts.
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -185,6 +189,7 @@ struct Options {
     std::string model;
     std::string dump;
     std::string dump_second;
+    std::string dump_weights;
     std::string lora;
     int threads = 1;
     int n_ctx = 0;
@@ -214,6 +219,8 @@ Options parse_options(int argc, char ** argv) {
             options.dump = value;
         } else if (flag == "--dump-second") {
             options.dump_second = value;
+        } else if (flag == "--dump-weights") {
+            options.dump_weights = value;
         } else if (flag == "--lora") {
             options.lora = value;
         } else if (flag == "-t") {
@@ -255,8 +262,11 @@ Options parse_options(int argc, char ** argv) {
 struct Dump {
     FILE * out = nullptr;
     FILE * second = nullptr;
+    FILE * weights = nullptr;
     int64_t pass = -1;
     int last_layer = -1;
+    int64_t weights_pass = -1;
+    int last_weights_layer = -1;
     std::vector<uint8_t> bytes;
     std::mutex mutex;
     std::unordered_map<int, std::unordered_map<int32_t, uint64_t>> counts;
@@ -279,6 +289,26 @@ void write_rows(FILE * out, Dump & dump, int layer, const ggml_tensor * t) {
     std::fflush(out);
 }
 
+void write_weights(Dump & dump, int layer, const ggml_tensor * t) {
+    const bool second = layer == dump.last_weights_layer;
+    if (dump.weights_pass < 0 || layer < dump.last_weights_layer) {
+        dump.weights_pass++;
+    }
+    dump.last_weights_layer = layer;
+    dump.bytes.resize(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, dump.bytes.data(), 0, dump.bytes.size());
+    for (int64_t row = 0; row < t->ne[2]; row++) {
+        std::fprintf(dump.weights, "%lld %d %d %lld", (long long) dump.weights_pass, layer, second, (long long) row);
+        for (int64_t rank = 0; rank < t->ne[1]; rank++) {
+            uint32_t bits;
+            std::memcpy(&bits, dump.bytes.data() + row * t->nb[2] + rank * t->nb[1], sizeof(bits));
+            std::fprintf(dump.weights, " %08x", bits);
+        }
+        std::fputc('\n', dump.weights);
+    }
+    std::fflush(dump.weights);
+}
+
 // Layer of which the second block of experts ends with this tensor; else -1.
 int second_block(const ggml_tensor * t) {
     int layer;
@@ -291,7 +321,18 @@ int second_block(const ggml_tensor * t) {
 // ggml_backend_sched_eval_callback: asked before (`ask`) and called after a tensor is computed.
 bool on_tensor(ggml_tensor * t, bool ask, void * user_data) {
     static const std::string prefix = "ffn_moe_topk-";
+    static const std::string weights_prefix = "ffn_moe_weights-";
     Dump & dump = *static_cast<Dump *>(user_data);
+    if (dump.weights != nullptr && t->op == GGML_OP_GET_ROWS &&
+        std::strncmp(t->name, weights_prefix.c_str(), weights_prefix.size()) == 0) {
+        if (!ask) {
+            write_weights(dump, std::atoi(t->name + weights_prefix.size()), t);
+        }
+        return true;
+    }
+    if (dump.out == nullptr && dump.weights != nullptr) {
+        return false;
+    }
     if (dump.second != nullptr && second_block(t) >= 0) {
         if (!ask) {
             write_rows(dump.second, dump, second_block(t), t->src[2]);
@@ -413,6 +454,7 @@ class Driver {
     explicit Driver(const Options & options) : options(options) {
         dump.out = open(options.dump);
         dump.second = open(options.dump_second);
+        dump.weights = open(options.dump_weights);
         if (!options.rpc.empty()) {
             add_rpc_server(options.rpc);
         }
@@ -447,7 +489,7 @@ class Driver {
             llama_free(c.ctx);
         }
         llama_model_free(model);
-        for (FILE * file : { dump.out, dump.second }) {
+        for (FILE * file : { dump.out, dump.second, dump.weights }) {
             if (file != nullptr) {
                 std::fclose(file);
             }
@@ -662,7 +704,7 @@ class Driver {
         if (options.n_ubatch > 0) {
             params.n_ubatch = options.n_ubatch;
         }
-        if (dump.out != nullptr || options.count) {
+        if (dump.out != nullptr || dump.weights != nullptr || options.count) {
             params.cb_eval = on_tensor;
             params.cb_eval_user_data = &dump;
         }

@@ -169,6 +169,42 @@ pub fn read_dump(path: &Path) -> Result<Vec<DumpRow>> {
         .collect()
 }
 
+/// The router's weights of the experts of one row, as [`DumpRow`] has their ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightsRow {
+    /// Counts evaluated micro-batches from 0, over all contexts.
+    pub pass: u64,
+    /// Layer of the model.
+    pub layer: u32,
+    /// Whether they are of the layer's second block of experts.
+    pub second: bool,
+    /// Position in the micro-batch; in the last layer, among the tokens whose logits were asked for.
+    pub row: u32,
+    /// The bits of each `f32`, in router order.
+    pub bits: Vec<u32>,
+}
+
+/// Reads what the oracle wrote with `--dump-weights`. Complete up to the last answered command.
+pub fn read_weights(path: &Path) -> Result<Vec<WeightsRow>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    text.lines()
+        .map(|line| parse_weights(line).with_context(|| format!("no row of weights: {line:?}")))
+        .collect()
+}
+
+fn parse_weights(line: &str) -> Option<WeightsRow> {
+    let mut fields = line.split(' ');
+    Some(WeightsRow {
+        pass: fields.next()?.parse().ok()?,
+        layer: fields.next()?.parse().ok()?,
+        second: fields.next()? == "1",
+        row: fields.next()?.parse().ok()?,
+        bits: fields
+            .map(|bits| u32::from_str_radix(bits, 16).ok())
+            .collect::<Option<_>>()?,
+    })
+}
+
 fn parse_count(count: &str) -> Option<(u32, u32, u64)> {
     let mut fields = count.split(':');
     Some((

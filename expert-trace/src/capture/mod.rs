@@ -104,6 +104,9 @@ impl Capture {
         if recording.tokens {
             session.read_tokens()?;
         }
+        if recording.weights {
+            session.read_weights()?;
+        }
         // SAFETY: the ring buffer keeps its descriptor for as long as it lives.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
         let mut targets = Targets::default();
@@ -426,9 +429,13 @@ impl Capture {
                 files => format!("{} and {} more", files[0], files.len() - 1),
             };
             let stats::Trace { rows, gaps, .. } = trace;
+            let unweighted = match trace.rows_without_weights {
+                Some(missing) if missing > 0 => format!(", {missing} rows without weights"),
+                _ => String::new(),
+            };
             let _ = writeln!(
                 text,
-                "Trace recorded in: {files} ({rows} rows, {gaps} gaps)"
+                "Trace recorded in: {files} ({rows} rows, {gaps} gaps{unweighted})"
             );
         }
         print(text, interrupt).await;

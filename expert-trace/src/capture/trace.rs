@@ -99,6 +99,7 @@ const DIGITS: usize = 4;
 pub(super) struct Opened {
     place: Place,
     tokens: bool,
+    weights: bool,
     file: LogFile,
 }
 
@@ -136,6 +137,7 @@ impl Opened {
             file: file
                 .with_context(|| format!("Failed to open output file: {}", path.display()))?,
             tokens: recording.tokens,
+            weights: recording.weights,
             place,
         })
     }
@@ -167,6 +169,7 @@ impl Opened {
         let Self {
             place,
             tokens,
+            weights,
             file,
         } = self;
         file.begin()?;
@@ -177,7 +180,11 @@ impl Opened {
             tokens,
             clock_offset_ns: since_1970 - monotonic_ns,
         };
-        let capture = trace::Capture { tokens, ..capture };
+        let capture = trace::Capture {
+            tokens,
+            weights: weights.then_some(trace::Weights::Router),
+            ..capture
+        };
         Ok(Trace {
             writer: Writer::begin(file.writer()?, &capture)?,
             recorder: Recorder::new(settings),
@@ -270,6 +277,7 @@ impl Trace {
             rows: counts.routed,
             gaps: counts.gaps,
             tokens: self.capture.tokens,
+            rows_without_weights: self.capture.weights.map(|_| counts.without_weights),
         }
     }
 

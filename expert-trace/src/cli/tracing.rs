@@ -228,6 +228,10 @@ pub struct Recording {
     /// Record token ids in the trace, too: whoever has them can read the text
     #[arg(long, requires = "trace")]
     pub tokens: bool,
+    /// Record the router's weight of each chosen expert in the trace, too, where it can be read: where the
+    /// CPU gathers it
+    #[arg(long, requires = "trace")]
+    pub weights: bool,
     /// Go on in another file when the trace's has this size (1G) or this age (10m); each has a number
     /// before the extension of its name
     #[arg(long, value_name = "SIZE|TIME", requires = "trace", value_parser = rotation)]

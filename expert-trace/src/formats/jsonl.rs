@@ -58,6 +58,7 @@ fn push_row(line: &mut Vec<u8>, row: &Row<'_>) -> anyhow::Result<()> {
         token,
         time_ns,
         experts,
+        weights,
         reason,
         detail,
     } = *row;
@@ -89,6 +90,10 @@ fn push_row(line: &mut Vec<u8>, row: &Row<'_>) -> anyhow::Result<()> {
             push_number(line, (*expert).into());
         }
         line.push(b']');
+    }
+    if let Some(weights) = weights {
+        push_key(line, column::WEIGHTS);
+        serde_json::to_writer(&mut *line, weights)?;
     }
     if let Some(reason) = reason {
         push_name(line, column::REASON, reason.name());
@@ -139,6 +144,18 @@ mod tests {
         formats::tests::{TraceOnDisk, routed},
         trace::Reason,
     };
+
+    #[test]
+    fn weights_are_listed_and_null_where_they_are_no_numbers() {
+        let row = Row {
+            weights: Some(&[0.1, f32::NAN]),
+            ..routed(0, 3, &[5, 1])
+        };
+        let mut line = Vec::new();
+        push_row(&mut line, &row).unwrap();
+        let line: Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!(line["weights"].to_string(), "[0.1,null]");
+    }
 
     #[test]
     fn every_row_is_an_object() {

@@ -6,7 +6,7 @@
 //! | `jsonl` | everything, a JSON object per row | |
 //! | `parquet` | everything, with the trace's columns and metadata | |
 //! | `csv` | layer and expert of each activation, in order; of counts, by layer and expert | tokens, phases, passes, positions |
-//! | `route-trace` | phase, position, layer and experts of each token, the model | passes, sequences, token ids, times; weights are `nan` |
+//! | `route-trace` | phase, position, layer and experts of each token, the model | passes, sequences, token ids, times; weights that are not known are `nan` |
 //! | `mbolt` | layer and experts of each token, by passes | phases, positions, token ids, times |
 //! | `turbospark` | counts by layer and expert, the experts of each layer's tokens | phases, passes, positions; without a trace, tokens too |
 //! | `imatrix-counts` | counts by layer and expert, as F32 | phases; counts above 2^24 are rounded; sums of squares, without which `llama-quantize` does not take it |
@@ -423,7 +423,11 @@ fn left_out_of_trace(counted: &Counted, chosen: &ContextProfile, format: Format)
     if of_context.several_sequences && in_order {
         lines.push("sequences are not told apart".to_owned());
     }
+    let weighted = of_context.rows_with_weights;
     if format != Format::RouteTrace {
+        if weighted > 0 {
+            lines.push("weights are left out".to_owned());
+        }
         return lines;
     }
     let unknown = of_context.rows_without_position;
@@ -433,7 +437,13 @@ fn left_out_of_trace(counted: &Counted, chosen: &ContextProfile, format: Format)
              of the pass"
         ));
     }
-    lines.push("weights are nan: a trace has none".to_owned());
+    match of_context.rows - weighted {
+        0 => {}
+        _ if weighted == 0 => lines.push("weights are nan: the trace has none".to_owned()),
+        unknown => lines.push(format!(
+            "weights of {unknown} rows are nan: they are not known"
+        )),
+    }
     let known = counted.model_of(of_context).layer_bytes;
     let ids = chosen.layers.iter().map(|layer| layer.layer_id);
     let unknown: Vec<u16> = ids.filter(|id| !known.contains_key(id)).collect();
@@ -507,8 +517,15 @@ fn say_of_import(imported: Imported) {
     if imported.several_turns {
         say!("turns are not told apart");
     }
+    match imported.unweighted_rows {
+        0 => {}
+        all if all == imported.rows => {
+            say!("there are no weights, or they are left out: the first choice has none")
+        }
+        some => say!("{some} rows have no weights, or not all of them"),
+    }
     say!(
-        "{} rows; weights and times are left out, what was in memory too",
+        "{} rows; times are left out, what was in memory too",
         imported.rows
     );
 }

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! `phase` is 0 for prompts, and 1 for generated tokens; `step` is the position; `slot` 0 is the first
-//! choice of the router. A trace has no weights (`nan`), and says nothing of what was in memory. `expert_bytes` is
+//! choice of the router. A weight that is not known is `nan`. A trace says nothing of what was in memory. `expert_bytes` is
 //! that of the row's layer, 0 where it is not known.
 
 use std::{
@@ -32,7 +32,7 @@ use crate::{
         model::{LAYER_BYTES, ModelFacts},
         printable,
     },
-    trace::{Capture, ContextDetail, Kind, Row, file::TraceFile, phase_key},
+    trace::{Capture, ContextDetail, Kind, Row, Weights, file::TraceFile, phase_key},
 };
 
 /// Stands for the path and the architecture of a model that is not known.
@@ -112,6 +112,7 @@ fn preamble(model: &ModelFacts, context: &ContextProfile) -> String {
 
 fn push_row(lines: &mut Vec<u8>, row: &Row<'_>, step: i64, expert_bytes: u64) {
     let phase = row.phase.map_or(1, phase_key);
+    let mut weights = row.weights.unwrap_or_default().iter();
     for (slot, expert) in (0..).zip(row.experts) {
         lines.extend(b"0,");
         lines.push(b'0' + phase);
@@ -126,9 +127,19 @@ fn push_row(lines: &mut Vec<u8>, row: &Row<'_>, step: i64, expert_bytes: u64) {
         push_number(lines, slot);
         lines.push(b',');
         push_number(lines, (*expert).into());
-        lines.extend(b",nan,0,");
+        lines.push(b',');
+        push_weight(lines, weights.next().copied());
+        lines.extend(b",0,");
         push_number(lines, expert_bytes);
         lines.extend(b",0\n");
+    }
+}
+
+fn push_weight(lines: &mut Vec<u8>, weight: Option<f32>) {
+    match weight.filter(|weight| !weight.is_nan()) {
+        // The shortest text that is read as the same number.
+        Some(weight) => lines.extend(format!("{weight}").bytes()),
+        None => lines.extend(b"nan"),
     }
 }
 
@@ -165,9 +176,10 @@ impl Steps {
 struct Held {
     pass: Option<u32>,
     layer: Option<u16>,
-    /// Phase, row, and how many experts.
-    rows: Vec<(Option<Phase>, u32, usize)>,
+    /// Phase, row, how many experts, and whether they have weights.
+    rows: Vec<(Option<Phase>, u32, usize, bool)>,
     experts: Vec<u16>,
+    weights: Vec<f32>,
 }
 
 impl Held {
@@ -178,8 +190,12 @@ impl Held {
         }
         (self.pass, self.layer) = (row.pass, row.layer);
         let number = row.row.unwrap_or(0);
-        self.rows.push((row.phase, number, row.experts.len()));
+        let has_weights = row.weights.is_some();
+        self.rows
+            .push((row.phase, number, row.experts.len(), has_weights));
         self.experts.extend_from_slice(row.experts);
+        self.weights
+            .extend_from_slice(row.weights.unwrap_or_default());
         true
     }
 
@@ -188,24 +204,29 @@ impl Held {
             return;
         }
         steps.enter(self.pass);
-        let rows = self.rows.iter().map(|(_, row, _)| i64::from(*row) + 1);
+        let rows = self.rows.iter().map(|(_, row, ..)| i64::from(*row) + 1);
         let rows = rows.max().unwrap_or(0);
         let first = steps.first.max(steps.end - rows);
         let mut experts = &self.experts[..];
-        for (phase, row, k) in self.rows.drain(..) {
+        let mut weights = &self.weights[..];
+        for (phase, row, k, has_weights) in self.rows.drain(..) {
             let (chosen, rest) = experts.split_at(k);
             experts = rest;
+            let of_row = has_weights.then(|| weights.split_at(k));
+            weights = of_row.map_or(weights, |(_, rest)| rest);
             let step = first + i64::from(row);
             let row = Row {
                 phase,
                 layer: self.layer,
                 experts: chosen,
+                weights: of_row.map(|(of_row, _)| of_row),
                 ..Row::of(Kind::Routed)
             };
             push_row(lines, &row, step, expert_bytes);
             steps.end = steps.end.max(step + 1);
         }
         self.experts.clear();
+        self.weights.clear();
     }
 }
 
@@ -234,17 +255,22 @@ pub fn read(input: impl BufRead, out: &mut (dyn Write + Send)) -> anyhow::Result
         _ => bail!("it does not begin with '# route_trace v1'"),
     }
     let mut preamble = Preamble::default();
-    let header = loop {
+    let columns = loop {
         let line = lines.next()?.context("it ends before its columns")?;
         let Some(text) = line.strip_prefix('#') else {
-            break Header::find(line, ["turn", "phase", "step", "layer", "slot", "expert"])?;
+            break Columns::find(line)?;
         };
         let read = preamble.add(text.trim());
         read.with_context(|| format!("line {}", lines.number()))?;
     };
+    let first = columns.next(&mut lines)?;
     let capture = Capture {
         tool: format!("expert-trace {}", env!("CARGO_PKG_VERSION")),
         mode: Capture::IMPORT.to_owned(),
+        weights: first
+            .as_ref()
+            .and_then(|first| first.weight)
+            .map(|_| Weights::Imported),
         ..Capture::default()
     };
     let mut trace = TraceFile::begin(out, &capture)?;
@@ -256,17 +282,16 @@ pub fn read(input: impl BufRead, out: &mut (dyn Write + Send)) -> anyhow::Result
         ..Row::of(Kind::Context)
     })?;
     let mut token = Token {
+        keeps_weights: capture.weights.is_some(),
         several_layers: preamble.bytes.len() > 1,
         ..Token::default()
     };
     let limit = preamble.n_expert();
-    while let Some(line) = lines.next()? {
-        if line.trim().is_empty() {
-            continue;
-        }
-        let numbers = header.numbers(line);
-        let added = numbers.and_then(|numbers| token.add(numbers, limit, &mut trace));
+    let mut next = first;
+    while let Some(choice) = next {
+        let added = token.add(choice, limit, &mut trace);
         added.with_context(|| format!("line {}", lines.number()))?;
+        next = columns.next(&mut lines)?;
     }
     token.end(&mut trace)?;
     trace.finish()?;
@@ -346,6 +371,58 @@ impl Preamble {
     }
 }
 
+/// A line of the table: a choice.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    /// Turn, phase, step, layer, slot and expert.
+    numbers: [i64; 6],
+    weight: Option<f32>,
+}
+
+/// Where the columns are.
+#[derive(Debug)]
+struct Columns {
+    numbers: Header<6>,
+    weight: Option<usize>,
+}
+
+impl Columns {
+    fn find(line: &str) -> anyhow::Result<Self> {
+        let names = ["turn", "phase", "step", "layer", "slot", "expert"];
+        Ok(Self {
+            numbers: Header::find(line, names)?,
+            weight: Header::<6>::optional(line, "weight"),
+        })
+    }
+
+    /// The next choice, if there is one.
+    fn next(&self, lines: &mut Lines<impl BufRead>) -> anyhow::Result<Option<Choice>> {
+        while let Some(line) = lines.next()? {
+            if line.trim().is_empty() {
+                continue;
+            }
+            let read = self.read(line);
+            return read
+                .map(Some)
+                .with_context(|| format!("line {}", lines.number()));
+        }
+        Ok(None)
+    }
+
+    fn read(&self, line: &str) -> anyhow::Result<Choice> {
+        let numbers = self.numbers.numbers(line)?;
+        let weight = self.weight.map(|place| {
+            let text = line.split(',').nth(place).unwrap_or_default().trim();
+            let weight = text.parse::<f32>();
+            weight.with_context(|| format!("weight '{}' is no number", printable(text)))
+        });
+        Ok(Choice {
+            numbers,
+            weight: weight.transpose()?.filter(|weight| !weight.is_nan()),
+        })
+    }
+}
+
 /// What was found in a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Imported {
@@ -353,6 +430,9 @@ pub struct Imported {
     pub rows: u64,
     /// Whether there is more than one turn, which a trace does not tell apart.
     pub several_turns: bool,
+    /// Rows without weights: not all of their choices have one, or the first one of the file has none, and
+    /// all are left out.
+    pub unweighted_rows: u64,
 }
 
 /// The token whose choices are being read.
@@ -361,6 +441,9 @@ struct Token {
     /// Turn, phase, step and layer.
     key: Option<[i64; 4]>,
     experts: Vec<u16>,
+    /// Those that are known.
+    weights: Vec<f32>,
+    keeps_weights: bool,
     pass: u32,
     row: u32,
     /// Whether there is more than one layer.
@@ -371,10 +454,11 @@ struct Token {
 impl Token {
     fn add(
         &mut self,
-        [turn, phase, step, layer, slot, expert]: [i64; 6],
+        choice: Choice,
         n_expert: i64,
         trace: &mut TraceFile<impl Write>,
     ) -> anyhow::Result<()> {
+        let [turn, phase, step, layer, slot, expert] = choice.numbers;
         ensure!((0..=1).contains(&phase), "there is no phase {phase}");
         ensure!(i32::try_from(step).is_ok(), "there is no step {step}");
         ensure!(
@@ -402,6 +486,7 @@ impl Token {
             }
         );
         self.experts.push(expert as u16);
+        self.weights.extend(choice.weight);
         Ok(())
     }
 
@@ -430,6 +515,8 @@ impl Token {
         let Some([_, phase, step, layer]) = self.key.filter(|_| !self.experts.is_empty()) else {
             return Ok(());
         };
+        let is_weighted = self.keeps_weights && self.weights.len() == self.experts.len();
+        let weights = is_weighted.then_some(&self.weights[..]);
         trace.push(&Row {
             context: Some(0),
             pass: Some(self.pass),
@@ -442,10 +529,13 @@ impl Token {
             row: Some(self.row),
             position: Some(step as i32),
             experts: &self.experts,
+            weights,
             ..Row::of(Kind::Routed)
         })?;
         self.imported.rows += 1;
+        self.imported.unweighted_rows += u64::from(weights.is_none());
         self.experts.clear();
+        self.weights.clear();
         Ok(())
     }
 }
@@ -492,11 +582,76 @@ turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped
     }
 
     #[test]
+    fn weights_come_back() {
+        let mut weights = (1..).map(|n| format!(",{},", 1.0 / n as f32));
+        let mut lines: Vec<String> = FILE
+            .lines()
+            .map(|line| match line.contains(",nan,") {
+                true => line.replacen(",nan,", &weights.next().unwrap(), 1),
+                false => line.to_owned(),
+            })
+            .collect();
+        let weighted = lines.join("\n") + "\n";
+        let (trace, imported) = trace_of(&weighted).unwrap();
+        assert_eq!(imported.unweighted_rows, 0);
+        let trace = TraceOnDisk::of(&trace);
+        assert_eq!(exported(&trace), weighted);
+        let first = trace.rows(|row| row.weights.map(<[f32]>::to_vec));
+        assert_eq!(first[..2], [None, Some(vec![1.0, 0.5])]);
+
+        // One that is not known leaves its row without.
+        let last = lines.last_mut().unwrap();
+        *last = "0,1,2,3,1,6,nan,0,100,0".to_owned();
+        let (trace, imported) = trace_of(&(lines.join("\n") + "\n")).unwrap();
+        assert_eq!(imported.unweighted_rows, 1);
+        let text = exported(&TraceOnDisk::of(&trace));
+        assert!(text.ends_with("0,1,2,3,0,0,nan,0,100,0\n0,1,2,3,1,6,nan,0,100,0\n"));
+
+        let odd = weighted.replacen(",0.5,", ",half,", 1);
+        let error = format!("{:#}", trace_of(&odd).unwrap_err());
+        assert!(error.starts_with("line 7: weight 'half' is no number"));
+    }
+
+    /// Rows of the last layer without positions are held back until their pass is over.
+    #[test]
+    fn rows_that_are_held_keep_their_weights() {
+        let of = |row, weights| Row {
+            pass: Some(0),
+            row: Some(row),
+            position: None,
+            weights,
+            ..routed(0, 3, &[5, 1])
+        };
+        let capture = Capture {
+            weights: Some(Weights::Router),
+            ..Capture::default()
+        };
+        let mut bytes = Vec::new();
+        let mut trace = TraceFile::begin(&mut bytes, &capture).unwrap();
+        for row in [
+            of(0, Some(&[0.25, 0.125][..])),
+            of(1, None),
+            of(2, Some(&[2.0, -1.0])),
+        ] {
+            trace.push(&row).unwrap();
+        }
+        trace.finish().unwrap();
+        let text = exported(&TraceOnDisk::of(&bytes));
+        let weights: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with("0,"))
+            .map(|line| line.split(',').nth(6).unwrap())
+            .collect();
+        assert_eq!(weights, ["0.25", "0.125", "nan", "nan", "2", "-1"]);
+    }
+
+    #[test]
     fn a_file_comes_back_as_it_was() {
         let (trace, imported) = trace_of(FILE).unwrap();
         let expected = Imported {
             rows: 5,
             several_turns: false,
+            unweighted_rows: 5,
         };
         assert_eq!(imported, expected);
         let trace = TraceOnDisk::of(&trace);

@@ -98,6 +98,11 @@ impl<const N: usize> Header<N> {
         Ok(Self { places })
     }
 
+    /// The place of a column that need not be there.
+    pub fn optional(line: &str, name: &str) -> Option<usize> {
+        line.split(',').position(|column| column.trim() == name)
+    }
+
     /// The columns of a line, which must be whole numbers.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ pub use self::{
 };
 use self::{keys::Keys, pass::Added};
 use crate::{
-    decode::{Body, Event, Malformed, Scores},
+    decode::{Body, Choices, Event, Malformed, Scores},
     selection::{self, CLOSE_CALL, Refusal, Router},
 };
 
@@ -312,15 +312,17 @@ impl Model {
             return;
         };
         match body {
-            Body::Rows(ids) => {
+            Body::Rows(Choices { ids, weights }) => {
                 context.source = header.source;
                 let route = Route::ALL[usize::from(header.route)];
-                let added = pass.add_rows(&header, route, ids.iter().map(|id| id as u16));
+                let ids = ids.iter().map(|id| id as u16);
+                let added = pass.add_rows(&header, route, ids, weights);
                 self.received.note_rows(&header, added);
             }
-            Body::SecondBlock(ids) => {
+            Body::SecondBlock(Choices { ids, weights }) => {
                 let route = Route::ALL[usize::from(header.route)];
-                let added = pass.add_second_rows(&header, route, ids.iter().map(|id| id as u16));
+                let ids = ids.iter().map(|id| id as u16);
+                let added = pass.add_second_rows(&header, route, ids, weights);
                 self.received.note_rows(&header, added);
             }
             Body::Scores(scores) => {
@@ -331,7 +333,8 @@ impl Model {
                 let added = match choice.make(routers, &header, scores) {
                     Ok(chosen) => {
                         self.from_logits.rows += u64::from(header.rows);
-                        let added = pass.add_rows(&chosen, Route::Logits, choice.ids.into_iter());
+                        let added =
+                            pass.add_rows(&chosen, Route::Logits, choice.ids.into_iter(), None);
                         if added == Added::Counted {
                             pass.close_calls.append(&mut choice.close_calls);
                         }
@@ -583,7 +586,7 @@ impl Choice {
     ) -> Result<Header, Refusal> {
         let n_expert = header.k;
         let layer = selection::layer_of(routers, header.layer, n_expert)?;
-        let values: Vec<f32> = scores.iter().collect();
+        let values: Vec<f32> = scores.values.iter().collect();
         for (row, values) in values.chunks_exact(usize::from(n_expert)).enumerate() {
             let margin = layer.choose(scores.stage, values, &mut self.ids)?;
             if margin < CLOSE_CALL {

@@ -11,7 +11,7 @@ use expert_trace_common::{
 
 use super::{CloseCall, ModelFacts, layer::LayerSet};
 use crate::{
-    decode::{Numbers, RowInfos},
+    decode::{Floats, Numbers, RowInfos},
     selection::Refusal,
 };
 
@@ -38,6 +38,8 @@ pub struct Block {
     pub time_ns: u64,
     row_stride: u32,
     start: usize,
+    /// Where its weights begin, if it has them.
+    weights: Option<usize>,
 }
 
 /// What became of rows that were to be added to a pass.
@@ -52,9 +54,9 @@ pub(super) enum Added {
 }
 
 impl Block {
-    /// That of a record, whose ids begin at `start`.
+    /// That of a record, whose ids and weights begin there.
     #[inline]
-    fn new(header: &Header, route: Route, start: usize) -> Self {
+    fn new(header: &Header, route: Route, start: usize, weights: Option<usize>) -> Self {
         Self {
             layer: header.layer,
             k: header.k,
@@ -65,6 +67,7 @@ impl Block {
             time_ns: header.time_ns,
             row_stride: header.row_stride,
             start,
+            weights,
         }
     }
 
@@ -93,7 +96,16 @@ impl Block {
     }
 
     fn ids(&self) -> Range<usize> {
-        self.start..self.start + self.rows as usize * usize::from(self.k)
+        self.start..self.start + self.len()
+    }
+
+    fn weights(&self) -> Option<Range<usize>> {
+        self.weights.map(|start| start..start + self.len())
+    }
+
+    /// Ids that it has.
+    fn len(&self) -> usize {
+        self.rows as usize * usize::from(self.k)
     }
 }
 
@@ -119,6 +131,7 @@ pub struct Pass {
     /// Layers of `blocks`.
     layers: LayerSet,
     ids: Vec<u16>,
+    weights: Vec<f32>,
     /// By layer; rows are counted within the pass.
     pub(super) close_calls: Vec<(u16, CloseCall)>,
     /// Rows of logits that tell no experts, by layer and first row: why, and how many.
@@ -139,6 +152,7 @@ impl Pass {
     pub(super) fn new(context: usize, header: &Header, mut spare: Pass) -> Self {
         if spare.ids.capacity() > MAX_SPARE_IDS {
             spare.ids = Vec::new();
+            spare.weights = Vec::new();
         }
         Self {
             context,
@@ -149,6 +163,7 @@ impl Pass {
             second_blocks: emptied(spare.second_blocks),
             tokens: emptied(spare.tokens),
             ids: emptied(spare.ids),
+            weights: emptied(spare.weights),
             close_calls: emptied(spare.close_calls),
             refused: BTreeMap::new(),
             replaced: emptied(spare.replaced),
@@ -161,12 +176,14 @@ impl Pass {
     }
 
     /// Adds a record's rows. A layer counts once, whichever way it was read first, except that ids win
-    /// over a choice made from logits, and what the scheduler copies is not the target's own code's.
+    /// over a choice made from logits, ids with weights over those without, and what the scheduler copies is
+    /// not the target's own code's.
     pub(super) fn add_rows(
         &mut self,
         header: &Header,
         route: Route,
         ids: impl ExactSizeIterator<Item = u16>,
+        weights: Option<Floats<'_>>,
     ) -> Added {
         if self.ids.len() + ids.len() > MAX_PASS_IDS {
             return Added::Refused;
@@ -174,14 +191,31 @@ impl Pass {
         if header.total_rows == 0 {
             return Added::Counted;
         }
-        let start = self.ids.len();
-        self.ids.extend(ids);
+        let block = self.take_in(header, route, ids, weights);
         if !self.layers.contains(header.layer) {
             self.layers.insert(header.layer);
-            self.blocks.push(Block::new(header, route, start));
+            self.blocks.push(block);
             return Added::Counted;
         }
-        self.add_to_layer(Block::new(header, route, start))
+        self.add_to_layer(block)
+    }
+
+    #[inline]
+    fn take_in(
+        &mut self,
+        header: &Header,
+        route: Route,
+        ids: impl Iterator<Item = u16>,
+        weights: Option<Floats<'_>>,
+    ) -> Block {
+        let start = self.ids.len();
+        self.ids.extend(ids);
+        let weights = weights.map(|weights| {
+            let start = self.weights.len();
+            self.weights.extend(weights.iter());
+            start
+        });
+        Block::new(header, route, start, weights)
     }
 
     /// The same of a layer that has rows already, whose ids have been taken in.
@@ -193,16 +227,21 @@ impl Pass {
             .collect();
         if !repeats.is_empty() {
             let differing = self.differing(&block, &repeats);
-            let wins = block.route != Route::Logits
+            let brings_ids = block.route != Route::Logits
                 && repeats.iter().all(|known| known.route == Route::Logits);
-            if !wins {
+            let brings_weights =
+                block.weights.is_some() && repeats.iter().all(|known| known.weights.is_none());
+            if !brings_ids && !brings_weights {
                 self.ids.truncate(block.start);
+                if let Some(start) = block.weights {
+                    self.weights.truncate(start);
+                }
                 self.name_after(block.route, &repeats);
             } else {
                 let replaced = self.blocks.extract_if(.., |known| repeats.contains(known));
                 self.replaced.extend(replaced);
                 self.close_calls.retain(|(layer, _)| *layer != block.layer);
-                self.blocks.push(block);
+                append(&mut self.blocks, block);
             }
             return Added::Repeated { differing };
         }
@@ -216,14 +255,14 @@ impl Pass {
         header: &Header,
         route: Route,
         ids: impl ExactSizeIterator<Item = u16>,
+        weights: Option<Floats<'_>>,
     ) -> Added {
         if self.ids.len() + ids.len() > MAX_PASS_IDS {
             return Added::Refused;
         }
         if header.total_rows > 0 {
-            let start = self.ids.len();
-            self.ids.extend(ids);
-            append(&mut self.second_blocks, Block::new(header, route, start));
+            let block = self.take_in(header, route, ids, weights);
+            append(&mut self.second_blocks, block);
         }
         Added::Counted
     }
@@ -293,7 +332,13 @@ impl Pass {
         self.ids(block).chunks_exact(usize::from(block.k))
     }
 
-    /// The same, one row after the other.
+    /// The router's weights of those experts, row by row, where they were asked for and could be read.
+    pub fn weights(&self, block: &Block) -> Option<impl Iterator<Item = &[f32]>> {
+        let weights = &self.weights[block.weights()?];
+        Some(weights.chunks_exact(usize::from(block.k)))
+    }
+
+    /// The same as [`rows`](Self::rows), one row after the other.
     pub(super) fn ids(&self, block: &Block) -> &[u16] {
         &self.ids[block.ids()]
     }
@@ -589,7 +634,8 @@ fn append(blocks: &mut Vec<Block>, block: Block) {
                 && last.k == block.k
                 && block.first_row > 0
                 && last.first_row + last.rows == block.first_row
-                && last.ids().end == block.start =>
+                && last.ids().end == block.start
+                && last.weights().map(|range| range.end) == block.weights =>
         {
             last.rows += block.rows;
         }

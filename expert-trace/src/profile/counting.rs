@@ -67,6 +67,10 @@ pub struct ContextCounts {
     pub gaps: u64,
     /// Rows whose position is not known.
     pub rows_without_position: u64,
+    /// Rows that have weights.
+    pub rows_with_weights: u64,
+    /// Rows of either block.
+    pub rows: u64,
     /// Whether there is more than one sequence.
     pub several_sequences: bool,
     sequence: Option<u16>,
@@ -354,6 +358,8 @@ fn add(layers: &mut BTreeMap<u16, Tally>, row: &Row<'_>) -> Result<usize, String
 impl ContextCounts {
     fn note(&mut self, row: &Row<'_>) {
         self.rows_without_position += u64::from(row.position.is_none());
+        self.rows_with_weights += u64::from(row.weights.is_some());
+        self.rows += 1;
         if let Some(sequence) = row.sequence {
             let first = *self.sequence.get_or_insert(sequence);
             self.several_sequences |= first != sequence;

@@ -135,6 +135,8 @@ pub struct Trace {
     pub gaps: u64,
     /// Whether they have token ids.
     pub tokens: bool,
+    /// Routed rows in them whose weights could not be read; `None` where none were asked for.
+    pub rows_without_weights: Option<u64>,
 }
 
 /// Name and version of the document's format.

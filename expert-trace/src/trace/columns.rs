@@ -5,8 +5,8 @@ use std::sync::Arc;
 use arrow_array::{
     ArrayRef, DictionaryArray, RecordBatch, StringArray,
     builder::{
-        Int32Builder, ListBuilder, StringBuilder, TimestampNanosecondBuilder, UInt8Builder,
-        UInt16Builder, UInt32Builder,
+        Float32Builder, Int32Builder, ListBuilder, StringBuilder, TimestampNanosecondBuilder,
+        UInt8Builder, UInt16Builder, UInt32Builder,
     },
     types::UInt8Type,
 };
@@ -14,7 +14,7 @@ use arrow_schema::{ArrowError, SchemaRef};
 
 use super::{
     Counts, Kind, PHASES, Reason, Row, phase_key,
-    schema::{UTC, expert_field},
+    schema::{UTC, column, expert_field, weight_field},
 };
 
 /// Rows of a batch: more than that are written at once.
@@ -61,13 +61,19 @@ pub struct Columns {
     experts: ListBuilder<UInt16Builder>,
     reason: UInt8Builder,
     detail: StringBuilder,
+    /// In a trace that has them.
+    weights: Option<ListBuilder<Float32Builder>>,
     counts: Counts,
 }
 
 impl Columns {
     /// Nothing yet.
     pub fn new(schema: SchemaRef) -> Self {
+        let has_weights = schema.field_with_name(column::WEIGHTS).is_ok();
+        let weights =
+            has_weights.then(|| ListBuilder::new(Float32Builder::new()).with_field(weight_field()));
         Self {
+            weights,
             schema,
             dictionaries: Dictionaries::new(),
             record: UInt8Builder::new(),
@@ -103,6 +109,7 @@ impl Columns {
             token,
             time_ns,
             experts,
+            weights,
             reason,
             detail,
         } = *row;
@@ -122,6 +129,7 @@ impl Columns {
             Kind::Routed | Kind::SecondBlock => {
                 self.experts.append(true);
                 self.counts.routed += 1;
+                self.counts.without_weights += u64::from(weights.is_none());
             }
             Kind::Gap => {
                 self.experts.append(false);
@@ -131,6 +139,10 @@ impl Columns {
         }
         self.reason.append_option(reason.map(|reason| reason as u8));
         self.detail.append_option(detail);
+        if let Some(column) = &mut self.weights {
+            column.values().append_slice(weights.unwrap_or_default());
+            column.append(weights.is_some());
+        }
     }
 
     /// Whether nothing is there.
@@ -173,24 +185,25 @@ impl Columns {
             dictionaries,
             ..
         } = self;
-        RecordBatch::try_new(
-            Arc::clone(schema),
-            vec![
-                named(&mut self.record, &dictionaries.kinds)?,
-                Arc::new(self.context.finish()),
-                Arc::new(self.pass.finish()),
-                named(&mut self.phase, &dictionaries.phases)?,
-                Arc::new(self.layer.finish()),
-                Arc::new(self.row.finish()),
-                Arc::new(self.rows.finish()),
-                Arc::new(self.sequence.finish()),
-                Arc::new(self.position.finish()),
-                Arc::new(self.token.finish()),
-                Arc::new(self.time.finish()),
-                Arc::new(self.experts.finish()),
-                named(&mut self.reason, &dictionaries.reasons)?,
-                Arc::new(self.detail.finish()),
-            ],
-        )
+        let mut columns: Vec<ArrayRef> = vec![
+            named(&mut self.record, &dictionaries.kinds)?,
+            Arc::new(self.context.finish()),
+            Arc::new(self.pass.finish()),
+            named(&mut self.phase, &dictionaries.phases)?,
+            Arc::new(self.layer.finish()),
+            Arc::new(self.row.finish()),
+            Arc::new(self.rows.finish()),
+            Arc::new(self.sequence.finish()),
+            Arc::new(self.position.finish()),
+            Arc::new(self.token.finish()),
+            Arc::new(self.time.finish()),
+            Arc::new(self.experts.finish()),
+            named(&mut self.reason, &dictionaries.reasons)?,
+            Arc::new(self.detail.finish()),
+        ];
+        if let Some(weights) = &mut self.weights {
+            columns.push(Arc::new(weights.finish()));
+        }
+        RecordBatch::try_new(Arc::clone(schema), columns)
     }
 }

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     reader::{Batch, Ending, Reader},
-    schema::Capture,
+    schema::{Capture, Weights},
 };
 
 /// What a row of a trace tells. Its number is the key in the dictionary of the column `record`.
@@ -154,6 +154,9 @@ pub struct Row<'a> {
     pub time_ns: i64,
     /// Chosen experts in router order; empty where none were chosen.
     pub experts: &'a [u16],
+    /// The router's weight of each of them, where weights were asked for and could be read: see
+    /// [`Weights`](schema::Weights).
+    pub weights: Option<&'a [f32]>,
     /// Why something is missing.
     pub reason: Option<Reason>,
     /// JSON.
@@ -176,6 +179,7 @@ impl Row<'_> {
             token: None,
             time_ns: 0,
             experts: &[],
+            weights: None,
             reason: None,
             detail: None,
         }
@@ -197,6 +201,8 @@ pub struct ContextDetail {
 pub struct Counts {
     /// Rows of [`Kind::Routed`] and [`Kind::SecondBlock`].
     pub routed: u64,
+    /// Those of them that have no weights.
+    pub without_weights: u64,
     /// Rows of [`Kind::Gap`].
     pub gaps: u64,
 }

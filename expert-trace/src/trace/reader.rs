@@ -11,8 +11,8 @@ use std::{
 };
 
 use arrow_array::{
-    Array, ArrayRef, ArrowPrimitiveType, DictionaryArray, Int32Array, ListArray, PrimitiveArray,
-    RecordBatch, StringArray, TimestampNanosecondArray, UInt16Array, UInt32Array,
+    Array, ArrayRef, ArrowPrimitiveType, DictionaryArray, Float32Array, Int32Array, ListArray,
+    PrimitiveArray, RecordBatch, StringArray, TimestampNanosecondArray, UInt16Array, UInt32Array,
     cast::AsArray as _, types::UInt8Type,
 };
 use arrow_ipc::{
@@ -290,11 +290,15 @@ fn without_panic<T>(read: impl FnOnce() -> Result<T, ArrowError>) -> Result<T, S
     }
 }
 
-/// Whether all columns are there that every trace has, and of the right types. Further ones may be.
+/// Whether all columns are there that every trace has, and all that are known of the right types. Further
+/// ones may be.
 fn check_columns(found: &Schema) -> Result<(), String> {
-    for wanted in schema::fields() {
+    let optional = schema::weights();
+    let wanted = schema::fields().into_iter().chain([optional.clone()]);
+    for wanted in wanted {
         let name = wanted.name();
         match found.field_with_name(name) {
+            Err(_) if name == optional.name() => {}
             Ok(found) if found.data_type() == wanted.data_type() => {}
             Ok(found) => {
                 return Err(format!(
@@ -328,7 +332,41 @@ pub struct Batch {
     time: TimestampNanosecondArray,
     experts: ListArray,
     ids: UInt16Array,
+    weights: Option<Weights>,
     detail: StringArray,
+}
+
+/// The column `weights`: lists, and all that is in them.
+#[derive(Debug)]
+struct Weights {
+    lists: ListArray,
+    values: Float32Array,
+}
+
+impl Weights {
+    /// That of a batch, if it has one.
+    fn of(batch: &RecordBatch, experts: &ListArray) -> Result<Option<Self>, String> {
+        let Some(column) = batch.column_by_name(column::WEIGHTS) else {
+            return Ok(None);
+        };
+        let lists: ListArray = column.as_list().clone();
+        let fits = |row| lists.is_null(row) || lists.value_length(row) == experts.value_length(row);
+        if !(0..lists.len()).all(fits) {
+            return Err("a row has not as many weights as experts".to_owned());
+        }
+        Ok(Some(Self {
+            values: lists.values().as_primitive().clone(),
+            lists,
+        }))
+    }
+
+    fn at(&self, row: usize) -> Option<&[f32]> {
+        let offsets = &self.lists.value_offsets()[row..row + 2];
+        let of_row = offsets[0] as usize..offsets[1] as usize;
+        self.lists
+            .is_valid(row)
+            .then(|| &self.values.values()[of_row])
+    }
 }
 
 impl Batch {
@@ -365,6 +403,7 @@ impl Batch {
             token: column(column::TOKEN)?.as_primitive().clone(),
             time: column(column::TIME)?.as_primitive().clone(),
             ids: experts.values().as_primitive().clone(),
+            weights: Weights::of(batch, &experts)?,
             experts,
             detail: column(column::DETAIL)?.as_string().clone(),
             columns: batch.clone(),
@@ -406,6 +445,7 @@ impl Batch {
             token: at(&self.token, index),
             time_ns: self.time.value(index),
             experts: &self.ids.values()[experts],
+            weights: self.weights.as_ref().and_then(|weights| weights.at(index)),
             reason: self.reasons[index],
             detail: self
                 .detail

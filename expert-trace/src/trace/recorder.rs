@@ -201,6 +201,7 @@ impl Recorder {
         };
         let (mut row, end) = (block.first_row, block.first_row + block.rows);
         let mut ids = pass.rows(block);
+        let mut weights = pass.weights(block);
         while row < end {
             let (phase, run_end) = phases.run(row, end, block.total_rows);
             for (row, experts) in (row..run_end).zip(&mut ids) {
@@ -213,6 +214,7 @@ impl Recorder {
                     position: info.map(|info| info.position),
                     token: place.and_then(|place| tokens.get(place)).copied(),
                     experts,
+                    weights: weights.as_mut().and_then(Iterator::next),
                     ..blank
                 });
             }

@@ -33,6 +33,8 @@ pub struct Capture {
     pub include_warmup: bool,
     /// Whether there are token ids.
     pub tokens: bool,
+    /// Which weights there are, if there is a column of them.
+    pub weights: Option<Weights>,
     /// Number of the file in a trace that is divided into several, from 0.
     pub part: u32,
 }
@@ -50,6 +52,17 @@ impl Capture {
         };
         !self.started.is_empty() && without_part(self) == without_part(other)
     }
+}
+
+/// What the column `weights` has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Weights {
+    /// What the router gives the chosen experts (`ffn_moe_weights-N`): before they are normalised or scaled,
+    /// and of models in which only the chosen experts' logits become probabilities, those logits.
+    Router,
+    /// What another program has recorded.
+    Imported,
 }
 
 /// Names of the columns, in their order.
@@ -78,6 +91,8 @@ pub mod column {
     pub const TIME: &str = "time";
     /// Experts in router order.
     pub const EXPERTS: &str = "experts";
+    /// Weights of the experts, in a trace that has them.
+    pub const WEIGHTS: &str = "weights";
     /// A [`Reason`](crate::trace::Reason).
     pub const REASON: &str = "reason";
     /// JSON.
@@ -97,7 +112,17 @@ pub fn expert_field() -> Arc<Field> {
     Arc::new(Field::new_list_field(DataType::UInt16, false))
 }
 
-/// The columns, without metadata.
+/// The items of the column `weights`.
+pub fn weight_field() -> Arc<Field> {
+    Arc::new(Field::new_list_field(DataType::Float32, false))
+}
+
+/// The column that traces with weights have behind all others.
+pub fn weights() -> Field {
+    Field::new(column::WEIGHTS, DataType::List(weight_field()), true)
+}
+
+/// The columns that every trace has, without metadata.
 pub fn fields() -> Vec<Field> {
     let optional = |name, of| Field::new(name, of, true);
     vec![
@@ -124,6 +149,8 @@ pub fn fields() -> Vec<Field> {
 
 /// The schema of a capture's trace.
 pub fn schema(capture: &Capture) -> SchemaRef {
+    let mut fields = fields();
+    fields.extend(capture.weights.map(|_| weights()));
     // A structure of plain fields becomes JSON.
     let capture = serde_json::to_string(capture).unwrap_or_default();
     let metadata = [
@@ -135,5 +162,5 @@ pub fn schema(capture: &Capture) -> SchemaRef {
         .into_iter()
         .map(|(key, value)| (key.to_owned(), value))
         .collect();
-    Arc::new(Schema::new_with_metadata(fields(), metadata))
+    Arc::new(Schema::new_with_metadata(fields, metadata))
 }

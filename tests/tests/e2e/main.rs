@@ -38,3 +38,4 @@ mod trace;
 mod untrusted;
 mod vulkan;
 mod warmup;
+mod weights;

@@ -147,6 +147,26 @@ impl<'a> Finished<'a> {
     pub fn missing_layers(&self) -> Vec<u16> {
         self.context.missing_layers(self.pass, self.nextn)
     }
+
+    /// Layers of the pass whose second block of experts was seen in other passes, and not in this one.
+    pub fn missing_second_blocks(&self) -> Vec<u16> {
+        let seen = self.pass.second_layers();
+        let has_one = |layer: &u16| {
+            let layer = self.context.layers.get(*layer);
+            layer.is_some_and(|layer| layer.second_block.is_some())
+        };
+        let layers = self.pass.layers().iter();
+        layers
+            .filter(|layer| has_one(layer) && !seen.contains(layer))
+            .collect()
+    }
+
+    /// Whether the pass need not have routed anything: the context runs NextN blocks alone, which work on
+    /// output rows, and it has none.
+    pub fn may_idle(&self) -> bool {
+        let is_nextn = |layer| self.nextn.is_some_and(|first| layer >= first);
+        self.pass.has_no_output() && self.context.layers.numbers().all(is_nextn)
+    }
 }
 
 /// Gets every pass when it is finished, in order.

@@ -359,6 +359,12 @@ impl Pass {
         !self.infos.is_empty() && self.infos.len() == self.ubatch_tokens as usize
     }
 
+    /// Rows of the pass in a layer, if it was seen.
+    pub fn total_rows(&self, layer: u16) -> Option<u32> {
+        let block = self.blocks.iter().find(|block| block.layer == layer)?;
+        Some(block.total_rows)
+    }
+
     /// Tokens of the pass.
     pub fn token_count(&self) -> u32 {
         let rows = self.blocks.iter().map(|block| block.total_rows).max();
@@ -387,6 +393,11 @@ impl Pass {
     /// Rows that are missing in layers of which others were seen.
     pub fn missing_rows(&self) -> Vec<(u16, Range<u32>)> {
         missing_rows(&self.blocks)
+    }
+
+    /// The same of second blocks of experts.
+    pub fn missing_second_rows(&self) -> Vec<(u16, Range<u32>)> {
+        missing_rows(&self.second_blocks)
     }
 
     /// Whether no token's output is wanted, for certain.

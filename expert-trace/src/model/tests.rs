@@ -1,5 +1,6 @@
 //! Passes as the kernel reports them, and what becomes of them.
 
+mod recorded;
 mod reset;
 
 use expert_trace_common::{Header, Kind, PassSource, ROW_OUTPUT, RowInfo, UBATCH_UNREADABLE};

@@ -91,11 +91,16 @@ pub enum Reason {
     Warmup = 5,
     /// A pass that was seen in part, at an edge of the capture.
     Partial = 6,
+    /// Rows of a layer's second block of experts, of which others were seen: they were lost on their way.
+    SecondRowsLost = 7,
+    /// The second block of a layer that has shown one in other passes: it was lost, or came by a route that
+    /// does not show it.
+    SecondBlockNotSeen = 8,
 }
 
 impl Reason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 9] = [
         Reason::RowsLost,
         Reason::LayerNotSeen,
         Reason::PassNotSeen,
@@ -103,6 +108,8 @@ impl Reason {
         Reason::NotKnownWhere,
         Reason::Warmup,
         Reason::Partial,
+        Reason::SecondRowsLost,
+        Reason::SecondBlockNotSeen,
     ];
 
     /// Its name in files.
@@ -115,6 +122,8 @@ impl Reason {
             Reason::NotKnownWhere => "not_known_where",
             Reason::Warmup => "warmup",
             Reason::Partial => "partial",
+            Reason::SecondRowsLost => "second_rows_lost",
+            Reason::SecondBlockNotSeen => "second_block_not_seen",
         }
     }
 }
@@ -134,7 +143,8 @@ pub struct Row<'a> {
     pub kind: Kind,
     /// Context, by the order in which contexts were first seen.
     pub context: Option<u32>,
-    /// Pass of the context, from 0, without holes but where passes were lost.
+    /// Pass of the context, from 0, without holes but where passes were lost, or
+    /// computed no tokens.
     pub pass: Option<u32>,
     /// Prefill or decode.
     pub phase: Option<Phase>,

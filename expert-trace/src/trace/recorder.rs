@@ -14,11 +14,22 @@ pub struct Settings {
     pub clock_offset_ns: i64,
 }
 
+/// What a file says of a context.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Described {
+    #[default]
+    Nothing,
+    /// This, from before it had shown any layers: the models that it can have by its process alone.
+    WithoutLayers(String),
+    /// All that is known.
+    WithLayers,
+}
+
 /// What has been recorded of a context.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Progress {
-    /// Whether the file says which context this is.
-    described: bool,
+    /// What the file says of which context this is.
+    described: Described,
     /// Number that the next pass has in the target, if none was lost.
     awaited: Option<u32>,
     /// Number that the next pass has in the trace.
@@ -72,15 +83,27 @@ impl Recorder {
             time_ns: wall_clock(self.settings, pass.began_ns),
             ..Row::of(Kind::Gap)
         };
-        if tells && !progress.described {
-            progress.described = true;
+        let is_described = match &progress.described {
+            Described::Nothing => !tells,
+            Described::WithoutLayers(_) => !has_layers,
+            Described::WithLayers => true,
+        };
+        if !is_described {
             // A structure of numbers and JSON becomes JSON.
             let detail = serde_json::to_string(&describe(context)).unwrap_or_default();
-            push(&Row {
-                kind: Kind::Context,
-                detail: Some(&detail),
-                ..blank
-            });
+            let told =
+                matches!(&progress.described, Described::WithoutLayers(told) if *told == detail);
+            if !told {
+                push(&Row {
+                    kind: Kind::Context,
+                    detail: Some(&detail),
+                    ..blank
+                });
+            }
+            progress.described = match has_layers {
+                true => Described::WithLayers,
+                false => Described::WithoutLayers(detail),
+            };
         }
         let first_lost = progress.next;
         let number = progress.number(pass.number);
@@ -101,9 +124,7 @@ impl Recorder {
                 self.rows(pass, phases, blank, push);
                 self.gaps(finished, blank, push);
             }
-            Fate::Counted(_) | Fate::Split(_) if has_layers => {
-                self.unseen(pass, context, blank, push)
-            }
+            Fate::Counted(_) | Fate::Split(_) if has_layers => self.unseen(finished, blank, push),
             Fate::Excluded(why) => push(&Row {
                 kind: Kind::Excluded,
                 rows: Some(pass.token_count()),
@@ -120,7 +141,7 @@ impl Recorder {
     /// Another file begins: it has to be understood by itself.
     pub fn begin_part(&mut self) {
         for progress in &mut self.contexts {
-            progress.described = false;
+            progress.described = Described::Nothing;
         }
     }
 
@@ -235,6 +256,27 @@ impl Recorder {
                 ..blank
             });
         }
+        for (layer, rows) in pass.missing_second_rows() {
+            let missing = rows.end - rows.start;
+            self.located += u64::from(missing);
+            push(&Row {
+                layer: Some(layer),
+                row: Some(rows.start),
+                rows: Some(missing),
+                reason: Some(Reason::SecondRowsLost),
+                ..blank
+            });
+        }
+        for layer in finished.missing_second_blocks() {
+            // Whether they were lost is not known: other routes do not show them.
+            self.unknown = true;
+            push(&Row {
+                layer: Some(layer),
+                rows: pass.total_rows(layer),
+                reason: Some(Reason::SecondBlockNotSeen),
+                ..blank
+            });
+        }
         let last = finished.context.layers.numbers().next_back();
         for layer in finished.missing_layers() {
             // How many rows the last layer works on, and whether it is the last, is not known for certain.
@@ -254,15 +296,11 @@ impl Recorder {
 
     /// A pass without routing, of a context that has shown some. Where ubatches are read, one without has
     /// no tokens.
-    fn unseen(
-        &mut self,
-        pass: &Pass,
-        context: &Context,
-        blank: Row<'_>,
-        push: &mut impl FnMut(&Row<'_>),
-    ) {
+    fn unseen(&mut self, finished: &Finished<'_>, blank: Row<'_>, push: &mut impl FnMut(&Row<'_>)) {
+        let Finished { pass, context, .. } = finished;
         let known = pass.has_ubatch();
-        if !known && !pass.ubatch_unreadable && context.reads_ubatches() {
+        let has_no_tokens = !known && !pass.ubatch_unreadable && context.reads_ubatches();
+        if has_no_tokens || finished.may_idle() {
             return;
         }
         self.unknown = true;

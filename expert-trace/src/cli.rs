@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
 
 #[cfg(can_trace)]
-pub use self::tracing::{Attach, Ctl, Doctor, Recording, Rotation, Run};
+pub use self::tracing::{Attach, Ctl, Doctor, Recording, Rotation, Run, Top};
 use crate::formats::{Format, ImportFormat};
 
 #[cfg(can_trace)]
@@ -136,6 +136,10 @@ pub enum Command {
     #[cfg(can_trace)]
     #[command(before_help = tracing::ATTACH_EXAMPLES)]
     Attach(Attach),
+    /// Watch a running process: which experts are hot in which layers, as it is counted
+    #[cfg(can_trace)]
+    #[command(before_help = tracing::TOP_EXAMPLES, after_help = tracing::TOP_KEYS)]
+    Top(Top),
     /// Say whether it would work, with which probes, and what would be seen; nothing is started or traced,
     /// but for a look of a second at the eval callback of --pid
     #[cfg(can_trace)]

@@ -27,6 +27,7 @@
 //! - [`formats`]: traces and counts as others read and write them.
 //! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
+//! - [`top`]: what is counted, as it is counted, on a terminal.
 //! - [`control`]: what is asked of a capture that goes on.
 //! - [`capture`]: the one place where all of this meets the clock, signals and files.
 //!
@@ -119,6 +120,8 @@ pub mod symbols;
 pub mod tally;
 #[cfg(can_trace)]
 pub mod target;
+#[cfg(can_trace)]
+pub mod top;
 pub mod trace;
 #[cfg(can_trace)]
 pub mod uprobe_event;

@@ -58,6 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         #[cfg(can_trace)]
         Command::Attach(arguments) => block_on(capture::attach(arguments)),
         #[cfg(can_trace)]
+        Command::Top(arguments) => block_on(capture::top(arguments)),
+        #[cfg(can_trace)]
         Command::Doctor(arguments) => doctor::doctor(&arguments),
         #[cfg(can_trace)]
         Command::Ctl(arguments) => Ok(or_status(control::ctl(&arguments).map(|()| 0), FAILED)),

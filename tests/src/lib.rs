@@ -21,4 +21,5 @@ pub mod records;
 pub mod routes;
 pub mod server;
 pub mod terminal;
+pub mod tmux;
 pub mod tracer;

@@ -116,6 +116,9 @@ fn end_to_end(
     steps.run("bpftrace", |_| {
         packages::ensure(bench::BPFTRACE, "measuring against scripts")
     });
+    steps.run("tmux", |_| {
+        packages::ensure(&["tmux"], "testing the live view in a terminal")
+    });
     let Some(python) = steps.run("Python's data tools", |_| python::provision()) else {
         steps.skip(STEP, "there is nothing to read our files back with");
         return;

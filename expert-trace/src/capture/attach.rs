@@ -6,11 +6,11 @@ use anyhow::{Context as _, anyhow, bail};
 use nix::sys::signal::Signal;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Capture, Sinks, Start, Variables, Wanted, all, monotonic_ns, sinks};
+use super::{Capture, Sinks, Start, Variables, Wanted, all, monotonic_ns, sinks, view::Wish};
 use crate::{
     attach::{Events, Scope, Session},
     caller::{Account, Caller},
-    cli::{Attach, Recording},
+    cli::{Attach, Recording, Top},
     control::Control,
     diagnosis::{self, Untraceable},
     doctor::{self, Answer, Subject},
@@ -21,6 +21,7 @@ use crate::{
     router_on_cpu,
     signals::OwnSignal,
     target::{self, MappedFile},
+    top::View,
 };
 
 /// What `--strict` makes of an incomplete capture.
@@ -83,6 +84,48 @@ fn dry_run(arguments: &Attach) -> anyhow::Result<u8> {
     }
     Ok(worst.exit_status())
 }
+
+/// Shows what a running process does, as it does it.
+///
+/// # Errors
+/// When the process cannot be traced, there is no terminal, or a result cannot be written.
+pub async fn top(arguments: Top) -> anyhow::Result<u8> {
+    let Top {
+        pid,
+        duration,
+        router_on_cpu,
+        mut recording,
+    } = arguments;
+    recording.top.get_or_insert(TOP);
+    let arguments = Attach {
+        pid: Some(pid),
+        all: false,
+        library: None,
+        duration,
+        router_on_cpu,
+        recording,
+    };
+    if arguments.recording.dry_run {
+        return dry_run(&arguments);
+    }
+    requirements::check(Purpose::Attach)?;
+    let account = Caller::detect()?.account;
+    let process = Loaded::new(pid, &arguments, &account)?;
+    let mut process = process.probe(Signals::listen()?)?;
+    let name = target::name(pid.get()).unwrap_or_default();
+    let view = View::open(format!("expert-trace: {pid} {name}"))?;
+    process.view = Some((view, account));
+    process.capture.start()?;
+    let complete = process.trace(duration).await?;
+    Ok(if arguments.recording.strict && !complete {
+        INCOMPLETE
+    } else {
+        0
+    })
+}
+
+/// Experts of each layer that the summary lists after the live view, which has shown them.
+const TOP: usize = 3;
 
 /// What is wanted of each process.
 pub(super) fn wanted(recording: &Recording) -> Wanted {
@@ -188,6 +231,7 @@ impl Loaded {
             main_thread: MainThread::watch(pid),
             signals,
             dump: OwnSignal::listen(Signal::SIGUSR1)?,
+            view: None,
         })
     }
 }
@@ -200,6 +244,8 @@ pub(super) struct Probed {
     signals: Signals,
     /// Asks for what is known up to now.
     dump: OwnSignal,
+    /// The live view, and who writes what is saved there.
+    view: Option<(View, Account)>,
 }
 
 impl Probed {
@@ -212,7 +258,9 @@ impl Probed {
             mut main_thread,
             mut signals,
             mut dump,
+            view,
         } = self;
+        let (mut view, account) = view.unzip();
         let mut control = capture.sinks.control.take();
         let over = tokio::time::sleep(duration.unwrap_or(Duration::MAX));
         tokio::pin!(over);
@@ -231,6 +279,14 @@ impl Probed {
                         break "stopped";
                     }
                 }
+                asked = View::next(&mut view) => {
+                    // There is an account where there is a view.
+                    let Some(account) = &account else { continue };
+                    match capture.show(asked, account).await {
+                        Wish::None => {}
+                        Wish::End | Wish::Leave => break "interrupted",
+                    }
+                }
                 () = main_thread.ended() => capture.look_at_main_thread(),
                 due = capture.events_due(more) => {
                     due?;
@@ -241,6 +297,7 @@ impl Probed {
                 capture.probe_new_libraries();
             }
         };
+        drop(view);
         let ended = capture.finish(End::Cut, why, &mut signals.interrupt).await;
         if let Some(stop) = stop {
             let result = ended.as_ref().map(|_| Vec::new());

@@ -58,7 +58,7 @@ impl Capture {
         None
     }
 
-    async fn write_so_far(&mut self) -> anyhow::Result<String> {
+    pub(super) async fn write_so_far(&mut self) -> anyhow::Result<String> {
         if self.sinks.output.is_none() {
             bail!("there is no file for them; name one with -o");
         }
@@ -70,7 +70,7 @@ impl Capture {
     }
 
     /// The document of the passes that are over. The one under way is in none of its counts.
-    async fn so_far(&mut self) -> anyhow::Result<Stats> {
+    pub(super) async fn so_far(&mut self) -> anyhow::Result<Stats> {
         let (_, began) = self.started.context("the capture has not started")?;
         let (_, integrity) = self.balance().await?;
         let integrity = integrity.with_problems(self.all_problems()?);
@@ -85,7 +85,7 @@ impl Capture {
     }
 
     /// Begins to count anew. What is known of contexts, models and probes stays; so do log and trace.
-    async fn reset(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn reset(&mut self) -> anyhow::Result<()> {
         let (raw, integrity) = self.balance().await?;
         ensure!(
             integrity.adds_up(),

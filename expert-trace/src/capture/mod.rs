@@ -12,6 +12,7 @@ mod run;
 mod sinks;
 mod targets;
 mod trace;
+mod view;
 
 use std::{
     collections::HashMap,
@@ -22,10 +23,14 @@ use std::{
 };
 
 use anyhow::Context as _;
+use expert_trace_common::COUNTERS;
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
-pub use self::{attach::attach, run::run};
+pub use self::{
+    attach::{attach, top},
+    run::run,
+};
 use self::{
     cost::TargetClock,
     interim::Baseline,
@@ -82,6 +87,8 @@ struct Capture {
     /// Measures what it costs, once it has started.
     target_clock: Option<TargetClock>,
     recording: Recording,
+    /// The kernel's counters when the live view was last shown something.
+    shown: Option<[u64; COUNTERS]>,
     /// Stands before what is printed at the end.
     heading: String,
 }
@@ -134,6 +141,7 @@ impl Capture {
             baseline: None,
             target_clock: None,
             recording,
+            shown: None,
             heading: String::new(),
         })
     }

@@ -15,7 +15,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Capture, Sinks, Start, Variables, Wanted, sinks};
+use super::{Capture, Sinks, Start, Variables, Wanted, sinks, view::Wish};
 use crate::{
     attach::{Scope, Session},
     caller::Caller,
@@ -30,6 +30,7 @@ use crate::{
     router_on_cpu::{self, Insertion},
     signals::OwnSignal,
     target,
+    top::View,
     variables::{self, Decision, Flags},
 };
 
@@ -133,6 +134,14 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         false => Some(open(0)?),
     };
 
+    // Before the program is there: it is to inherit what its output goes to meanwhile.
+    let live = arguments.live;
+    let open_view = || {
+        View::open(format!(
+            "expert-trace: {}",
+            target::printable(command[0].as_ref())
+        ))
+    };
     let follow = !arguments.no_follow;
     let buffer_size = arguments.recording.ring_bytes(logits);
     // What sees the fork must be there before it.
@@ -142,6 +151,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     let mut signals = OwnSignals::listen()?;
     let mut dump = OwnSignal::listen(Signal::SIGUSR1)?;
     let mut child_changed = signal(SignalKind::child())?;
+    let mut view = live.then(open_view).transpose()?;
     let child = Suspended::spawn(&program)?;
     let pid = child.pid();
     let main_process = u32::try_from(pid.as_raw()).ok().and_then(NonZeroU32::new);
@@ -163,7 +173,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
     capture.targets.main.variables =
         Variables::from("/".as_ref(), |name| environment.get(name).map(Into::into));
     capture.start()?;
-    capture.announce();
+    if !live {
+        capture.announce();
+    }
     let gate = child.release(&program, |gate| {
         capture.serve(gate, follow);
     })?;
@@ -192,6 +204,18 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
                 capture.answer(asked).await;
                 continue;
             }
+            asked = View::next(&mut view) => {
+                match capture.show(asked, &caller.account).await {
+                    Wish::None => {}
+                    Wish::Leave => view = None,
+                    Wish::End => {
+                        view = None;
+                        // As the terminal would have done.
+                        let _ = kill(pid, Signal::SIGINT);
+                    }
+                }
+                continue;
+            }
             ready = arrivals(&mut gate) => {
                 let over = match ready {
                     Ok(mut ready) => {
@@ -216,6 +240,7 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
             break status;
         }
     };
+    drop(view);
     let (end, status) = match status {
         WaitStatus::Signaled(_, signal, _) => (End::Cut, 128 + signal as u8),
         WaitStatus::Exited(_, code) => (End::Exited, code as u8),

@@ -58,6 +58,9 @@ Examples:
     sudo expert-trace run --trace routes.arrows -- \\
       llama-cli -m model.gguf -p \"Hello\"
 
+  Watch what is counted while the program runs:
+    sudo expert-trace run --live -- llama-cli -m model.gguf -p \"Hello\"
+
   Run the program as somebody else:
     sudo expert-trace run --user nobody -- llama-cli -m model.gguf -p \"Hello\"
 
@@ -93,6 +96,22 @@ Examples:
   Trace every process that uses a library, and write a file for each:
     sudo expert-trace attach --all --library bin/libggml-cpu.so -d 30s \\
       -o stats-%p.json";
+
+pub(super) const TOP_EXAMPLES: &str = "\
+Examples:
+  Watch the experts of a running server:
+    sudo expert-trace top --pid 4242
+
+  The same for half a minute, and write all counts to a file:
+    sudo expert-trace top --pid 4242 --duration 30s -o stats.json";
+
+pub(super) const TOP_KEYS: &str = "\
+Keys:
+  arrows       Move the cursor; the line below the map tells its counts
+  + - 0        Fewer or more experts in a cell; as many as fit
+  s f n a      Sort by heat; prompts or generated tokens; scale; all layers
+  p r w        Pause; begin to count anew; write the counts
+  ? q Ctrl-C   All keys; leave; end";
 
 pub(super) const CTL_EXAMPLES: &str = "\
 Examples:
@@ -144,9 +163,30 @@ pub struct Run {
     /// models that are fully on a GPU. Adds options to its command line, and makes it slower
     #[arg(long)]
     pub router_on_cpu: bool,
+    /// Show what is counted as `top` does, while the program runs. What it prints to the terminal is shown
+    /// afterwards, and it reads nothing from there
+    #[arg(long)]
+    pub live: bool,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// Arguments of `top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Process to show
+    #[arg(short, long, value_name = "PID")]
+    pub pid: NonZeroU32,
+    /// Stop after this time (30s, 5m, 1h30m)
+    #[arg(short, long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub duration: Option<Duration>,
+    /// Choose the experts from the routers' logits, as with attach
+    #[arg(long)]
+    pub router_on_cpu: bool,
+    /// How to record.
+    #[command(flatten)]
+    pub recording: Recording,
 }
 
 /// Arguments of `attach`.

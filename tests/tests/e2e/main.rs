@@ -34,6 +34,7 @@ mod shell;
 mod specification;
 mod sudo;
 mod support;
+mod top;
 mod trace;
 mod untrusted;
 mod vulkan;

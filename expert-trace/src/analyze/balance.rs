@@ -16,9 +16,23 @@ pub struct Balance {
     pub prefill: Means,
     /// Generated tokens.
     pub decode: Means,
+    /// What splitting the experts over devices would give each of them to do.
+    pub split: Vec<Split>,
     /// Every layer, ascending.
     pub layers: Vec<LayerBalance>,
 }
+
+/// The experts of each layer in ascending order, divided equally over devices.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Split {
+    /// Devices.
+    pub devices: usize,
+    /// Activations of a layer's busiest device / mean of its devices; mean over the layers.
+    pub busiest_over_mean: f64,
+}
+
+/// Devices that experts are divided over.
+const DEVICES: [usize; 3] = [2, 4, 8];
 
 /// Means over the layers that have activations; `None` when none has.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -126,9 +140,31 @@ impl Balance {
             all: means(|layer| layer.all.as_ref()),
             prefill: means(|layer| layer.prefill.as_ref()),
             decode: means(|layer| layer.decode.as_ref()),
+            split: DEVICES
+                .iter()
+                .filter_map(|of| split(context, *of))
+                .collect(),
             layers,
         }
     }
+}
+
+fn split(context: &ContextProfile, devices: usize) -> Option<Split> {
+    let active = context.layers.iter().map(LayerProfile::dense);
+    let active = active.filter(|counts| counts.len() >= devices && counts.iter().any(|n| *n > 0));
+    let busiest = mean(active.map(|counts| {
+        let mut loads = vec![0_u64; devices];
+        for (expert, count) in counts.iter().enumerate() {
+            loads[expert * devices / counts.len()] += count;
+        }
+        let total: u64 = loads.iter().sum();
+        let busiest = loads.iter().max().copied().unwrap_or(0);
+        (busiest * devices as u64) as f64 / total as f64
+    }));
+    busiest.map(|busiest_over_mean| Split {
+        devices,
+        busiest_over_mean,
+    })
 }
 
 impl Means {
@@ -303,6 +339,22 @@ mod tests {
             let expected = differences as f64 / pairs / (2.0 * mean);
             assert!((found.gini - expected).abs() < 1e-9, "{counts:?}");
         }
+    }
+
+    #[test]
+    fn devices_get_equal_parts_of_the_experts() {
+        let of = |counts: &[u64]| {
+            let counts: Vec<[u64; 2]> = counts.iter().map(|count| [0, *count]).collect();
+            context(vec![layer(0, counts.len() as u32, &counts)])
+        };
+        let busiest = |counts: &[u64], devices| {
+            split(&of(counts), devices).map(|split| split.busiest_over_mean)
+        };
+        assert_eq!(busiest(&[1, 1, 1, 1], 2), Some(1.0));
+        assert_eq!(busiest(&[3, 3, 1, 1], 2), Some(1.5));
+        assert_eq!(busiest(&[8, 0, 0, 0], 4), Some(4.0));
+        assert_eq!(busiest(&[1, 1], 4), None);
+        assert_eq!(busiest(&[0, 0], 2), None);
     }
 
     #[test]

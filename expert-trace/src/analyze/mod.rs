@@ -19,8 +19,10 @@ pub mod pairs;
 pub mod routing;
 pub mod sequences;
 pub mod structure;
+pub mod text;
 pub mod time;
 pub mod tokens;
+pub mod verdict;
 
 use serde::Serialize;
 
@@ -31,6 +33,7 @@ use self::{
     routing::Layer,
     structure::Structure,
     time::Time,
+    verdict::Verdict,
 };
 use crate::profile::Schema;
 
@@ -58,6 +61,19 @@ pub struct Analysis {
     pub cache: Option<Cache>,
     /// Questions that this file does not answer, and why.
     pub unanswered: Vec<Unanswered>,
+    /// What follows for a cache of experts.
+    pub verdict: Verdict,
+    /// What the answers have taken; empty unless somebody has measured it.
+    pub cost: Vec<Cost>,
+}
+
+/// Time that a part of the work has taken.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cost {
+    /// What was done.
+    pub work: &'static str,
+    /// Seconds.
+    pub seconds: f64,
 }
 
 /// What was analyzed.
@@ -162,6 +178,8 @@ impl Analysis {
                     .to_owned(),
             });
         }
+        let balance = Balance::of(&input.context);
+        let verdict = Verdict::of(input, &balance, cache.as_ref());
         Self {
             schema: Schema {
                 name: SCHEMA_NAME.to_owned(),
@@ -169,11 +187,13 @@ impl Analysis {
             },
             source: Source::of(file, input),
             notes: input.notes.clone(),
-            balance: Balance::of(&input.context),
+            balance,
             time,
             structure,
             cache,
             unanswered,
+            verdict,
+            cost: Vec::new(),
         }
     }
 }

@@ -143,7 +143,7 @@ impl Cache {
     ) -> Self {
         let all: u64 = sizes.iter().sum();
         let budgets = options.budgets(all);
-        let mut sums = Sums::new(sizes.len(), all);
+        let mut sums = Sums::new(sizes.len());
         let mut distances = Hits::new(&budgets);
         let whole = lru(routing, sizes, all, progress);
         let lookups = Lookups::of(routing, options.sample);
@@ -304,7 +304,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn new(keys: usize, _: u64) -> Self {
+    fn new(keys: usize) -> Self {
         Self {
             first: vec![0; keys],
             second: vec![0; keys],

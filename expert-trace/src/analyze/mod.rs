@@ -19,6 +19,8 @@ pub mod pairs;
 pub mod routing;
 pub mod sequences;
 pub mod structure;
+#[cfg(test)]
+mod tests;
 pub mod text;
 pub mod time;
 pub mod tokens;

@@ -15,7 +15,7 @@ pub struct Sequences {
     now: u32,
     all: u32,
     by_layer: HashMap<usize, u32>,
-    by_sequence: HashMap<Option<u16>, u32>,
+    by_sequence: HashMap<(Option<u16>, usize), u32>,
 }
 
 /// The last generated tokens of a sequence in a layer, the last one first.
@@ -74,21 +74,19 @@ impl Sequences {
     }
 
     /// A token of a prompt. What is not known to be another sequence is this one.
-    pub fn prompt(&mut self, row: &RoutedRow<'_>) {
+    pub fn prompt(&mut self, layer: usize, row: &RoutedRow<'_>) {
         self.now += 1;
         match row.sequence {
-            Some(_) => {
-                self.by_sequence.insert(row.sequence, self.now);
-            }
-            None => self.all = self.now,
-        }
+            Some(_) => self.by_sequence.insert((row.sequence, layer), self.now),
+            None => self.by_layer.insert(layer, self.now),
+        };
     }
 
     /// A generated token, which is the last one of its sequence now. Gives those before it.
     pub fn generated(&mut self, layer: usize, row: &RoutedRow<'_>) -> Tail {
         let broken = |at: Option<&u32>| at.copied().unwrap_or(0);
-        let broken =
-            broken(self.by_layer.get(&layer)).max(broken(self.by_sequence.get(&row.sequence)));
+        let broken = broken(self.by_layer.get(&layer))
+            .max(broken(self.by_sequence.get(&(row.sequence, layer))));
         let broken = broken.max(self.all);
         let tail = self.tails.entry((row.sequence, layer)).or_default();
         if tail.since < broken {
@@ -109,6 +107,8 @@ impl Sequences {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NOBODY: [usize; 0] = [];
 
     fn row(index: usize, sequence: Option<u16>, position: Option<i32>) -> RoutedRow<'static> {
         RoutedRow {
@@ -137,7 +137,7 @@ mod tests {
         }
         assert_eq!(
             back(&sequences.generated(1, &row(0, Some(0), Some(20)))),
-            []
+            NOBODY
         );
     }
 
@@ -151,13 +151,13 @@ mod tests {
         }
         // Tokens 3 and 4 were rejected.
         assert_eq!(at(5, Some(3)), [2, 1, 0]);
-        assert_eq!(at(6, Some(5)), [], "one is missing");
-        assert_eq!(at(7, Some(0)), [], "a new text");
+        assert_eq!(at(6, Some(5)), NOBODY, "one is missing");
+        assert_eq!(at(7, Some(0)), NOBODY, "a new text");
         assert_eq!(at(8, Some(1)), [7]);
-        assert_eq!(at(9, None), []);
+        assert_eq!(at(9, None), NOBODY);
         assert_eq!(at(10, None), [9]);
-        assert_eq!(at(11, Some(i32::MAX)), []);
-        assert_eq!(at(12, Some(i32::MIN + 1)), []);
+        assert_eq!(at(11, Some(i32::MAX)), NOBODY);
+        assert_eq!(at(12, Some(i32::MIN + 1)), NOBODY);
     }
 
     #[test]
@@ -175,11 +175,10 @@ mod tests {
         assert_eq!(all(&mut sequences), [1, 1, 1, 1]);
         sequences.gap(Some(1));
         assert_eq!(all(&mut sequences), [2, 2, 0, 0]);
-        sequences.prompt(&row(0, Some(0), None));
-        assert_eq!(all(&mut sequences), [0, 3, 0, 1]);
-        sequences.prompt(&row(0, None, None));
-        assert_eq!(all(&mut sequences), [0; 4]);
-        all(&mut sequences);
+        sequences.prompt(0, &row(0, Some(0), None));
+        assert_eq!(all(&mut sequences), [0, 3, 1, 1]);
+        sequences.prompt(1, &row(0, None, None));
+        assert_eq!(all(&mut sequences), [1, 4, 0, 0]);
         sequences.gap(None);
         assert_eq!(all(&mut sequences), [0; 4]);
     }

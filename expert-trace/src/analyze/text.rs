@@ -49,7 +49,7 @@ impl Analysis {
         writeln!(text, "{}, context {}", source.file, source.context)?;
         writeln!(
             text,
-            "{} layers with {} experts, {} per token; {} tokens of prompts, {} generated",
+            "Layers: {}; experts: {}, {} per token; tokens: {} of prompts, {} generated",
             source.layers, source.n_expert, source.k, source.prefill_tokens, source.decode_tokens
         )
     }

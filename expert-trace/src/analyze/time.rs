@@ -225,7 +225,7 @@ fn overlap(
         let first_key = routing.layers()[batch.layer].first_key as usize;
         for row in batch.rows() {
             if !row.decode {
-                sequences.prompt(&row);
+                sequences.prompt(batch.layer, &row);
                 continue;
             }
             let tail = sequences.generated(batch.layer, &row);

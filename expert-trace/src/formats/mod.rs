@@ -30,7 +30,7 @@ pub(crate) mod progress;
 pub mod route_trace;
 pub mod statistics;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod text;
 pub mod turbospark;
 

@@ -172,7 +172,6 @@ impl Cache {
             options,
             progress,
         );
-        let slice_floor = layer_floor(routing, sizes);
         let percent = |hits: u64, of: u64| (of > 0).then(|| 100.0 * hits as f64 / of as f64);
         let table = budgets.iter().enumerate().map(|(index, budget)| Row {
             belady: percent(simulated.belady[index], lookups.decode),
@@ -182,7 +181,7 @@ impl Cache {
             layer_lru: percent(simulated.layer_lru[index], lookups.decode),
             layer_lfu: percent(simulated.layer_lfu[index], lookups.decode),
             static_pin: percent(pins[index], lookups.decode),
-            layer_holds_mib: Some(slice_floor.holds(*budget))
+            layer_holds_mib: Some(slices_hold(&whole.largest, *budget))
                 .filter(|holds| *holds > *budget)
                 .map(|holds| holds as f64 / MIB),
             below_working_set: whole
@@ -348,6 +347,8 @@ struct Whole {
     curve: Vec<Point>,
     first_use_percent: Option<f64>,
     pass: Option<PassBytes>,
+    /// The largest decode batch of each layer, in bytes.
+    largest: Vec<u64>,
 }
 
 fn lru(
@@ -364,6 +365,7 @@ fn lru(
     let mut batch_lookups = Vec::new();
     let (mut decode, mut first_uses) = (0_u64, 0_u64);
     let mut passes = Passes::default();
+    let mut largest = vec![0; routing.layers().len()];
     for batch in routing.batches() {
         batch_lookups.clear();
         distinct.find(routing, &batch, &mut batch_lookups);
@@ -377,6 +379,10 @@ fn lru(
             }
         });
         passes.add(batch.pass, bytes_of_pass);
+        if bytes_of_pass > 0 {
+            let bytes: u64 = batch_lookups.iter().map(|lookup| sizes[lookup.key()]).sum();
+            largest[batch.layer] = bytes.max(largest[batch.layer]);
+        }
         if batch.index % (1 << 14) == 0 {
             progress(Stage::Lru, batch.index as u64, routing.len() as u64);
         }
@@ -394,6 +400,7 @@ fn lru(
         },
         first_use_percent: (decode > 0).then(|| percent(first_uses)),
         pass: passes.end(),
+        largest,
     }
 }
 
@@ -434,25 +441,10 @@ impl Passes {
     }
 }
 
-/// What slices of a budget hold at least.
-struct Floor {
-    /// The largest decode batch of each layer, in bytes.
-    batches: Vec<u64>,
-}
-
-impl Floor {
-    fn holds(&self, budget: u64) -> u64 {
-        let slice = budget / (self.batches.len() as u64).max(1);
-        self.batches.iter().map(|batch| slice.max(*batch)).sum()
-    }
-}
-
-fn layer_floor(routing: &Routing, sizes: &[u64]) -> Floor {
-    let layers = routing.layers().iter();
-    let batches = layers.map(|layer| u64::from(layer.k) * sizes[layer.first_key as usize]);
-    Floor {
-        batches: batches.collect(),
-    }
+/// What equal slices of a budget hold, of which each holds the largest decode batch of its layer at least.
+fn slices_hold(largest: &[u64], budget: u64) -> u64 {
+    let slice = budget / (largest.len() as u64).max(1);
+    largest.iter().map(|batch| slice.max(*batch)).sum()
 }
 
 fn spread(sizes: &[u64]) -> [u64; 2] {

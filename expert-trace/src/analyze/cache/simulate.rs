@@ -51,8 +51,8 @@ pub fn hits(lookups: &Lookups, sizes: &[u64], budget: u64, policy: &mut impl Pol
     hits
 }
 
-/// Belady: the expert goes whose next batch is furthest. With experts of one size nothing can be better; it
-/// takes knowledge of the future.
+/// Belady: the expert goes whose next batch is furthest; of equals one that only prompts will need. Of all
+/// lookups, with experts of one size, nothing can have more hits; it takes knowledge of the future.
 #[derive(Debug)]
 pub struct Belady<'a> {
     lookups: &'a Lookups,
@@ -115,8 +115,16 @@ impl Policy for Belady<'_> {
         }
         while let Some(batch) = self.batches.peek().copied() {
             let of_batch = &self.lookups.all()[self.lookups.range(batch as usize)];
-            let mut keys = of_batch.iter().map(|lookup| lookup.key());
-            if let Some(key) = keys.find(|key| self.next_of[*key] == batch) {
+            let mut found = None;
+            for lookup in of_batch {
+                if self.next_of[lookup.key()] == batch {
+                    found = Some(lookup.key());
+                    if !lookup.is_decode() {
+                        break;
+                    }
+                }
+            }
+            if let Some(key) = found {
                 self.next_of[key] = NONE;
                 return Some(key);
             }

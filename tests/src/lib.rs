@@ -20,5 +20,7 @@ pub mod reachable;
 pub mod records;
 pub mod routes;
 pub mod server;
+pub mod synthetic;
 pub mod terminal;
 pub mod tracer;
+pub mod usage;

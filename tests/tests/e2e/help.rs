@@ -279,6 +279,7 @@ fn every_subcommand_starts_with_examples() {
             "merge",
             "diff",
             "verify",
+            "analyze",
             "export",
             "import",
             "completions",
@@ -429,6 +430,22 @@ fn examples_of_export_work() {
                     "{example}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn examples_of_analyze_work() {
+    let line = "exec expert-trace run -o stats.json --trace trace.arrows -- llama-cli -m model.gguf -p Hello";
+    let output = World::get().bash(line).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    for example in examples(&help(&["analyze"])) {
+        let output = World::get().bash(&example).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        let answer = String::from_utf8(output.stdout).unwrap();
+        match example.contains("--json") {
+            true => assert!(answer.contains("\"belady\": "), "{answer}"),
+            false => assert!(answer.contains("=== Verdict ==="), "{answer}"),
         }
     }
 }

@@ -130,7 +130,12 @@ fn from_trace(
     notes.extend(counted.notes(shown));
     let mut profile = counted.profile(shown.to_owned());
     profile.put_in_order();
-    let chosen = chosen(&profile, context)?;
+    // A trace that was cut can have lost what was asked for.
+    let chosen = chosen(&profile, context);
+    let chosen = chosen.map_err(|error| match notes.is_empty() {
+        true => error,
+        false => error.context(notes.join("; ")),
+    })?;
     let id = chosen.id as u32;
     let of_context = counted.contexts.get(&id).context("no such context")?;
     if of_context.second_block_rows() > 0 {

@@ -85,10 +85,17 @@ impl Structure {
         let Some(routing) = routing else {
             return structure;
         };
-        for group in groups(layers) {
-            progress(Stage::Structure, group.start as u64, layers.len() as u64);
+        let groups = groups(layers);
+        let work = (groups.len() * routing.len()) as u64;
+        for (round, group) in groups.into_iter().enumerate() {
             let mut counted = Counted::new(layers, group);
-            routing.batches().for_each(|batch| counted.add(&batch));
+            for batch in routing.batches() {
+                if batch.index % (1 << 14) == 0 {
+                    let done = round * routing.len() + batch.index;
+                    progress(Stage::Structure, done as u64, work);
+                }
+                counted.add(&batch);
+            }
             let Counted {
                 within,
                 after,

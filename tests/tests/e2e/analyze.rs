@@ -9,9 +9,17 @@ use crate::support::{Known, Traced, known_quantized, known_small, scratch};
 
 fn analyze(arguments: &[&str]) -> (Option<i32>, String, String) {
     let program = tracer::program().unwrap();
-    let output = Command::new(program).arg("analyze").args(arguments).output().unwrap();
+    let output = Command::new(program)
+        .arg("analyze")
+        .args(arguments)
+        .output()
+        .unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    (output.status.code(), text(output.stdout), text(output.stderr))
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
 }
 
 fn answers(arguments: &[&str]) -> Value {
@@ -22,7 +30,13 @@ fn answers(arguments: &[&str]) -> Value {
 
 /// Generated tokens: every fourth one comes again at once.
 fn tokens() -> Vec<u32> {
-    let tokens = (0..40).map(|step| if step % 4 == 3 { 30 + 7 * (step - 1) } else { 30 + 7 * step });
+    let tokens = (0..40).map(|step| {
+        if step % 4 == 3 {
+            30 + 7 * (step - 1)
+        } else {
+            30 + 7 * step
+        }
+    });
     tokens.collect()
 }
 
@@ -86,7 +100,11 @@ fn lru(known: &Known, places: usize) -> f64 {
     let prompt: Vec<u32> = (20..30).collect();
     for layer in 0..=last {
         // The last layer computes the token alone whose output is wanted.
-        batch(layer, if layer == last { &prompt[9..] } else { &prompt }, false);
+        batch(
+            layer,
+            if layer == last { &prompt[9..] } else { &prompt },
+            false,
+        );
     }
     for token in tokens() {
         (0..=last).for_each(|layer| batch(layer, &[token], true));
@@ -102,7 +120,9 @@ fn known_tokens_are_analyzed_through_a_real_trace() {
         let (bytes, _) = known.spec.layer_bytes();
         let places = [8, 20, 40, 60];
         let mib = |places: usize| (places as u64 * bytes) as f64 / f64::from(1 << 20);
-        let budgets = places.map(|places| format!("{:.9}", mib(places) + 1e-6)).join(",");
+        let budgets = places
+            .map(|places| format!("{:.9}", mib(places) + 1e-6))
+            .join(",");
         let of_trace = answers(&[&trace, "--budgets", &budgets]);
 
         for (index, lag) in [1, 2, 4, 8].into_iter().enumerate() {
@@ -112,7 +132,12 @@ fn known_tokens_are_analyzed_through_a_real_trace() {
         }
         let predictors = &of_trace["time"]["predictors"];
         assert_eq!(predictors["previous_token"], overlap(known, 1));
-        for (row, places) in of_trace["cache"]["table"].as_array().unwrap().iter().zip(places) {
+        for (row, places) in of_trace["cache"]["table"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(places)
+        {
             assert_eq!(row["lru"], lru(known, places), "{places}");
             assert!(row["lru"].as_f64() <= row["belady"].as_f64());
         }
@@ -139,7 +164,14 @@ fn known_tokens_are_analyzed_through_a_real_trace() {
         }
         let (status, text, _) = analyze(&[&trace, "--budgets", &budgets]);
         assert_eq!(status, Some(0));
-        for part in ["=== Balance", "=== Time", "=== Cache", "=== Verdict", "-ncmoe", "cannot know"] {
+        for part in [
+            "=== Balance",
+            "=== Time",
+            "=== Cache",
+            "=== Verdict",
+            "-ncmoe",
+            "cannot know",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
     }
@@ -157,11 +189,18 @@ fn sizes_are_those_of_the_model() {
     assert!(export.status().unwrap().success());
     let text = fs::read_to_string(&routes).unwrap();
     let (bytes, _) = known.spec.layer_bytes();
-    fs::write(&routes, text.replace(&format!("expert_bytes={bytes}"), "expert_bytes=0")).unwrap();
+    fs::write(
+        &routes,
+        text.replace(&format!("expert_bytes={bytes}"), "expert_bytes=0"),
+    )
+    .unwrap();
     let without = answers(&[&routes]);
     assert_eq!(without["cache"], Value::Null);
     let why = without["unanswered"][0]["why"].as_str().unwrap();
-    assert!(why.contains("of layers 0-3: name the model's file (--model)"), "{why}");
+    assert!(
+        why.contains("of layers 0-3: name the model's file (--model)"),
+        "{why}"
+    );
     let model = known.path.display().to_string();
     let with = answers(&[&routes, "--model", &model]);
     assert_eq!(with["cache"], answers(&[&trace])["cache"]);
@@ -186,6 +225,8 @@ fn what_cannot_be_analyzed_is_refused_with_the_reason() {
     let bytes = fs::read(&trace).unwrap();
     let cut = directory.path().join("cut.arrows").display().to_string();
     fs::write(&cut, &bytes[..bytes.len() - 100]).unwrap();
-    let (_, _, said) = analyze(&[&cut]);
+    // All rows are in its only batch.
+    let (status, _, said) = analyze(&[&cut]);
+    assert_eq!(status, Some(1));
     assert!(said.contains("has no end"), "{said}");
 }

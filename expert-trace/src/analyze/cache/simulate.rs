@@ -198,7 +198,7 @@ impl Policy for Lfu<'_> {
                 last[lookups.all()[lookup as usize].key()] == lookup
             });
         }
-        let order = u64::from(self.frequency[key]) << 32 | lookup as u64;
+        let order = (u64::from(self.frequency[key]) << 32) | lookup as u64;
         self.order.push(Reverse(order));
     }
 }
@@ -248,7 +248,7 @@ impl Policy for Random {
         if self.candidates.is_empty() {
             return None;
         }
-        let place = u128::from(self.next()) * self.candidates.len() as u128 >> 64;
+        let place = (u128::from(self.next()) * self.candidates.len() as u128) >> 64;
         Some(self.remove(place as usize))
     }
 

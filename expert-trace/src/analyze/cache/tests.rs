@@ -186,7 +186,7 @@ fn random_is_fair_and_goes_by_its_seed() {
         let ours =
             |seed| simulate::hits(&lookups, &trace.sizes, budget, &mut Random::new(seed, keys));
         assert_eq!(ours(5), ours(5));
-        let runs = 500;
+        let runs = 300;
         let mean = (0..runs).map(ours).sum::<u64>() as f64 / runs as f64;
         let mut dice = crate::analyze::tests::Dice::new(11);
         let naive = Naive {
@@ -194,10 +194,10 @@ fn random_is_fair_and_goes_by_its_seed() {
             budget,
             layer: None,
         };
-        let theirs = (0..100).map(|_| naive.run(|of| dice.below(of.len() as u64) as usize).0);
-        let expected = theirs.sum::<u64>() as f64 / 100.0;
+        let theirs = (0..60).map(|_| naive.run(|of| dice.below(of.len() as u64) as usize).0);
+        let expected = theirs.sum::<u64>() as f64 / 60.0;
         assert!(
-            (mean - expected).abs() < 0.05 * expected,
+            (mean - expected).abs() < 0.08 * expected,
             "{seed}: {mean} {expected}"
         );
         different += (0..50).map(ours).collect::<BTreeSet<u64>>().len();

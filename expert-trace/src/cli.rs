@@ -13,7 +13,10 @@ use clap_complete::Shell;
 
 #[cfg(can_trace)]
 pub use self::tracing::{Attach, Ctl, Doctor, Recording, Rotation, Run, Top};
-use crate::formats::{Format, ImportFormat};
+use crate::{
+    analyze::budget::Budget,
+    formats::{Format, ImportFormat},
+};
 
 #[cfg(can_trace)]
 use self::tracing::EXAMPLES;
@@ -69,6 +72,29 @@ Exit status:
   0  Every expert of every layer has the same count in both
   1  They differ: the lines after the table say what can be the reason
   2  They could not be compared";
+
+const ANALYZE_EXAMPLES: &str = "\
+Examples:
+  Would a cache of experts pay, and how large must it be?
+    expert-trace analyze trace.arrows
+
+  Hits of caches of 500 MiB and 4 GiB, for a script:
+    expert-trace analyze trace.arrows --json --budgets 500,4000
+
+  A trace that does not say how many bytes an expert takes:
+    expert-trace analyze trace.arrows --model model.gguf
+
+  What counts alone tell:
+    expert-trace analyze stats.json";
+
+const ANALYZE_NOTES: &str = "\
+Time, pairs of experts and caches need a trace, or a route_trace of BigMoeOnEdge; balance and a static pin \
+are also told of statistics (run -o) and profiles. A question that the file does not answer is listed \
+with the reason.
+
+Exit status:
+  0  Done
+  1  Something could not be read or written";
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -162,6 +188,10 @@ pub enum Command {
     /// Compare counts with those that llama-imatrix made itself in the same run
     #[command(before_help = VERIFY_EXAMPLES, after_help = VERIFY_STATUS)]
     Verify(Verify),
+    /// Say whether caching, pinning or splitting experts pays on what was traced, and how evenly experts
+    /// are used
+    #[command(before_help = ANALYZE_EXAMPLES, after_help = ANALYZE_NOTES)]
+    Analyze(Analyze),
     /// Write a trace, or counts, in a format that others read
     #[command(before_help = EXPORT_EXAMPLES, after_help = EXPORT_NOTES)]
     Export(Export),
@@ -234,6 +264,42 @@ pub struct Verify {
     /// Write the answer as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `analyze`.
+#[derive(Debug, Args)]
+pub struct Analyze {
+    /// A trace (--trace), a route_trace, statistics (-o) or a profile (merge)
+    #[arg(value_name = "FILE")]
+    pub input: PathBuf,
+    /// Write the answers as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Sizes of the caches to try, in MiB (default: from 1/16 to 14/16 of all experts)
+    #[arg(long, value_name = "MIB", value_delimiter = ',')]
+    pub budgets: Vec<Budget>,
+    /// The model's file (GGUF), for the bytes that an expert takes where FILE does not tell
+    #[arg(long, value_name = "GGUF")]
+    pub model: Option<PathBuf>,
+    /// Context to analyze (default: the one that routed most tokens)
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Simulate caches with the first N activations; LRU for all budgets, and all other answers, are always
+    /// of all
+    #[arg(long, value_name = "N", default_value_t = 20_000_000, value_parser = sample)]
+    pub sample: usize,
+    /// Seed of the random cache
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+}
+
+fn sample(text: &str) -> Result<usize, String> {
+    // Places of lookups are numbers of 32 bits.
+    let number = text
+        .parse()
+        .ok()
+        .filter(|n| (1..=1_000_000_000).contains(n));
+    number.ok_or_else(|| "name a number from 1 to 1000000000".to_owned())
 }
 
 /// Arguments of `export`.

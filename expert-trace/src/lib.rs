@@ -26,6 +26,7 @@
 //!   [`stats_schema`]: its version.
 //! - [`formats`]: traces and counts as others read and write them.
 //! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
+//! - [`analyze`]: whether caching, pinning or splitting experts pays: balance, time, structure and caches.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`top`]: what is counted, as it is counted, on a terminal.
 //! - [`control`]: what is asked of a capture that goes on.
@@ -44,6 +45,7 @@ macro_rules! say {
     }};
 }
 
+pub mod analyze;
 #[cfg(can_trace)]
 pub mod attach;
 #[cfg(can_trace)]

@@ -4,14 +4,15 @@ use std::{io, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser as _;
-#[cfg(can_trace)]
-use expert_trace::{capture, control, doctor, export, launch::LaunchError};
 use expert_trace::{
+    analyze::command as analyze,
     cli::{Cli, Command},
     formats,
     profile::command as profile,
     say,
 };
+#[cfg(can_trace)]
+use expert_trace::{capture, control, doctor, export, launch::LaunchError};
 
 /// Exit status when the tracer itself fails, as `env` and `timeout` have it.
 const TRACER_FAILED: u8 = 125;
@@ -70,6 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Verify(arguments) => {
             Ok(or_status(profile::run_verify(&arguments), COULD_NOT_TELL))
         }
+        Command::Analyze(arguments) => Ok(or_status(analyze::run(&arguments), FAILED)),
         Command::Export(arguments) => Ok(formats::export(&arguments)),
         Command::Import(arguments) => Ok(formats::import(&arguments)),
         Command::Completions(completions) => match completions.write(&mut io::stdout()) {

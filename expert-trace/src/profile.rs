@@ -17,7 +17,7 @@ pub mod merge;
 pub mod model;
 pub mod read;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod verify;
 
 use std::cmp::Reverse;

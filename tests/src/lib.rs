@@ -20,6 +20,8 @@ pub mod reachable;
 pub mod records;
 pub mod routes;
 pub mod server;
+pub mod synthetic;
 pub mod terminal;
 pub mod tmux;
 pub mod tracer;
+pub mod usage;

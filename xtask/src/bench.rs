@@ -2,6 +2,7 @@
 //!
 //! Most are end-to-end tests that print results; what they measure is described there.
 
+mod analyze;
 mod flood;
 mod hits;
 mod nodes;
@@ -88,7 +89,7 @@ macro_rules! bench {
     };
 }
 
-static ALL: [Bench; 7] = [
+static ALL: [Bench; 8] = [
     bench!("overhead", "costs", Source::Tests, overhead::table, plot overhead::plot),
     bench!("hits", "hits", Source::Tests, hits::table),
     bench!("nodes", "shapes", Source::Tests, nodes::table),
@@ -98,6 +99,12 @@ static ALL: [Bench; 7] = [
         "benchmarks",
         Source::Rows(throughput::measure),
         throughput::table
+    ),
+    bench!(
+        "analyze",
+        "measured",
+        Source::Rows(analyze::measure),
+        analyze::table
     ),
     bench!("flood", "measured", Source::Tests, flood::table, plot flood::plot),
     // After those that it computes from.

@@ -18,7 +18,7 @@
 //! A trace is read twice for most of them, and in constant memory: the first round counts. Input is not
 //! trusted.
 
-mod batches;
+pub(crate) mod batches;
 mod counts;
 pub mod csv;
 pub mod imatrix;
@@ -26,11 +26,11 @@ pub mod jsonl;
 pub mod mbolt;
 pub mod npy;
 pub mod parquet;
-mod progress;
+pub(crate) mod progress;
 pub mod route_trace;
 pub mod statistics;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod text;
 pub mod turbospark;
 
@@ -457,7 +457,7 @@ fn left_out_of_trace(counted: &Counted, chosen: &ContextProfile, format: Format)
 }
 
 /// Numbers in ascending order, neighbours together.
-fn listed(numbers: &[u16]) -> String {
+pub(crate) fn listed(numbers: &[u16]) -> String {
     let mut runs: Vec<(u16, u16)> = Vec::new();
     for number in numbers {
         match runs.last_mut() {

@@ -13,6 +13,8 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Progress of reading a file, on stderr when that is a terminal.
 #[derive(Debug)]
 pub struct Progress {
+    /// What is being done, when that is not reading.
+    work: Option<&'static str>,
     total: u64,
     /// Bytes of rounds that are done.
     before: u64,
@@ -26,11 +28,20 @@ impl Progress {
     pub fn new(bytes: u64, rounds: u64) -> Self {
         let began = Instant::now();
         Self {
+            work: None,
             total: bytes.saturating_mul(rounds),
             before: 0,
             began,
             next: io::stderr().is_terminal().then_some(began + PATIENCE),
             is_shown: false,
+        }
+    }
+
+    /// Of work that is counted in some unit, of which there is so much.
+    pub fn of_work(work: &'static str, total: u64) -> Self {
+        Self {
+            work: Some(work),
+            ..Self::new(total, 1)
         }
     }
 
@@ -43,7 +54,10 @@ impl Progress {
         self.next = Some(now + INTERVAL);
         self.is_shown = true;
         let done = self.before + bytes;
-        let line = line(done, self.total, now - self.began);
+        let line = match self.work {
+            Some(work) => format!("expert-trace: {work}: {} %", percent(done, self.total)),
+            None => line(done, self.total, now - self.began),
+        };
         // A terminal that is gone is no reason to stop.
         let _ = write!(io::stderr(), "\r\x1b[K{line}");
     }
@@ -68,11 +82,13 @@ impl Drop for Progress {
     }
 }
 
+fn percent(done: u64, total: u64) -> u128 {
+    let percent = (100 * u128::from(done)).checked_div(total.into());
+    percent.unwrap_or(100).min(100)
+}
+
 fn line(done: u64, total: u64, elapsed: Duration) -> String {
-    let percent = (100 * u128::from(done))
-        .checked_div(total.into())
-        .unwrap_or(100)
-        .min(100);
+    let percent = percent(done, total);
     let rate = done as f64 / 1e6 / elapsed.as_secs_f64().max(1e-3);
     format!("expert-trace: {percent:3} %, {rate:.0} MB/s")
 }

@@ -52,6 +52,10 @@ impl TraceOnDisk {
         Self(file)
     }
 
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
     /// Has all its batches read.
     pub fn batches<T>(&self, read: impl FnOnce(&mut Batches<'_>) -> T) -> T {
         let mut progress = Progress::new(0, 1);

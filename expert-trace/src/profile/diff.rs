@@ -147,7 +147,7 @@ fn shares(pair: [&LayerProfile; 2], activations: [u64; 2]) -> BTreeMap<u32, [f64
 }
 
 /// Jensen-Shannon divergence of two distributions, in bits.
-fn divergence(shares: impl Iterator<Item = [f64; 2]>) -> f64 {
+pub fn divergence(shares: impl Iterator<Item = [f64; 2]>) -> f64 {
     let term = |share: f64, middle: f64| match share > 0.0 {
         true => share * (share / middle).log2(),
         false => 0.0,

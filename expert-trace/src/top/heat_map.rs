@@ -9,11 +9,17 @@ use ratatui::{
     widgets::Widget,
 };
 
+use crate::analyze::balance::Evenness;
+
 use super::{
     palette::Palette,
-    picture::{Balance, COVERED, LayerPicture},
+    picture::LayerPicture,
     state::{Order, Scale, State},
 };
+
+/// Share of the activations, in percent, of which the experts are counted that have it: one of those of
+/// [`Evenness::coverage`].
+const COVERED: u32 = 90;
 
 /// Columns of a layer's number.
 const NUMBER: u16 = 6;
@@ -85,16 +91,18 @@ impl HeatMap<'_> {
         if layers.iter().all(|layer| layer.unseen) {
             return "not visible".to_owned();
         }
-        let balances = layers
+        let spread = layers
             .iter()
-            .filter_map(|layer| Balance::of(&layer.counts(self.state.phases)));
-        let balances: Vec<Balance> = balances.collect();
-        let n = balances.len() as f64;
-        if balances.is_empty() {
+            .filter_map(|layer| Evenness::of(&layer.counts(self.state.phases)));
+        let spread: Vec<Evenness> = spread.collect();
+        let n = spread.len() as f64;
+        if spread.is_empty() {
             return "-".to_owned();
         }
-        let max: f64 = balances.iter().map(|of| of.max_over_mean).sum::<f64>() / n;
-        let covering: usize = balances.iter().map(|of| of.covering).sum();
+        let max: f64 = spread.iter().map(|of| of.max_over_mean).sum::<f64>() / n;
+        let covering = spread.iter().flat_map(|of| &of.coverage);
+        let covering = covering.filter(|of| of.percent == COVERED);
+        let covering: usize = covering.map(|of| of.experts).sum();
         format!("{max:>7.1} {:>7.0}", covering as f64 / n)
     }
 }

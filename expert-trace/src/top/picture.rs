@@ -7,9 +7,6 @@ use crate::{
     summary,
 };
 
-/// Share of the activations, in percent, of which the experts are counted that have them.
-pub const COVERED: u64 = 90;
-
 /// A document, as far as it is shown.
 #[derive(Clone, Debug, Default)]
 pub struct Picture {
@@ -173,34 +170,5 @@ impl LayerPicture {
     pub fn counts(&self, phases: Phases) -> Vec<u64> {
         let experts = self.experts.iter();
         experts.map(|counts| phases.of(*counts)).collect()
-    }
-}
-
-/// How evenly a layer's experts are used.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Balance {
-    /// Activations of the hottest expert, in multiples of the mean.
-    pub max_over_mean: f64,
-    /// Hottest experts that have [`COVERED`] percent of the activations.
-    pub covering: usize,
-}
-
-impl Balance {
-    /// That of these activations by expert; none without any.
-    pub fn of(counts: &[u64]) -> Option<Self> {
-        let sum: u64 = counts.iter().sum();
-        let mut hottest = counts.to_vec();
-        hottest.sort_unstable_by(|one, other| other.cmp(one));
-        let max = *hottest.first().filter(|_| sum > 0)?;
-        let mut covered = 0;
-        let covering = hottest.iter().take_while(|count| {
-            let goes_on = covered * 100 < sum * COVERED;
-            covered += **count;
-            goes_on
-        });
-        Some(Self {
-            covering: covering.count(),
-            max_over_mean: max as f64 * counts.len() as f64 / sum as f64,
-        })
     }
 }

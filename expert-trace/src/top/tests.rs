@@ -13,7 +13,7 @@ use super::{
     draw::{draw, places},
     heat_map, help,
     palette::{Colours, Palette},
-    picture::{Balance, ContextPicture, LayerPicture, Phases, Picture},
+    picture::{ContextPicture, LayerPicture, Picture},
     state::{Effect, State},
 };
 
@@ -114,6 +114,12 @@ fn large_models_fit_a_small_terminal() {
         shown[2]
     );
     assert!(shown[3].starts_with("    0 "));
+    // The hottest of 0, 1, …, 511 has twice the mean; 350 of them have 90 % of the sum.
+    assert!(
+        shown[3].trim_end().ends_with("    2.0     350"),
+        "{}",
+        shown[3]
+    );
     assert!(shown[20].starts_with("   17 "));
     press(&mut state, KeyCode::End);
     press(&mut state, KeyCode::PageDown);
@@ -208,14 +214,4 @@ fn rates_are_of_the_last_seconds() {
     state.show(of(1), at(13));
     state.show(of(3), at(14));
     assert_eq!(state.tokens_per_second(at(14)), Some(2.0));
-}
-
-#[test]
-fn balance_is_that_of_its_definition() {
-    assert_eq!(Balance::of(&[0, 0]), None);
-    let even = Balance::of(&[5; 10]).unwrap();
-    assert_eq!((even.max_over_mean, even.covering), (1.0, 9));
-    let one = Balance::of(&[0, 7, 0, 0]).unwrap();
-    assert_eq!((one.max_over_mean, one.covering), (4.0, 1));
-    assert_eq!(Phases::Prefill.of([3, 4]), 3);
 }

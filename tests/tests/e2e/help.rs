@@ -12,11 +12,12 @@ use std::{
 use expert_trace::trace::Reader;
 use expert_trace_tests::{
     oracle::Oracle,
+    terminal::Terminal,
     tracer::{self, Attached, Stats},
 };
 use nix::{
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, geteuid},
 };
 use tempfile::TempDir;
 
@@ -144,6 +145,14 @@ fn run_example(example: &str) {
     let line = example.replacen("sudo ", "exec env ", 1);
     let output = if example.contains(" attach ") {
         attach(world, &line)
+    } else if example.contains(" --live ") {
+        let terminal = Terminal::spawn(world.bash(&line), geteuid()).unwrap();
+        let (status, shown) = terminal.wait().unwrap();
+        Output {
+            status,
+            stdout: Vec::new(),
+            stderr: shown.into_bytes(),
+        }
     } else {
         world.bash(&line).output().unwrap()
     };
@@ -274,11 +283,13 @@ fn every_subcommand_starts_with_examples() {
         [
             "run",
             "attach",
+            "top",
             "doctor",
             "ctl",
             "merge",
             "diff",
             "verify",
+            "analyze",
             "export",
             "import",
             "completions",
@@ -333,6 +344,31 @@ fn examples_of_ctl_work() {
     assert_eq!(stats.0["capture"]["ended"], "running");
     let (status, said) = tracer.wait().unwrap();
     assert!(status.success(), "{said}");
+    assert!(target.quit().unwrap().success());
+}
+
+#[test]
+fn examples_of_top_work() {
+    let world = World::get();
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    for example in examples(&help(&["top"])) {
+        let _ = fs::remove_file(world.at("stats.json"));
+        let line = example
+            .replacen("sudo ", "exec env TERM=xterm ", 1)
+            .replace("4242", &target.pid().to_string());
+        let mut terminal = Terminal::spawn(world.bash(&line), geteuid()).unwrap();
+        terminal.expect("No routing has been counted yet").unwrap();
+        target.command("clear 0").unwrap();
+        target.command("prompt 0 5 600").unwrap();
+        target.command("generate 0 3 7").unwrap();
+        terminal.expect("decode").unwrap();
+        terminal.send("q").unwrap();
+        let (status, shown) = terminal.wait().unwrap();
+        assert!(status.success(), "{example}: {shown}");
+        assert!(shown.contains("Complete: "), "{example}: {shown}");
+        let named = example.contains("stats.json");
+        assert_eq!(world.at("stats.json").exists(), named, "{example}");
+    }
     assert!(target.quit().unwrap().success());
 }
 
@@ -434,6 +470,22 @@ fn examples_of_export_work() {
 }
 
 #[test]
+fn examples_of_analyze_work() {
+    let line = "exec expert-trace run -o stats.json --trace trace.arrows -- llama-cli -m model.gguf -p Hello";
+    let output = World::get().bash(line).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    for example in examples(&help(&["analyze"])) {
+        let output = World::get().bash(&example).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        let answer = String::from_utf8(output.stdout).unwrap();
+        match example.contains("--json") {
+            true => assert!(answer.contains("\"belady\": "), "{answer}"),
+            false => assert!(answer.contains("=== Verdict ==="), "{answer}"),
+        }
+    }
+}
+
+#[test]
 fn examples_of_import_say_what_is_missing() {
     for example in examples(&help(&["import"])) {
         let output = World::get().bash(&example).output().unwrap();
@@ -515,6 +567,7 @@ fn bash_completes() {
     for command in [
         "run",
         "attach",
+        "top",
         "doctor",
         "merge",
         "diff",

@@ -3,6 +3,7 @@
 //! `cargo xtask test` prepares what these tests need and runs them, one at a time, as root.
 
 mod all;
+mod analyze;
 mod attach;
 mod bench;
 mod callback;

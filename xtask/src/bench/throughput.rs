@@ -14,8 +14,16 @@ const GOAL: (&str, f64) = ("ids", 300e6);
 
 /// Has Criterion measure, and gives what it found out.
 pub fn measure(root: &Path) -> Result<Vec<Value>> {
+    estimates(root, "throughput")?
+        .iter()
+        .map(|(benchmark, estimates)| row(benchmark, estimates))
+        .collect()
+}
+
+/// Has Criterion measure with a program of that name, and gives each benchmark and its estimates.
+pub fn estimates(root: &Path, bench: &str) -> Result<Vec<(Value, Value)>> {
     // Nothing of another day is to be taken for today's.
-    let directory = workspace::target()?.join("bench-throughput");
+    let directory = workspace::target()?.join(format!("bench-{bench}"));
     match fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("cannot empty {}", directory.display()));
@@ -24,13 +32,7 @@ pub fn measure(root: &Path) -> Result<Vec<Value>> {
     }
     let mut cargo = workspace::cargo(root);
     cargo
-        .args([
-            "bench",
-            "--package",
-            "expert-trace",
-            "--bench",
-            "throughput",
-        ])
+        .args(["bench", "--package", "expert-trace", "--bench", bench])
         .args(["--", "--noplot"])
         .env("CRITERION_HOME", &directory);
     command::run(&mut cargo)?;
@@ -43,11 +45,11 @@ pub fn measure(root: &Path) -> Result<Vec<Value>> {
                 let text = text.with_context(|| format!("Criterion left no {}", path.display()))?;
                 Ok(serde_json::from_slice(&text)?)
             };
-            rows.push(row(&read("benchmark.json")?, &read("estimates.json")?)?);
+            rows.push((read("benchmark.json")?, read("estimates.json")?));
         }
     }
     ensure!(!rows.is_empty(), "Criterion has measured nothing");
-    rows.sort_by_key(|row| [&row["group"], &row["case"]].map(Value::to_string));
+    rows.sort_by_key(|(of, _)| [&of["group_id"], &of["function_id"]].map(Value::to_string));
     Ok(rows)
 }
 

@@ -16,6 +16,7 @@ pub use self::tracing::{Attach, Ctl, Doctor, Recording, Rotation, Run, Top};
 use crate::{
     analyze::budget::Budget,
     formats::{Format, ImportFormat},
+    report::ReportFormat,
 };
 
 #[cfg(can_trace)]
@@ -130,6 +131,17 @@ Examples:
   Counts of lines `layer,expert`, of a model that uses 8 experts per token:
     expert-trace import moe.csv --format csv --k 8 -o counts.json";
 
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  A page to look at, of all that a trace tells:
+    expert-trace report trace.arrows -o report.html
+
+  The same of counts:
+    expert-trace report stats.json -o report.html
+
+  The heat map of layers and experts as a picture:
+    expert-trace report stats.json --format png -o heat-map.png";
+
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
   Bash, in this shell (or as a line of ~/.bashrc):
@@ -177,7 +189,7 @@ pub enum Command {
     Ctl(Ctl),
     /// What this build has not
     #[cfg(not(can_trace))]
-    #[command(name = "run", aliases = ["attach", "doctor", "ctl"], hide = true, disable_help_flag = true)]
+    #[command(name = "run", aliases = ["attach", "top", "doctor", "ctl"], hide = true, disable_help_flag = true)]
     CannotTrace(CannotTrace),
     /// Add up the counts of several runs of a model; their contexts stay apart beside the sum
     #[command(before_help = MERGE_EXAMPLES)]
@@ -192,6 +204,9 @@ pub enum Command {
     /// are used
     #[command(before_help = ANALYZE_EXAMPLES, after_help = ANALYZE_NOTES)]
     Analyze(Analyze),
+    /// Make a page, or a picture, of what was traced, to look at
+    #[command(before_help = REPORT_EXAMPLES)]
+    Report(Report),
     /// Write a trace, or counts, in a format that others read
     #[command(before_help = EXPORT_EXAMPLES, after_help = EXPORT_NOTES)]
     Export(Export),
@@ -300,6 +315,29 @@ fn sample(text: &str) -> Result<usize, String> {
         .ok()
         .filter(|n| (1..=1_000_000_000).contains(n));
     number.ok_or_else(|| "name a number from 1 to 1000000000".to_owned())
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub struct Report {
+    /// A trace (--trace), a route_trace, statistics (-o) or a profile (merge)
+    #[arg(value_name = "FILE")]
+    pub input: PathBuf,
+    /// File to write; it appears when it is complete. - is stdout
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// What to write: a page with everything in it, or the heat map alone
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value = "html")]
+    pub format: ReportFormat,
+    /// The model's file (GGUF), for the bytes that an expert takes where FILE does not tell
+    #[arg(long, value_name = "GGUF")]
+    pub model: Option<PathBuf>,
+    /// Context to show (default: the one that routed most tokens)
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Open it with the program that the desktop has for it
+    #[arg(long)]
+    pub open: bool,
 }
 
 /// Arguments of `export`.

@@ -27,6 +27,7 @@
 //! - [`formats`]: traces and counts as others read and write them.
 //! - [`profile`]: what was counted, read again: merged, compared, verified. [`output`]: where it goes.
 //! - [`analyze`]: whether caching, pinning or splitting experts pays: balance, time, structure and caches.
+//! - [`report`]: what was counted, to look at: a page, or a picture.
 //! - [`doctor`]: all of this asked beforehand: would it work, and with which probes.
 //! - [`top`]: what is counted, as it is counted, on a terminal.
 //! - [`control`]: what is asked of a capture that goes on.
@@ -99,6 +100,7 @@ pub mod prologue;
 pub mod redact;
 #[cfg(can_trace)]
 pub mod remedy;
+pub mod report;
 #[cfg(can_trace)]
 pub mod requirements;
 #[cfg(can_trace)]

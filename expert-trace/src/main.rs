@@ -9,7 +9,7 @@ use expert_trace::{
     cli::{Cli, Command},
     formats,
     profile::command as profile,
-    say,
+    report, say,
 };
 #[cfg(can_trace)]
 use expert_trace::{capture, control, doctor, export, launch::LaunchError};
@@ -72,6 +72,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Ok(or_status(profile::run_verify(&arguments), COULD_NOT_TELL))
         }
         Command::Analyze(arguments) => Ok(or_status(analyze::run(&arguments), FAILED)),
+        Command::Report(arguments) => Ok(or_status(report::run(&arguments), FAILED)),
         Command::Export(arguments) => Ok(formats::export(&arguments)),
         Command::Import(arguments) => Ok(formats::import(&arguments)),
         Command::Completions(completions) => match completions.write(&mut io::stdout()) {

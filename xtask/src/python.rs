@@ -12,9 +12,12 @@ use crate::cache::{self, remove_directory};
 use crate::{command, pip};
 
 /// From the Python registry; what they need themselves comes with them.
-const TOOLS: [&str; 4] = [
+const TOOLS: [&str; 7] = [
+    "axe-playwright-python==0.1.8",
     "duckdb==2.0.0",
     "pandas==3.1.1",
+    "pillow==13.0.0",
+    "playwright==1.65.2",
     "polars==2.1.0",
     "pyarrow==26.0.1",
 ];
@@ -36,7 +39,7 @@ pub fn provision() -> Result<PathBuf> {
                 .stdin(Stdio::null())
                 .stdout(io::stderr()),
         )
-        .context("cannot install DuckDB, pandas, Polars and PyArrow from the Python registry")
+        .context("cannot install tools that read our files back from the Python registry")
     })?;
     Ok(environment.join("bin/python"))
 }

@@ -119,6 +119,9 @@ fn end_to_end(
     steps.run("tmux", |_| {
         packages::ensure(&["tmux"], "testing the live view in a terminal")
     });
+    steps.run("Chromium", |_| {
+        packages::ensure(&["chromium"], "testing reports in a browser")
+    });
     let Some(python) = steps.run("Python's data tools", |_| python::provision()) else {
         steps.skip(STEP, "there is nothing to read our files back with");
         return;

@@ -54,6 +54,8 @@ pub struct Input {
     pub model: ModelFacts,
     /// What is to be said of the file, a sentence each.
     pub notes: Vec<String>,
+    /// The summary of a trace: what its capture's document says beside the counts.
+    pub summary: Option<serde_json::Value>,
 }
 
 /// Reads a file. `context` is the one that is wanted, by default that with most tokens; `model` is a GGUF whose
@@ -112,6 +114,7 @@ fn from_counts(
         routing: None,
         model: model.unwrap_or(known),
         notes,
+        summary: None,
     })
 }
 
@@ -172,6 +175,7 @@ fn from_trace(
         routing: Some(routing),
         model: model.unwrap_or(known),
         notes,
+        summary: counted.summary,
     })
 }
 

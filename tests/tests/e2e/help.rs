@@ -290,6 +290,7 @@ fn every_subcommand_starts_with_examples() {
             "diff",
             "verify",
             "analyze",
+            "report",
             "export",
             "import",
             "completions",
@@ -354,7 +355,7 @@ fn examples_of_top_work() {
     for example in examples(&help(&["top"])) {
         let _ = fs::remove_file(world.at("stats.json"));
         let line = example
-            .replacen("sudo ", "exec env TERM=xterm ", 1)
+            .replacen("sudo ", "stty cols 80 rows 24; exec env TERM=xterm ", 1)
             .replace("4242", &target.pid().to_string());
         let mut terminal = Terminal::spawn(world.bash(&line), geteuid()).unwrap();
         terminal.expect("No routing has been counted yet").unwrap();
@@ -482,6 +483,23 @@ fn examples_of_analyze_work() {
             true => assert!(answer.contains("\"belady\": "), "{answer}"),
             false => assert!(answer.contains("=== Verdict ==="), "{answer}"),
         }
+    }
+}
+
+#[test]
+fn examples_of_report_work() {
+    let line = "exec expert-trace run -o stats.json --trace trace.arrows -- llama-cli -m model.gguf -p Hello";
+    let world = World::get();
+    let output = world.bash(line).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    for example in examples(&help(&["report"])) {
+        let files = ["report.html", "heat-map.png"].map(|name| world.at(name));
+        files.iter().for_each(|file| drop(fs::remove_file(file)));
+        let output = world.bash(&example).output().unwrap();
+        assert!(output.status.success(), "{example}: {}", said(&output));
+        let made = files.each_ref().map(|file| file.exists());
+        let is_page = example.contains("report.html");
+        assert_eq!(made, [is_page, !is_page], "{example}");
     }
 }
 

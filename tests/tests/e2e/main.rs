@@ -28,6 +28,7 @@ mod outputs;
 mod passes;
 mod prebuilt;
 mod processes;
+mod report;
 mod rpc;
 mod servers;
 mod shapes;

@@ -21,7 +21,11 @@ fn report(input: &Path, output: &Path, options: &[&str]) {
 fn large(stats: &Value) -> Value {
     let expert = |id: u64| {
         let beside = (id / 2) % 8;
-        let activations = if id % 2 == 0 { 8 + beside } else { 8 - beside };
+        let activations = if id.is_multiple_of(2) {
+            8 + beside
+        } else {
+            8 - beside
+        };
         json!({
             "expert_id": id, "activations": activations, "prefill": 0, "decode": activations,
             "percentage": 0.0, "share": 0.0,

@@ -28,7 +28,7 @@ use nix::{
     sys::wait::waitpid,
     unistd::{
         AccessFlags, ForkResult, Pid, execve, faccessat, fork, geteuid, pipe2, setgroups,
-        setresgid, setresuid,
+        setresgid, setresuid, setsid,
     },
 };
 use thiserror::Error;
@@ -109,6 +109,8 @@ pub struct Program<'a> {
     pub environment: &'a Environment,
     /// Who runs it.
     pub account: &'a Account,
+    /// Whether it begins a session, and so a process group, of its own: without the terminal.
+    pub own_session: bool,
 }
 
 /// A forked child that has not exec'd yet.
@@ -338,6 +340,10 @@ impl Suspended {
                     let [[a, b, c, d], [e, f, g, h]] = numbers.map(i32::to_ne_bytes);
                     let _ = reporter.write_all(&[a, b, c, d, e, f, g, h]);
                 };
+                if prepared.program.own_session {
+                    // It leads no group, as only that would have it fail.
+                    let _ = setsid();
+                }
                 match gate::install() {
                     Ok(listener) => tell([listener, 0]),
                     Err(errno) => tell([-1, errno as i32]),

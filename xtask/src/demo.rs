@@ -49,7 +49,7 @@ pub fn run(root: &Path, arguments: &Arguments) -> Result<()> {
 }
 
 /// A small mixture-of-experts model with a real tokenizer and random weights.
-fn model() -> Result<PathBuf> {
+pub fn model() -> Result<PathBuf> {
     let spec = ModelSpec::SMALL;
     let vocabulary = llama::vocabulary()?;
     let model = llama::models_cache()?.join("demo.gguf");

@@ -9,6 +9,7 @@ mod demo;
 mod document;
 mod driver;
 mod ebpf;
+mod examples;
 mod llama;
 mod npm;
 mod packages;
@@ -18,6 +19,7 @@ mod plot;
 mod prebuilt;
 mod python;
 mod results;
+mod screen;
 mod suite;
 mod system;
 mod test;
@@ -56,6 +58,8 @@ enum Task {
     },
     /// Trace a small model in llama-cli, as root, and leave the statistics in a file
     Demo(demo::Arguments),
+    /// Make the files in examples/, and the pictures in docs/images/, of a run that is traced, as root
+    Examples,
     /// Run all tests as root, or those that need no root
     Test(test::Arguments),
     /// Build llama.cpp for the tests, and print the environment that they need
@@ -94,6 +98,7 @@ fn run() -> Result<ExitCode> {
         Task::BuildEbpf { check: true, .. } => ebpf::check(&root)?,
         Task::BuildEbpf { out, .. } => ebpf::build(&root, out.as_deref())?,
         Task::Demo(arguments) => demo::run(&root, &arguments)?,
+        Task::Examples => examples::run(&root)?,
         Task::Test(arguments) => return test::run(&root, &arguments),
         Task::Cuda(arguments) => cuda::run(&root, &arguments)?,
         Task::Compat(arguments) => compat::run(&root, &arguments)?,

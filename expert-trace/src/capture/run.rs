@@ -5,7 +5,7 @@ use std::{ffi::OsString, io, num::NonZeroU32};
 use anyhow::Context as _;
 use nix::{
     sys::{
-        signal::{Signal, kill, raise},
+        signal::{Signal, kill, killpg, raise},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::{Pid, geteuid},
@@ -117,6 +117,8 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
         arguments: &command,
         environment: &environment,
         account: &account,
+        // The terminal is the view's.
+        own_session: arguments.live,
     };
     let wanted = match decision {
         Decision::Untraced => match launch::replace(&program)? {},
@@ -206,13 +208,9 @@ pub async fn run(arguments: Run) -> anyhow::Result<u8> {
             }
             asked = View::next(&mut view) => {
                 match capture.show(asked, &caller.account).await {
-                    Wish::None => {}
-                    Wish::Leave => view = None,
-                    Wish::End => {
-                        view = None;
-                        // As the terminal would have done.
-                        let _ = kill(pid, Signal::SIGINT);
-                    }
+                    Wish::None | Wish::Leave => {}
+                    // As the terminal would have done.
+                    Wish::End => drop(killpg(pid, Signal::SIGINT)),
                 }
                 continue;
             }

@@ -120,6 +120,7 @@ pub fn follow_a_child() -> Result<(), TrialError> {
         arguments: &[],
         environment: &Environment::default(),
         account: &account,
+        own_session: false,
     })?;
     let pid = child.pid();
     let first = session.first_child()?;

@@ -56,7 +56,7 @@ function drawMap() {
     return ids;
   });
   const widest = Math.max(1, ...map.counts.map((counts) => counts.length));
-  map.cell = Math.max(2, Math.min(14, Math.floor(1080 / widest)));
+  map.cell = Math.max(2, Math.min(24, Math.floor(1080 / widest)));
   const { cell, left, top } = map;
   canvas.width = left + widest * cell + 8;
   canvas.height = top + layers.length * cell + 4;

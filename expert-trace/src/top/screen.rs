@@ -1,11 +1,14 @@
 //! The view's thread: keys and time in, frames out.
 
 use std::{
-    io,
+    io, thread,
     time::{Duration, Instant},
 };
 
-use ratatui::crossterm::event::{self, Event, KeyEventKind};
+use ratatui::{
+    crossterm::event::{self, Event, KeyEventKind},
+    layout::{Position, Rect, Size},
+};
 use tokio::sync::mpsc;
 
 use super::{
@@ -21,13 +24,21 @@ use super::{
 /// Time from one look at the counts to the next.
 const FRAME: Duration = Duration::from_millis(250);
 
+/// Time from one look at what the program has printed to the next, when the view was left.
+const OUTPUT: Duration = Duration::from_millis(50);
+
 /// Shows what is counted until the user, or the capture, ends it.
 pub fn run(mut screen: Screen, title: &str, asks: &mpsc::Sender<Asked>) {
     // An error is the end of the terminal, or of the capture, which nobody here can tell.
     let _ = until_over(&mut screen, title, asks);
-    drop(screen);
+    let mut output = screen.leave();
     // Who has gone does not hear it.
     let _ = asks.blocking_send(Asked::Leave);
+    while !asks.is_closed() {
+        output.show();
+        thread::sleep(OUTPUT);
+    }
+    output.show();
 }
 
 fn until_over(screen: &mut Screen, title: &str, asks: &mpsc::Sender<Asked>) -> io::Result<()> {
@@ -35,6 +46,7 @@ fn until_over(screen: &mut Screen, title: &str, asks: &mpsc::Sender<Asked>) -> i
     let mut state = State::default();
     let mut due = Instant::now();
     let mut changed = true;
+    let mut shown = Size::ZERO;
     loop {
         let now = Instant::now();
         if now >= due {
@@ -42,10 +54,9 @@ fn until_over(screen: &mut Screen, title: &str, asks: &mpsc::Sender<Asked>) -> i
             changed |= look(&mut state, asks)?;
         }
         let area = screen.terminal.size()?;
-        let [_, map, _] = places(ratatui::layout::Rect::from((
-            ratatui::layout::Position::ORIGIN,
-            area,
-        )));
+        changed |= area != shown;
+        shown = area;
+        let [_, map, _] = places(Rect::from((Position::ORIGIN, area)));
         let (cells, lines) = heat_map::size(map);
         if changed {
             state.keep_cursor(cells, lines);
@@ -55,12 +66,12 @@ fn until_over(screen: &mut Screen, title: &str, asks: &mpsc::Sender<Asked>) -> i
                 .draw(|frame| draw(frame, &state, palette, title, now))?;
             changed = false;
         }
-        if !event::poll(due.saturating_duration_since(Instant::now()))? {
+        screen.wait(due.saturating_duration_since(Instant::now()))?;
+        if !event::poll(Duration::ZERO)? {
             continue;
         }
         let effect = match event::read()? {
             Event::Key(key) if key.kind != KeyEventKind::Release => state.key(key, cells, lines),
-            Event::Resize(..) => Effect::Draw,
             _ => Effect::None,
         };
         match effect {

@@ -2,7 +2,9 @@
 
 use std::{
     io,
+    sync::mpsc::RecvTimeoutError,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -22,7 +24,7 @@ pub enum Asked {
     Save(oneshot::Sender<String>),
     /// To end: the capture of a running process, or the program that was started.
     End,
-    /// To go on without the view.
+    /// To go on without the view, which shows what the program prints from now on.
     Leave,
 }
 
@@ -31,7 +33,12 @@ pub enum Asked {
 pub struct View {
     asked: mpsc::Receiver<Asked>,
     thread: Option<JoinHandle<()>>,
+    /// Ends with the thread.
+    over: std::sync::mpsc::Receiver<()>,
 }
+
+/// How long we stay for the thread: reading from a terminal that is hung up at that moment, it would never end.
+const LONGEST_END: Duration = Duration::from_secs(2);
 
 impl View {
     /// Takes the terminal. Standard input, output and error, where they are the terminal, are not until
@@ -42,13 +49,18 @@ impl View {
     pub fn open(title: String) -> anyhow::Result<Self> {
         let screen = Screen::open().context("the live view needs a terminal")?;
         let (asks, asked) = mpsc::channel(1);
+        let (running, over) = std::sync::mpsc::channel::<()>();
         let thread = thread::Builder::new()
             .name("view".into())
-            .spawn(move || screen::run(screen, &title, &asks))
+            .spawn(move || {
+                screen::run(screen, &title, &asks);
+                drop(running);
+            })
             .context("the live view needs a thread")?;
         Ok(Self {
             asked,
             thread: Some(thread),
+            over,
         })
     }
 
@@ -66,7 +78,8 @@ impl Drop for View {
         // Whoever asks hears that nobody is there.
         self.asked.close();
         while self.asked.try_recv().is_ok() {}
-        if let Some(thread) = self.thread.take() {
+        let ended = self.over.recv_timeout(LONGEST_END) != Err(RecvTimeoutError::Timeout);
+        if let Some(thread) = self.thread.take().filter(|_| ended) {
             let _ = thread.join();
         }
     }

@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use expert_trace_tests::{
@@ -172,6 +173,42 @@ fn the_terminal_comes_back() {
         assert_eq!(tmux.modes().unwrap(), (false, true));
         assert_eq!(tmux.settings().unwrap(), before);
     }
+}
+
+/// A terminal that is closed ends the capture, which takes no time of the processor for ever.
+#[test]
+fn a_terminal_that_is_gone_ends_it() {
+    let directory = scratch();
+    let json = directory.path().join("stats.json");
+    let mut target = Oracle::spawn(&mut driver(&known_small().path, &["-t", "1"])).unwrap();
+    let pid_file = directory.path().join("pid");
+    let line = format!(
+        "sh -c 'echo $$ > {0}; exec {1} top --pid {2} -o {3}'",
+        pid_file.display(),
+        program(),
+        target.pid(),
+        json.display()
+    );
+    let tmux = Tmux::spawn(80, 24, &[XTERM, UTF8], &line).unwrap();
+    tmux.wait_for("No routing has been counted yet").unwrap();
+    target.command("generate 0 5 7").unwrap();
+    tmux.wait_for("decode 3").unwrap();
+    let pid: i32 = fs::read_to_string(&pid_file)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    drop(tmux);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while kill(Pid::from_raw(pid), None).is_ok() {
+        assert!(
+            Instant::now() < deadline,
+            "the tracer goes on without its terminal"
+        );
+        std::thread::yield_now();
+    }
+    assert_eq!(read(&json).0["capture"]["ended"], "interrupted");
+    assert!(target.quit().unwrap().success());
 }
 
 /// What the program prints is shown when the view is over, and its status is ours.

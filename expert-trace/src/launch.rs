@@ -584,6 +584,7 @@ mod tests {
                 arguments: &arguments(&["touch", witness.to_str().unwrap()]),
                 environment,
                 account,
+                own_session: false,
             };
             let child = Suspended::spawn(&program).unwrap();
             let pid = child.pid();
@@ -614,6 +615,7 @@ mod tests {
                 arguments: &arguments(&["true"]),
                 environment,
                 account,
+                own_session: false,
             };
             let child = Suspended::spawn(&program).unwrap();
             let pid = child.pid();
@@ -632,6 +634,7 @@ mod tests {
                 arguments: &arguments(&["x"]),
                 environment,
                 account,
+                own_session: false,
             };
             let child = Suspended::spawn(&program).unwrap();
             let error = child.release(&program, serve).unwrap_err();

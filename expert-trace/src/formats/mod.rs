@@ -520,7 +520,7 @@ fn say_of_import(imported: Imported) {
     match imported.unweighted_rows {
         0 => {}
         all if all == imported.rows => {
-            say!("there are no weights, or they are left out: the first choice has none")
+            say!("there are no weights")
         }
         some => say!("{some} rows have no weights, or not all of them"),
     }

@@ -263,14 +263,10 @@ pub fn read(input: impl BufRead, out: &mut (dyn Write + Send)) -> anyhow::Result
         let read = preamble.add(text.trim());
         read.with_context(|| format!("line {}", lines.number()))?;
     };
-    let first = columns.next(&mut lines)?;
     let capture = Capture {
         tool: format!("expert-trace {}", env!("CARGO_PKG_VERSION")),
         mode: Capture::IMPORT.to_owned(),
-        weights: first
-            .as_ref()
-            .and_then(|first| first.weight)
-            .map(|_| Weights::Imported),
+        weights: columns.weight.map(|_| Weights::Imported),
         ..Capture::default()
     };
     let mut trace = TraceFile::begin(out, &capture)?;
@@ -282,16 +278,13 @@ pub fn read(input: impl BufRead, out: &mut (dyn Write + Send)) -> anyhow::Result
         ..Row::of(Kind::Context)
     })?;
     let mut token = Token {
-        keeps_weights: capture.weights.is_some(),
         several_layers: preamble.bytes.len() > 1,
         ..Token::default()
     };
     let limit = preamble.n_expert();
-    let mut next = first;
-    while let Some(choice) = next {
+    while let Some(choice) = columns.next(&mut lines)? {
         let added = token.add(choice, limit, &mut trace);
         added.with_context(|| format!("line {}", lines.number()))?;
-        next = columns.next(&mut lines)?;
     }
     token.end(&mut trace)?;
     trace.finish()?;
@@ -430,8 +423,7 @@ pub struct Imported {
     pub rows: u64,
     /// Whether there is more than one turn, which a trace does not tell apart.
     pub several_turns: bool,
-    /// Rows without weights: not all of their choices have one, or the first one of the file has none, and
-    /// all are left out.
+    /// Rows without weights: not all of their choices have one.
     pub unweighted_rows: u64,
 }
 
@@ -443,7 +435,6 @@ struct Token {
     experts: Vec<u16>,
     /// Those that are known.
     weights: Vec<f32>,
-    keeps_weights: bool,
     pass: u32,
     row: u32,
     /// Whether there is more than one layer.
@@ -515,7 +506,7 @@ impl Token {
         let Some([_, phase, step, layer]) = self.key.filter(|_| !self.experts.is_empty()) else {
             return Ok(());
         };
-        let is_weighted = self.keeps_weights && self.weights.len() == self.experts.len();
+        let is_weighted = self.weights.len() == self.experts.len();
         let weights = is_weighted.then_some(&self.weights[..]);
         trace.push(&Row {
             context: Some(0),

@@ -148,17 +148,19 @@ impl<'a> Finished<'a> {
         self.context.missing_layers(self.pass, self.nextn)
     }
 
-    /// Layers of the pass whose second block of experts was seen in other passes, and not in this one.
+    /// Layers whose second block of experts was seen in other passes, and not in this one, though the layer was,
+    /// or is missing itself.
     pub fn missing_second_blocks(&self) -> Vec<u16> {
         let seen = self.pass.second_layers();
         let has_one = |layer: &u16| {
             let layer = self.context.layers.get(*layer);
             layer.is_some_and(|layer| layer.second_block.is_some())
         };
-        let layers = self.pass.layers().iter();
-        layers
+        let layers = self.pass.layers().iter().chain(self.missing_layers());
+        let layers: BTreeSet<u16> = layers
             .filter(|layer| has_one(layer) && !seen.contains(layer))
-            .collect()
+            .collect();
+        layers.into_iter().collect()
     }
 
     /// Whether the pass need not have routed anything: the context runs NextN blocks alone, which work on

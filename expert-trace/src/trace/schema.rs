@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use arrow_schema::{DataType, Field, Schema, SchemaRef, TimeUnit};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Name of the format, in the schema's metadata under [`FORMAT_KEY`].
 pub const FORMAT: &str = "expert-trace-routes";
@@ -34,6 +34,7 @@ pub struct Capture {
     /// Whether there are token ids.
     pub tokens: bool,
     /// Which weights there are, if there is a column of them.
+    #[serde(deserialize_with = "known")]
     pub weights: Option<Weights>,
     /// Number of the file in a trace that is divided into several, from 0.
     pub part: u32,
@@ -52,6 +53,12 @@ impl Capture {
         };
         !self.started.is_empty() && without_part(self) == without_part(other)
     }
+}
+
+/// Which weights there are, if that is known here: a newer program can have others.
+fn known<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Weights>, D::Error> {
+    let name = Option::<String>::deserialize(from)?;
+    Ok(name.and_then(|name| serde_json::from_value(name.into()).ok()))
 }
 
 /// What the column `weights` has.
@@ -163,4 +170,30 @@ pub fn schema(capture: &Capture) -> SchemaRef {
         .map(|(key, value)| (key.to_owned(), value))
         .collect();
     Arc::new(Schema::new_with_metadata(fields, metadata))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_newer_program_says_of_weights_costs_nothing_else() {
+        let capture = |weights: &str| -> Capture {
+            let text = format!("{{\"mode\": \"run\", \"weights\": {weights}, \"part\": 3}}");
+            serde_json::from_str(&text).unwrap()
+        };
+        for (weights, expected) in [
+            ("\"router\"", Some(Weights::Router)),
+            ("\"of_tomorrow\"", None),
+            ("null", None),
+        ] {
+            let found = capture(weights);
+            assert_eq!((found.mode.as_str(), found.part), ("run", 3));
+            assert_eq!(found.weights, expected);
+        }
+        assert_eq!(
+            serde_json::from_str::<Capture>("{}").unwrap(),
+            Capture::default()
+        );
+    }
 }

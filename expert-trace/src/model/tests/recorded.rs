@@ -51,7 +51,11 @@ fn a_second_block_that_is_missing_is_a_gap() {
     };
     let mut lacking = numbered(1);
     lacking.second_blocks = &WITH_SECOND_BLOCKS.second_blocks[..1];
-    let mut records = [numbered(0), lacking, numbered(2), numbered(3)].map(|pass| pass.records());
+    let mut lost = numbered(3);
+    lost.layers = &WITH_SECOND_BLOCKS.layers[..1];
+    lost.second_blocks = &WITH_SECOND_BLOCKS.second_blocks[..1];
+    let passes = [numbered(0), lacking, numbered(2), lost, numbered(4)];
+    let mut records = passes.map(|pass| pass.records());
     // Of the third one's first second block, which has two rows, the second one.
     let second_block = records[2].iter_mut().rev().nth(1).unwrap();
     let whole = decode(second_block).unwrap().header;
@@ -64,12 +68,15 @@ fn a_second_block_that_is_missing_is_a_gap() {
     let ids: Vec<u8> = [0_i32, 1].iter().flat_map(|id| id.to_ne_bytes()).collect();
     *second_block = record(half, &ids);
     let not_seen = Some(Reason::SecondBlockNotSeen);
-    let lost = Some(Reason::SecondRowsLost);
+    let rows_lost = Some(Reason::SecondRowsLost);
+    let layer_not_seen = Some(Reason::LayerNotSeen);
     assert_eq!(
         gaps(ModelFacts::default(), &records.concat()),
         [
             (RowKind::Gap, Some(1), Some(1), not_seen, Some(1)),
-            (RowKind::Gap, Some(2), Some(0), lost, Some(1)),
+            (RowKind::Gap, Some(2), Some(0), rows_lost, Some(1)),
+            (RowKind::Gap, Some(3), Some(1), not_seen, None),
+            (RowKind::Gap, Some(3), Some(1), layer_not_seen, None),
         ]
     );
 }
